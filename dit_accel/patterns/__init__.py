@@ -3,8 +3,20 @@
 from .base import AxisWise, Pattern
 from .clear import Clear
 from .dense import Dense
+from .inward_window import InwardWindow
 from .neighborhood import Neighborhood
 from .radial import Radial
+from .shifted_window import ShiftedWindow
 from .sliding_tile import SlidingTile
 
-__all__ = ["AxisWise", "Clear", "Dense", "Neighborhood", "Pattern", "Radial", "SlidingTile"]
+__all__ = [
+    "AxisWise",
+    "Clear",
+    "Dense",
+    "InwardWindow",
+    "Neighborhood",
+    "Pattern",
+    "Radial",
+    "ShiftedWindow",
+    "SlidingTile",
+]

@@ -85,8 +85,8 @@ class Neighborhood(AxisWise):
             window, stride, dilation, causal = parameters
             if window * dilation > length:
                 raise ValueError(
-                    f"`window` {window} x dilation {dilation} is larger than axis {axis} of grid "
-                    f"{layout.grid}, which has {length} tokens; use a smaller window, or a larger size or frame count"
+                    f"`window` {window} x dilation {dilation} exceeds axis {axis} of grid {layout.grid}, "
+                    f"which has {length} tokens; use a smaller window or a larger size"
                 )
             if window < 2 and length > 1:
                 raise ValueError(

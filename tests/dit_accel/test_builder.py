@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel import TokenLayout
-from dit_accel.patterns import Clear, Dense, Neighborhood, Radial, SlidingTile
+from dit_accel.patterns import Clear, Dense, InwardWindow, Neighborhood, Radial, ShiftedWindow, SlidingTile
 
 
 @st.composite
@@ -30,13 +30,15 @@ def neighborhoods(draw, layout):
 @st.composite
 def cases(draw):
     layout = draw(layouts())
-    side = st.integers(1, 4)
+    side, flag = st.integers(1, 4), st.booleans()
     pattern = draw(
         st.one_of(
             st.just(Dense()),
             st.builds(Clear, radius=st.floats(0.5, 7)),
-            st.builds(Radial, st.sampled_from([0.2, 0.95]), st.sampled_from([16, 128]), st.booleans(), st.booleans()),
+            st.builds(Radial, st.sampled_from([0.2, 0.95]), st.sampled_from([16, 128]), flag, flag),
             st.builds(SlidingTile, window=st.tuples(side, side, side), tile=st.tuples(side, side, side)),
+            st.builds(InwardWindow, st.tuples(side, side)),
+            st.builds(ShiftedWindow, st.tuples(side, side), st.tuples(side, side)),
             neighborhoods(layout),
         )
     )  # fmt: skip

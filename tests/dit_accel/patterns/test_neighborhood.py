@@ -107,7 +107,7 @@ def test_bad_arguments(arguments, text):
 
 @pytest.mark.parametrize("pattern", [Neighborhood((9, 4)), Neighborhood((4, 3), dilation=(3, 1))])
 def test_a_window_larger_than_its_axis_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"larger than axis H of grid \(1, 8, 8\), which has 8 tokens"):
+    with pytest.raises(ValueError, match=r"exceeds axis H of grid \(1, 8, 8\), which has 8 tokens"):
         pattern.block_mask(TokenLayout((1, 8, 8)))
 
 

@@ -1,0 +1,50 @@
+"""FreeSwim's window: it slides inward at the borders, so that every query keeps the same number of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import TokenLayout
+from .base import AxisWise
+
+
+@dataclass(frozen=True)
+class InwardWindow(AxisWise):
+    """Each query attends, in all frames, to the 2 d + 1 rows and columns around it; windows slide inward.
+
+    On an axis of n tokens: keys from q - d - max(d + q - n + 1, 0) to q + d + max(d - q, 0), clipped to the
+    axis, which is covered in full where 2 d + 1 >= n.
+
+    Args:
+        half_window: (dh, dw) in tokens; FreeSwim takes the native height and width in pixels // 16 // 2.
+
+    Raises:
+        ValueError: entries that are not two integers of at least 0.
+
+    Source: Wu et al., "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free
+    Ultra-High-Resolution Video Generation", 2025.
+    """
+
+    half_window: tuple[int, int]
+
+    def __post_init__(self):
+        value = tuple(self.half_window)
+        if len(value) != 2 or any(type(d) is not int or d < 0 for d in value):
+            raise ValueError(
+                f"`half_window` must be two integers (dh, dw) of at least 0, got {self.half_window!r}"
+            )
+        object.__setattr__(self, "half_window", value)
+
+    def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
+        frames, height, width = layout.grid
+        windows = [_axis_table(n, d) for n, d in zip((height, width), self.half_window, strict=True)]
+        return [torch.ones(frames, frames, dtype=torch.bool), *windows]
+
+
+def _axis_table(n: int, d: int) -> torch.Tensor:
+    q = torch.arange(n)
+    first = q - d - (d + q - n + 1).clamp(min=0)
+    last = q + d + (d - q).clamp(min=0)
+    return (q >= first[:, None]) & (q <= last[:, None])
