@@ -8,6 +8,7 @@ from .neighborhood import Neighborhood
 from .radial import Radial
 from .shifted_window import ShiftedWindow
 from .sliding_tile import SlidingTile
+from .sparse_videogen import SpatialHead, TemporalHead
 
 __all__ = [
     "AxisWise",
@@ -19,4 +20,6 @@ __all__ = [
     "Radial",
     "ShiftedWindow",
     "SlidingTile",
+    "SpatialHead",
+    "TemporalHead",
 ]
