@@ -1,0 +1,199 @@
+"""Switching a recipe on and off, for one pipeline or transformer instance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .binding import Binding, Geometry
+from .clock import Clock, Tick
+from .errors import UnavailableError
+from .patterns import Pattern
+from .pipelines import family_of
+from .recipe import Recipe, resolve
+
+_HANDLE = "_dit_accel_handle"
+_TRANSFORMERS = ("transformer", "transformer_2")
+
+
+class Handle:
+    """An enabled recipe: its recipe, what it did in the latest run, and the way to switch it off.
+
+    Attributes:
+        recipe: the `Recipe`.
+        bindings: one per transformer, by the pipeline's name for it.
+        step, total_steps: sampler step of the latest call, from 0, and steps of its run (None: not known).
+    """
+
+    def __init__(self, recipe: Recipe, bindings: dict[str, Binding], clock: Clock):
+        self.recipe, self.bindings, self.clock = recipe, bindings, clock
+        self.step: int | None = None
+        self.total_steps: int | None = None
+        self._calls = 0
+        self._density = self._block_density = 0.0
+        self._dense_steps: set[int] = set()
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still enabled."""
+        return any(getattr(b.transformer, _HANDLE, None) is self for b in self.bindings.values())
+
+    @property
+    def run_density(self) -> float | None:
+        """Computed share of all pairs in the latest run, dense layers and steps included; None before one."""
+        return self._density / self._calls if self._calls else None
+
+    @property
+    def run_block_density(self) -> float | None:
+        """The same in whole blocks: what a block-sparse kernel pays."""
+        return self._block_density / self._calls if self._calls else None
+
+    def stats(self) -> dict[str, Any]:
+        """What the latest run did, as plain data."""
+        grids = {name: b.geometry.layout.grid for name, b in self.bindings.items() if b.geometry is not None}
+        return {
+            "recipe": self.recipe.tag,
+            "calls": self._calls,
+            "steps": self.total_steps,
+            "dense_steps": sorted(self._dense_steps),
+            "density": self.run_density,
+            "block_density": self.run_block_density,
+            "grids": grids,
+        }
+
+    def begin(self, steps: int) -> None:
+        """Announce a run of a bare transformer; fractional and negative `dense_steps` need it."""
+        self.clock.begin(steps)
+
+    def disable(self) -> None:
+        """Restore every transformer of this handle. Does nothing the second time."""
+        for binding in self.bindings.values():
+            if getattr(binding.transformer, _HANDLE, None) is self:
+                binding.detach()
+                delattr(binding.transformer, _HANDLE)
+
+    def _attach(self) -> None:
+        for binding in self.bindings.values():
+            binding.tally = self._tally
+            binding.attach()
+            setattr(binding.transformer, _HANDLE, self)
+
+    def _tally(self, tick: Tick, dense: bool, geometry: Geometry | None) -> None:
+        if tick.new_run:
+            self._calls, self._density, self._block_density, self._dense_steps = 0, 0.0, 0.0, set()
+        self.step, self.total_steps = tick.step, tick.total
+        self._calls += 1
+        if dense or geometry is None:
+            self._density += 1
+            self._block_density += 1
+            self._dense_steps.add(tick.step)
+        else:
+            self._density += sum(geometry.densities) / len(geometry.densities)
+            self._block_density += sum(geometry.block_densities) / len(geometry.block_densities)
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"{name}: {type(b.transformer).__name__}" for name, b in self.bindings.items())
+        return f"Handle({where}, {'enabled' if self.active else 'disabled'}, {self.recipe!r})"
+
+
+def enable(target: Any, recipe: Recipe | Pattern | str | Path) -> Handle:
+    """Accelerate the attention of one pipeline or transformer.
+
+    Args:
+        target: a diffusers pipeline (all its transformers are handled as one) or a bare transformer.
+        recipe: a `Recipe`, a preset's name (`dit_accel.presets()`), the path of a YAML or JSON file, or just
+            a pattern.
+
+    Returns:
+        The handle. Enabling again restores first. Nothing is changed when an error is raised.
+
+    Raises:
+        ValueError: an unknown preset, a recipe of another family, or selectors that match no layer.
+        UnavailableError: a backend or option that cannot run here.
+        TypeError: a target that is not a supported pipeline or transformer.
+    """
+    recipe = resolve(recipe)
+    for option in ("quantization", "guidance"):
+        if getattr(recipe, option) is not None:
+            raise UnavailableError(
+                f"`{option}` is not available in this version, got {getattr(recipe, option)!r}; "
+                f"use {option}=None"
+            )
+    transformers = _transformers(target)
+    clock = Clock(None if isinstance(target, nn.Module) else target)
+    previous = {id(h): h for t in transformers.values() if (h := getattr(t, _HANDLE, None)) is not None}
+    # The old processors come off while the new recipe is checked, and back if it fails.
+    for handle in previous.values():
+        handle.disable()
+    try:
+        bindings = {name: _bind(target, t, recipe, clock) for name, t in transformers.items()}
+    except Exception:
+        for handle in previous.values():
+            handle._attach()
+        raise
+    handle = Handle(recipe, bindings, clock)
+    handle._attach()
+    return handle
+
+
+def disable(target: Any) -> None:
+    """Restore the original attention of a pipeline or transformer, bit for bit; idempotent."""
+    for transformer in _transformers(target).values():
+        handle = getattr(transformer, _HANDLE, None)
+        if handle is not None:
+            handle.disable()
+
+
+@contextmanager
+def accelerated(target: Any, recipe: Recipe | Pattern | str | Path) -> Iterator[Handle]:
+    """`enable` for the length of a `with` block; what was enabled before is enabled again after it."""
+    before = handle_of(target)
+    handle = enable(target, recipe)
+    try:
+        yield handle
+    finally:
+        handle.disable()
+        if before is not None and not before.active:
+            before._attach()
+
+
+def handle_of(target: Any) -> Handle | None:
+    """The handle of an enabled pipeline or transformer, or None."""
+    handles = (getattr(t, _HANDLE, None) for t in _transformers(target).values())
+    return next((h for h in handles if h is not None), None)
+
+
+def _bind(target: Any, transformer: nn.Module, recipe: Recipe, clock: Clock) -> Binding:
+    family = family_of(transformer)
+    if recipe.family not in (None, family.name):
+        what = f"preset {recipe.name!r}" if recipe.name else "recipe"
+        raise ValueError(
+            f"{what} is for the family {recipe.family!r}, but this is a {family.name} transformer"
+        )
+    # where it runs, which differs from where its weights are while they are offloaded
+    device = getattr(target, "_execution_device", None)
+    device = device if isinstance(device, torch.device) else transformer.device
+    return Binding(transformer, family, recipe, clock, device)
+
+
+def _transformers(target: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline, or the transformer itself, out of any `torch.compile` wrapper."""
+    if isinstance(target, nn.Module):
+        found = {"transformer": target}
+    else:
+        found = {name: getattr(target, name, None) for name in _TRANSFORMERS}
+    found = {
+        name: getattr(module, "_orig_mod", module)
+        for name, module in found.items()
+        if isinstance(module, nn.Module)
+    }
+    if not found:
+        raise TypeError(
+            f"expected a diffusers pipeline with a transformer, or a transformer, got {type(target).__name__}"
+        )
+    return found

@@ -1,0 +1,115 @@
+"""FLUX: text before image, rotary embedding on all tokens, double-stream then single-stream blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.layout import TokenLayout
+
+from .attention import Family, Permute, SparseProcessor, project_qkv
+
+
+class FluxProcessor(SparseProcessor):
+    """Double blocks bring image and text apart; single blocks bring [text, image] in one tensor."""
+
+    def project(self, attn, hidden_states, encoder_hidden_states, rotary):
+        text_len = self.layout.text_len
+        if encoder_hidden_states is None:
+            hidden_states = torch.cat([hidden_states[:, text_len:], hidden_states[:, :text_len]], dim=1)
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in project_qkv(attn, hidden_states))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            text_q, text_k, text_v = (
+                x.unflatten(-1, (-1, attn.head_dim)) for x in _project_text(attn, encoder_hidden_states)
+            )
+            q = torch.cat([q, attn.norm_added_q(text_q)], dim=1)
+            k = torch.cat([k, attn.norm_added_k(text_k)], dim=1)
+            v = torch.cat([v, text_v], dim=1)
+        if rotary is not None:
+            from diffusers.models.embeddings import apply_rotary_emb
+
+            rotary = tuple(torch.cat([table[text_len:], table[:text_len]]) for table in rotary)
+            q = apply_rotary_emb(q, rotary, sequence_dim=1)
+            k = apply_rotary_emb(k, rotary, sequence_dim=1)
+        return q, k, v
+
+    def output(self, attn, out, encoder_hidden_states):
+        image, text = out[:, : self.layout.visual_len], out[:, self.layout.visual_len :]
+        if encoder_hidden_states is None:
+            return torch.cat([text, image], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+
+def _project_text(attn: nn.Module, text: torch.Tensor) -> list[torch.Tensor]:
+    if attn.fused_projections:
+        return list(attn.to_added_qkv(text).chunk(3, dim=-1))
+    return [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
+
+
+class Flux(Family):
+    name = "flux"
+    transformer = "FluxTransformer2DModel"
+    originals = ("FluxAttnProcessor",)
+    processor = FluxProcessor
+
+    def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
+        single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
+        return double | single
+
+    def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
+        ids = inputs["img_ids"]
+        version = None if ids.is_inference() else ids._version
+        # A run passes one tensor for all its steps: reading it once means no device synchronisation per step.
+        if memo.get("ids") is not ids or memo.get("version") != version or version is None:
+            memo.update(ids=ids, version=version, grid=grid_of_ids(ids))
+        return TokenLayout(memo["grid"], text_len=inputs["encoder_hidden_states"].shape[1], text_first=True)
+
+    def enter(
+        self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute
+    ) -> dict:
+        changed = {
+            "hidden_states": permute(inputs["hidden_states"], 1),
+            "img_ids": permute(inputs["img_ids"], -2),
+        }
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if inputs.get(name) is not None:
+                changed[name] = [permute(sample, 1) for sample in inputs[name]]
+        return inputs | changed
+
+    def leave(
+        self, transformer: nn.Module, sample: torch.Tensor, layout: TokenLayout, restore: Permute
+    ) -> torch.Tensor:
+        return restore(sample, 1)
+
+
+def grid_of_ids(ids: torch.Tensor) -> tuple[int, int, int]:
+    """The token grid (1, H, W) behind FLUX's image ids (S, 3), or (B, S, 3).
+
+    Raises:
+        ValueError: ids that are not one full row-major grid, such as those of Kontext's reference images.
+    """
+    rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
+    start_of_row = (rows[:, 1] != rows[0, 1]).nonzero()
+    width = int(start_of_row[0]) if len(start_of_row) else len(rows)
+    height = len(rows) // width
+    # in bf16, as pipelines pass them, places from 257 on are rounded
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+    expected = (places + (rows[0, 1:].long() if len(rows) else 0)).to(rows.dtype)
+    if (
+        height * width != len(rows)
+        or not torch.equal(rows[:, 1:], expected)
+        or (rows[:, 0] != rows[0, 0]).any()
+    ):
+        raise ValueError(
+            "the image ids of this FLUX call are not one full grid of tokens (as with Kontext's reference "
+            "images), which accelerated attention does not support; `dit_accel.disable(pipe)` for such calls"
+        )
+    return 1, height, width
+
+
+FAMILY = Flux()

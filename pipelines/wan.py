@@ -1,0 +1,82 @@
+"""Wan: self-attention (`attn1`) over video tokens alone; cross-attention to text (`attn2`) is left untouched.
+
+Tokens are permuted and restored as latent patches at the transformer's border, where they are smallest, and
+where neither LoRA nor cache hooks nor `torch.compile` of blocks can come between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.layout import TokenLayout
+
+from .attention import Family, Permute, SparseProcessor, project_qkv
+
+
+class WanProcessor(SparseProcessor):
+    def project(self, attn, hidden_states, encoder_hidden_states, rotary):
+        head_dim = attn.inner_dim // attn.heads
+        q, k, v = project_qkv(attn, hidden_states)
+        q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v
+
+    def output(self, attn, out, encoder_hidden_states):
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Wan's rotary embedding of x (B, S, H, D), on pairs of neighbouring channels; tables (1, S, 1, D)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class Wan(Family):
+    name = "wan"
+    transformer = "WanTransformer3DModel"
+    originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
+    processor = WanProcessor
+
+    def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}
+
+    def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
+        shape, patch = inputs["hidden_states"].shape[2:], transformer.config.patch_size
+        return TokenLayout(tuple(n // p for n, p in zip(shape, patch, strict=True)))
+
+    def enter(
+        self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute
+    ) -> dict:
+        changed = {"hidden_states": self._reorder(transformer, inputs["hidden_states"], layout, permute)}
+        if inputs["timestep"].ndim == 2:  # Wan 2.2 5B: a timestep per token
+            changed["timestep"] = permute(inputs["timestep"], 1)
+        return inputs | changed
+
+    def leave(
+        self, transformer: nn.Module, sample: torch.Tensor, layout: TokenLayout, restore: Permute
+    ) -> torch.Tensor:
+        return self._reorder(transformer, sample, layout, restore)
+
+    def rotary(self, transformer: nn.Module) -> nn.Module:
+        return transformer.rope
+
+    @staticmethod
+    def _reorder(
+        transformer: nn.Module, video: torch.Tensor, layout: TokenLayout, permute: Permute
+    ) -> torch.Tensor:
+        """A latent video (B, C, F, H, W) with its patches, one per token, moved to other places."""
+        (f, h, w), (pf, ph, pw) = layout.grid, transformer.config.patch_size
+        video = video[:, :, : f * pf, : h * ph, : w * pw]
+        batch, channels = video.shape[:2]
+        patches = video.reshape(batch, channels, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        tokens = permute(patches.reshape(batch, layout.visual_len, -1), 1)
+        patches = tokens.view(batch, f, h, w, channels, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return patches.reshape(batch, channels, f * pf, h * ph, w * pw)
+
+
+FAMILY = Wan()

@@ -1,0 +1,130 @@
+"""Fixtures: tiny pipelines of the real diffusers classes with random weights, and ways to run them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+TEXT_DIM = 16
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def make_flux(seed: int = 0, **config):
+    """A FluxPipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in and latents out."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(**{**sizes, "pooled_projection_dim": TEXT_DIM, **config}).eval()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_wan(seed: int = 0, two: bool = False, expand_timesteps: bool = False, **config):
+    """A WanPipeline of 3 blocks, 2 heads of 16; `two` gives it the two transformers of Wan 2.2."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
+    torch.manual_seed(seed)
+    transformers = [WanTransformer3DModel(**{**sizes, **config}).eval() for _ in range(1 + two)]
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformers[0], transformer_2=transformers[1] if two else None,
+        boundary_ratio=0.5 if two else None, expand_timesteps=expand_timesteps,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
+    return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
+    dtype = pipe.transformer.dtype
+    embeds = _embeddings(batch, text_len, seed + 1).to(dtype)
+    kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
+    if cfg > 1:
+        negative = _embeddings(batch, text_len, seed + 2).to(dtype)
+        kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_wan(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens."""
+    kwargs |= {"prompt_embeds": _embeddings(batch, text_len, seed + 1)}
+    if cfg > 1:
+        kwargs |= {"negative_prompt_embeds": _embeddings(batch, text_len, seed + 2)}
+    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        **size,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        generator=generator,
+        output_type="latent",
+        **kwargs,
+    ).frames
+
+
+def transformer_inputs(pipe, run) -> dict:
+    """The keyword arguments that a pipeline passes to its transformer, from a run of one step."""
+    seen: dict = {}
+    note = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
+    with pipe.transformer.register_forward_pre_hook(note, with_kwargs=True, prepend=True):
+        run(pipe, steps=1)
+    return seen
+
+
+class MaskedProcessor:
+    """The oracle: the diffusers processor itself under a dense mask, in the model's own token order."""
+
+    def __init__(self, original, mask: torch.Tensor):
+        self.original, self.mask = original, mask
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        return self.original(attn, hidden_states, encoder_hidden_states, self.mask, image_rotary_emb)
+
+
+@pytest.fixture
+def flux():
+    return SimpleNamespace(
+        make=make_flux, run=run_flux, pipe=make_flux(), inputs=lambda pipe: transformer_inputs(pipe, run_flux)
+    )
+
+
+@pytest.fixture
+def wan():
+    return SimpleNamespace(
+        make=make_wan, run=run_wan, pipe=make_wan(), inputs=lambda pipe: transformer_inputs(pipe, run_wan)
+    )
+
+
+@pytest.fixture
+def masked():
+    """Puts token masks (S, S) or (heads, S, S), given by layer, under a transformer's processors."""
+
+    def apply(modules: dict, masks: dict[str, torch.Tensor]) -> None:
+        for name, mask in masks.items():
+            modules[name].set_processor(
+                MaskedProcessor(modules[name].processor, mask[None] if mask.ndim == 3 else mask)
+            )
+
+    return apply

@@ -1,0 +1,210 @@
+import pytest
+import torch
+
+from dit_accel import TokenLayout
+from dit_accel.errors import UnavailableError
+from dit_accel.patterns import Clear, Dense, Neighborhood
+from dit_accel.pipelines import families, family_of, load
+from dit_accel.pipelines.flux import FAMILY, grid_of_ids
+from dit_accel.recipe import Recipe
+from dit_accel.switch import accelerated, enable
+
+ORDERS = pytest.mark.parametrize("order", ["raster", "tile", "hilbert", "auto"])
+PATTERNS = pytest.mark.parametrize("pattern", [Clear(3), Neighborhood((3, 5))], ids=["clear", "neighborhood"])
+
+
+def layout(grid=(8, 12), text_len=7):
+    return TokenLayout((1, *grid), text_len=text_len, text_first=True)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def under_masks(
+    flux, masked, pattern, layers=None, grid=(8, 12), text_len=7, prepare=lambda pipe: None, **run
+):
+    """The untouched pipeline's output when diffusers' own attention gets the pattern's token mask."""
+    pipe = flux.make()
+    prepare(pipe)
+    modules = FAMILY.layers(pipe.transformer)
+    mask = pattern.token_mask(layout(grid, text_len))
+    masked(modules, dict.fromkeys(layers or modules, mask))
+    return flux.run(pipe, grid=grid, text_len=text_len, **run)
+
+
+class TestMatchesMaskedDense:
+    @ORDERS
+    @PATTERNS
+    def test_orders_and_patterns(self, flux, masked, pattern, order):
+        with accelerated(flux.pipe, Recipe(pattern, order=order, block_size=(16, 16))):
+            close(flux.run(flux.pipe), under_masks(flux, masked, pattern))
+
+    @pytest.mark.parametrize(
+        "run",
+        [
+            {"batch": 2},
+            {"cfg": 3.0},
+            {"batch": 2, "cfg": 3.0},
+            {"num_images_per_prompt": 2},
+            {"grid": (5, 13)},
+            {"grid": (16, 3), "text_len": 1},
+            {"text_len": 40, "steps": 1},
+        ],
+        ids=lambda run: "-".join(f"{k}{v}" for k, v in run.items()).replace(" ", ""),
+    )
+    def test_runs(self, flux, masked, run):
+        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
+            close(flux.run(flux.pipe, **run), under_masks(flux, masked, Clear(3), **run))
+
+    def test_another_size_after_the_first(self, flux, masked):
+        with accelerated(flux.pipe, Recipe(Clear(3), order="tile", block_size=(32, 16))):
+            for grid in ((8, 12), (6, 20), (8, 12), (9, 9)):
+                close(flux.run(flux.pipe, grid=grid), under_masks(flux, masked, Clear(3), grid=grid))
+
+    def test_some_layers(self, flux, masked):
+        layers = ["double.1", "single.0"]  # 1 and 2 in flat order
+        with accelerated(flux.pipe, Recipe({"1-2": Clear(3), "single.1": Dense()}, order="hilbert")):
+            close(flux.run(flux.pipe), under_masks(flux, masked, Clear(3), layers))
+
+    def test_patterns_by_layer_and_head(self, flux, masked):
+        other = Neighborhood((3, 5))
+        recipe = Recipe(
+            {"double": Clear(3), "single": other, "single.1/heads.1": Clear(2)}, block_size=(16, 16)
+        )
+        ref = flux.make()
+        a, b, c = (p.token_mask(layout()) for p in (Clear(3), other, Clear(2)))
+        masks = {"double.0": a, "double.1": a, "single.0": b, "single.1": torch.stack([b, c])}
+        masked(FAMILY.layers(ref.transformer), masks)
+        with accelerated(flux.pipe, recipe) as handle:
+            close(flux.run(flux.pipe), flux.run(ref))
+            d = [p.density(layout()) for p in (Clear(3), other, Clear(2))]
+            assert handle.run_density == pytest.approx((2 * d[0] + d[1] + (d[1] + d[2]) / 2) / 4)
+
+    def test_fused_projections(self, flux, masked):
+        expected = under_masks(flux, masked, Clear(3))
+        flux.pipe.transformer.fuse_qkv_projections()
+        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
+            close(flux.run(flux.pipe), expected)
+            flux.pipe.transformer.unfuse_qkv_projections()
+            close(flux.run(flux.pipe), expected)
+
+    def test_controlnet_residuals(self, flux, masked):
+        inputs = flux.inputs(flux.pipe)
+        torch.manual_seed(0)
+        inputs["controlnet_block_samples"] = [torch.randn(1, 96, 32)]
+        inputs["controlnet_single_block_samples"] = [torch.randn(1, 96, 32) for _ in range(2)]
+        ref = flux.make().transformer
+        mask = Clear(3).token_mask(layout())
+        masked(FAMILY.layers(ref), dict.fromkeys(FAMILY.layers(ref), mask))
+        enable(flux.pipe, Recipe(Clear(3), order="hilbert"))
+        with torch.no_grad():
+            close(flux.pipe.transformer(**inputs)[0], ref(**inputs)[0])
+            positional = inputs.pop("hidden_states")
+            out = flux.pipe.transformer(positional, **inputs | {"return_dict": True})
+            close(out.sample, ref(positional, **inputs)[0])
+
+    def test_bfloat16(self, flux, masked):
+        """In bf16 the two agree within a few roundings, and far better than dense and sparse do."""
+        half = lambda pipe: pipe.transformer.to(torch.bfloat16)  # noqa: E731
+        expected = under_masks(flux, masked, Clear(3), prepare=half)
+        half(flux.pipe)
+        dense = flux.run(flux.pipe)
+        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
+            error = (flux.run(flux.pipe) - expected).norm()
+        assert error < 0.2 * (dense - expected).norm()
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_lora(self, flux, masked, when):
+        peft = pytest.importorskip("peft")
+
+        def add_lora(pipe):
+            torch.manual_seed(5)
+            targets = ["to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "x_embedder", "proj_out"]
+            config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+            pipe.transformer.add_adapter(config)
+
+        if when == "before":
+            add_lora(flux.pipe)
+        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
+            if when == "after":
+                add_lora(flux.pipe)
+            result = flux.run(flux.pipe)
+        close(result, under_masks(flux, masked, Clear(3), prepare=add_lora))
+        assert not torch.allclose(result, under_masks(flux, masked, Clear(3)))
+
+    def test_first_block_cache(self, flux, masked):
+        """Residuals that the cache carries from step to step keep one token order, dense steps included."""
+        from diffusers import FirstBlockCacheConfig
+
+        def cached(pipe):
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+
+        expected = under_masks(flux, masked, Clear(20), steps=6, prepare=cached)
+        plain = under_masks(flux, masked, Clear(20), steps=6)
+        assert not torch.allclose(expected, plain)
+        cached(flux.pipe)
+        with accelerated(flux.pipe, Recipe(Clear(20), order="hilbert", dense_steps={0, 3})):
+            close(flux.run(flux.pipe, steps=6), expected)
+
+    def test_caches_that_read_places_are_refused(self, flux):
+        import diffusers
+
+        if not hasattr(diffusers, "FasterCacheConfig"):
+            pytest.skip("this diffusers has no FasterCache")
+        flux.pipe.transformer._cache_config = diffusers.FasterCacheConfig()
+        enable(flux.pipe, Recipe(Clear(3), order="hilbert"))
+        with pytest.raises(UnavailableError, match=r"FasterCache reads the place .* order=\"raster\""):
+            flux.run(flux.pipe)
+        with accelerated(flux.pipe, Recipe(Clear(3), order="raster")):
+            flux.run(flux.pipe)
+
+
+class TestGrid:
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (5, 9), (3, 300), (300, 2)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_reads_what_pipelines_pass(self, grid, dtype):
+        from diffusers import FluxPipeline
+
+        ids = FluxPipeline._prepare_latent_image_ids(1, *grid, "cpu", dtype)
+        assert grid_of_ids(ids) == (1, *grid)
+        assert grid_of_ids(ids[None].expand(2, -1, -1)) == (1, *grid)
+
+    @pytest.mark.parametrize("change", ["reference", "missing", "shuffled"])
+    def test_refuses_what_is_not_a_grid(self, change):
+        from diffusers import FluxPipeline
+
+        ids = FluxPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
+        reference = ids + torch.tensor([1.0, 0.0, 0.0])
+        ids = {"reference": torch.cat([ids, reference]), "missing": ids[:-1], "shuffled": ids.flip(0)}[change]
+        with pytest.raises(ValueError, match=r"not one full grid of tokens .*Kontext"):
+            grid_of_ids(ids)
+
+    def test_ids_are_read_once_per_run(self, flux, monkeypatch):
+        from dit_accel.pipelines import flux as module
+
+        reads = []
+        monkeypatch.setattr(module, "grid_of_ids", lambda ids: reads.append(ids) or grid_of_ids(ids))
+        enable(flux.pipe, Clear(3))
+        flux.run(flux.pipe, steps=4, cfg=2.0)
+        flux.run(flux.pipe, steps=4)
+        assert len(reads) == 2
+
+
+def test_family_of(flux, wan):
+    assert family_of(flux.pipe.transformer).name == "flux"
+    assert list(FAMILY.layers(flux.pipe.transformer)) == ["double.0", "double.1", "single.0", "single.1"]
+    assert [family.name for family in families()] == ["flux", "wan"]
+
+
+def test_load_folder(flux, tmp_path):
+    flux.pipe.save_pretrained(tmp_path / "model")
+    parts = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe = load(tmp_path / "model", **dict.fromkeys(parts))
+    pipe.set_progress_bar_config(disable=True)
+    close(flux.run(pipe), flux.run(flux.pipe))
+    with pytest.raises(ValueError, match="is not a diffusers pipeline folder: it has no model_index"):
+        load(tmp_path)
+    for name in (tmp_path / "absent", "tiny-flx", "./absent/model", "a/b/c"):
+        with pytest.raises(ValueError, match="neither a bundled model"):
+            load(name)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+from dit_accel import TokenLayout
+from dit_accel.patterns import Neighborhood, Radial, SlidingTile
+from dit_accel.pipelines.wan import FAMILY, rotate
+from dit_accel.recipe import Recipe
+from dit_accel.switch import accelerated, disable, enable, handle_of
+
+NEAR = Neighborhood((3, 3, 3))
+PATTERNS = {
+    "neighborhood": NEAR,
+    "radial": Radial(0.2, block_size=16),
+    "tiles": SlidingTile((1, 3, 1), (2, 2, 4)),
+}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def under_masks(
+    wan, masked, pattern, grid=(3, 6, 8), layers=None, prepare=lambda pipe: None, make=None, **run
+):
+    """The untouched pipeline's output when diffusers' own attention gets the pattern's token mask."""
+    pipe = wan.make(**(make or {}))
+    prepare(pipe)
+    mask = pattern.token_mask(TokenLayout(grid))
+    for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
+        modules = FAMILY.layers(transformer)
+        masked(modules, dict.fromkeys(layers or modules, mask))
+    return wan.run(pipe, grid=grid, **run)
+
+
+def near_everywhere():
+    return dict.fromkeys(["blocks.0", "blocks.1", "blocks.2"], NEAR.token_mask(TokenLayout((3, 6, 8))))
+
+
+class TestMatchesMaskedDense:
+    @pytest.mark.parametrize("order", ["raster", "tile", "hilbert", "auto"])
+    @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+    def test_orders_and_patterns(self, wan, masked, pattern, order):
+        with accelerated(wan.pipe, Recipe(pattern, order=order, block_size=(16, 16))):
+            close(wan.run(wan.pipe), under_masks(wan, masked, pattern))
+
+    @pytest.mark.parametrize(
+        "run",
+        [
+            {"batch": 2},
+            {"cfg": 3.0},
+            {"batch": 2, "cfg": 3.0},
+            {"num_videos_per_prompt": 2},
+            {"grid": (4, 3, 11)},
+        ],
+        ids=lambda run: "-".join(f"{k}{v}" for k, v in run.items()).replace(" ", ""),
+    )
+    def test_runs(self, wan, masked, run):
+        with accelerated(wan.pipe, Recipe(NEAR, order="hilbert")):
+            close(wan.run(wan.pipe, **run), under_masks(wan, masked, NEAR, **run))
+
+    def test_another_size_after_the_first(self, wan, masked):
+        with accelerated(wan.pipe, Recipe(NEAR, order="tile", block_size=(32, 16))):
+            for grid in ((3, 6, 8), (5, 4, 4), (3, 6, 8)):
+                close(wan.run(wan.pipe, grid=grid), under_masks(wan, masked, NEAR, grid=grid))
+
+    def test_some_layers(self, wan, masked):
+        with accelerated(wan.pipe, Recipe(NEAR, dense_layers={0, -1}, order="hilbert")):
+            close(wan.run(wan.pipe), under_masks(wan, masked, NEAR, layers=["blocks.1"]))
+
+    def test_fused_projections(self, wan, masked):
+        expected = under_masks(wan, masked, NEAR)
+        wan.pipe.transformer.fuse_qkv_projections()
+        with accelerated(wan.pipe, Recipe(NEAR, order="hilbert")):
+            close(wan.run(wan.pipe), expected)
+
+    def test_timestep_per_token(self, wan, masked):
+        """Wan 2.2 5B: with image conditioning, tokens of the first frame have another timestep."""
+        pipe, ref = wan.make(expand_timesteps=True), wan.make(expand_timesteps=True)
+        masked(FAMILY.layers(ref.transformer), near_everywhere())
+        inputs = wan.inputs(pipe)
+        assert inputs["timestep"].shape == (1, 3 * 6 * 8)
+        inputs["timestep"] = inputs["timestep"] * torch.linspace(0, 1, 3 * 6 * 8)
+        enable(pipe, Recipe(NEAR, order="hilbert"))
+        with torch.no_grad():
+            close(pipe.transformer(**inputs)[0], ref.transformer(**inputs)[0])
+
+    def test_odd_latents_are_cropped_as_the_model_does(self, wan, masked):
+        inputs = wan.inputs(wan.pipe)
+        inputs["hidden_states"] = torch.randn(1, 4, 3, 13, 17)
+        ref = wan.make().transformer
+        masked(FAMILY.layers(ref), near_everywhere())
+        enable(wan.pipe, Recipe(NEAR, order="hilbert"))
+        with torch.no_grad():
+            close(wan.pipe.transformer(**inputs)[0], ref(**inputs)[0])
+
+    def test_bfloat16(self, wan, masked):
+        """In bf16 the two agree within a few roundings, and far better than dense and sparse do."""
+        half = lambda pipe: pipe.transformer.to(torch.bfloat16)  # noqa: E731
+        expected = under_masks(wan, masked, NEAR, prepare=half)
+        half(wan.pipe)
+        dense = wan.run(wan.pipe)
+        with accelerated(wan.pipe, Recipe(NEAR, order="hilbert")):
+            error = (wan.run(wan.pipe) - expected).norm()
+        assert error < 0.2 * (dense - expected).norm()
+
+    def test_lora_loaded_while_enabled(self, wan, masked):
+        peft = pytest.importorskip("peft")
+
+        def add_lora(pipe):
+            torch.manual_seed(5)
+            targets = ["to_q", "to_v", "to_out.0", "proj_out", "net.0.proj"]
+            pipe.transformer.add_adapter(
+                peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+            )
+
+        with accelerated(wan.pipe, Recipe(NEAR, order="hilbert")):
+            add_lora(wan.pipe)
+            close(wan.run(wan.pipe), under_masks(wan, masked, NEAR, prepare=add_lora))
+
+
+def test_second_order_scheduler(wan, masked):
+    def heun(pipe):
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+
+    with accelerated(wan.pipe, Recipe(NEAR, dense_steps={0, -1})) as handle:
+        heun(wan.pipe)  # the clock reads the scheduler that the pipeline has, not the one it had
+        wan.run(wan.pipe, steps=4, cfg=2.0)
+        stats = handle.stats()
+        assert (stats["calls"], stats["steps"], stats["dense_steps"]) == (14, 4, [0, 3])
+    with accelerated(wan.pipe, Recipe(NEAR, order="hilbert")):
+        close(wan.run(wan.pipe, steps=4), under_masks(wan, masked, NEAR, steps=4, prepare=heun))
+
+
+class TestTwoTransformers:
+    def test_are_one(self, wan, masked):
+        pipe = wan.make(two=True)
+        dense = wan.run(pipe, steps=6)
+        handle = enable(pipe, Recipe(NEAR, order="hilbert"))
+        assert list(handle.bindings) == ["transformer", "transformer_2"]
+        assert handle_of(pipe.transformer) is handle_of(pipe.transformer_2) is handle
+        close(wan.run(pipe, steps=6), under_masks(wan, masked, NEAR, steps=6, make={"two": True}))
+        assert handle.stats()["calls"] == 6
+        disable(pipe.transformer_2)
+        assert handle_of(pipe) is None
+        assert torch.equal(wan.run(pipe, steps=6), dense)
+
+    def test_steps_count_through_both(self, wan):
+        pipe = wan.make(two=True)
+        handle = enable(pipe, Recipe(NEAR, dense_steps={0, -1}))
+        wan.run(pipe, steps=6, cfg=2.0)
+        assert (handle.stats()["calls"], handle.stats()["dense_steps"]) == (12, [0, 5])
+
+
+def test_cross_attention_is_untouched(wan):
+    before = [block.attn2.processor for block in wan.pipe.transformer.blocks]
+    enable(wan.pipe, NEAR)
+    assert all(
+        block.attn2.processor is p for block, p in zip(wan.pipe.transformer.blocks, before, strict=True)
+    )
+
+
+def test_rotate_is_wan_s_own(wan):
+    """Against diffusers' function, which lives inside its processor, through a layer without projections."""
+    transformer = wan.pipe.transformer
+    cos, sin = transformer.rope(torch.zeros(1, 4, 3, 12, 16))
+    x = torch.randn(2, 144, 2, 16, generator=torch.Generator().manual_seed(0))
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    angles = torch.complex(cos[..., 0::2], sin[..., 1::2])
+    close(rotate(x, cos, sin), torch.view_as_real(pairs * angles).flatten(-2))
+    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
