@@ -1,0 +1,289 @@
+"""Block-sparse attention in plain PyTorch: gather each query block's keys, attend to them as dense batches.
+
+Query blocks are sorted by the number of keys they attend and cut into chunks whose working set stays in the
+processor's caches. A chunk is a handful of calls for all its rows and heads at once: gather K and V by
+block, one batched product for the scores, add the mask on the columns of partial blocks only, normalise, one
+batched product with V. What depends on the mask alone (chunks and their index lists) is planned once and
+kept in `mask.cache`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from dit_accel.blockmask import BlockMask
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_CHUNK_BYTES_PER_THREAD = 2 << 20  # scores and gathered keys or values of one chunk
+_CHUNK_BYTES_ACCELERATOR = 256 << 20
+_PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
+_BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
+_LOG2_E = math.log2(math.e)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this path cannot run with these inputs, or None."""
+    return None if dtype in DTYPES else f"gather supports float16, bfloat16, float32 and float64, got {dtype}"
+
+
+@torch.compiler.disable
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    text_valid: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`block_sparse_attention` by gathering; lse is None unless asked for.
+
+    bf16 and fp16 are treated as plain attention in that dtype treats them (scores and probabilities rounded
+    to it), but computed in fp32 where lse is wanted or a CPU has no fast matrix product of that dtype.
+    """
+    batch, heads, _, dim = q.shape
+    (bq, bk), (rows, cols) = mask.block_size, (mask.num_rows, mask.num_cols)
+    dtype = _compute_dtype(q, return_lse)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    with torch.inference_mode(False):  # what is kept must be usable under autograd later
+        chunks = _plan(mask, batch, heads, dim, dtype)
+        table = _tile_table(mask, dtype)
+    q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
+    out = torch.zeros_like(q_blocks)
+    lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
+    buffers = _Buffers(q.device, dtype, reuse=not grad)
+    bias = biased = None
+    for chunk in chunks:
+        count, listed = chunk.cols.shape
+        length, batches = listed * bk, len(chunk.heads) * count
+        row = (chunk.heads[:, None] * rows + chunk.rows).view(-1)
+        key = (chunk.heads[:, None] * cols + chunk.cols.view(-1)).view(-1)
+        chunk_q = q_blocks.index_select(0, row).view(batches, bq, dim)
+        chunk_k = buffers.select("kv", k_blocks, 0, key).view(batches, length, dim)
+        scores = buffers.take("scores", batches, bq, length)
+        factor = scale * _LOG2_E if _in_base_2(dtype, grad) else scale
+        ignored = chunk_q.new_zeros(()) if scores is None else scores  # because of beta=0
+        scores = torch.baddbmm(ignored, chunk_q, chunk_k.mT, beta=0, alpha=factor, out=scores)
+        masked = scores.view(-1, count, bq, length)[..., chunk.first_masked * bk :]  # [heads, rows, bq, L']
+        if chunk.tiles.numel():
+            if chunk.tiles is not biased:  # the chunk before may be the same rows for other heads
+                bias, biased = _tile_bias(chunk, table, buffers), chunk.tiles
+            masked.add_(bias)
+        hides_text = text_valid is not None and chunk.touches_text
+        if hides_text:
+            masked.add_(_text_bias(chunk, mask, text_valid.to(q.device)[chunk.heads // heads], dtype))
+        dead = None
+        if chunk.may_attend_nothing or hides_text:
+            dead = scores.amax(-1, keepdim=True) == -math.inf
+            scores.masked_fill_(dead, 0.0)
+        chunk_v = buffers.select("kv", v_blocks, 0, key).view(batches, length, dim)  # over K, still in cache
+        result, chunk_lse = _attend(scores, chunk_v, grad, return_lse)
+        result = result if dead is None else result.masked_fill(dead, 0.0)
+        out.index_copy_(0, row, result.view(-1, bq * dim))
+        if return_lse:
+            chunk_lse = chunk_lse if dead is None else chunk_lse.masked_fill(dead, -math.inf)
+            lse.index_copy_(0, row, chunk_lse.view(-1, bq))
+    out = out.view(batch, heads, rows * bq, dim)[:, :, : mask.seq_len].to(q.dtype)
+    return out, lse.view(batch, heads, rows * bq)[:, :, : mask.seq_len] if return_lse else None
+
+
+def _attend(
+    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """softmax(scores) v and, if wanted, lse (B, bq, 1); overwrites the scores unless gradients are needed."""
+    if grad:
+        return torch.bmm(scores.softmax(-1), v), scores.logsumexp(-1, keepdim=True) if want_lse else None
+    if not _in_base_2(scores.dtype, grad):
+        out = scores if scores.device.type == "cpu" else torch.empty_like(scores)
+        return torch.bmm(torch.ops.aten._softmax.out(scores, -1, False, out=out), v), None
+    top = scores.amax(-1, keepdim=True)
+    torch.exp2(scores.sub_(top), out=scores)
+    total = scores.sum(-1, keepdim=True)
+    return torch.bmm(scores, v).div_(total), (top + total.log2()) / _LOG2_E if want_lse else None
+
+
+def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
+    """Whether scores carry a factor log2(e), because exp2 is several times faster than exp on a CPU."""
+    return dtype in (torch.float32, torch.float64) and not grad
+
+
+def _compute_dtype(q: torch.Tensor, return_lse: bool) -> torch.dtype:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return q.dtype
+    slow = q.dtype == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if return_lse or (slow and q.device.type == "cpu") else q.dtype
+
+
+def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """(batch, heads, length, dim) to (batch * heads * blocks, size * dim), the last block zero-padded."""
+    short = -x.shape[2] % size
+    return (F.pad(x, (0, 0, 0, short)) if short else x).reshape(-1, size * x.shape[3])
+
+
+class _Buffers:
+    """Working memory that chunks share; without reuse (autograd) every chunk gets its own."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, reuse: bool):
+        self.device, self.dtype, self.reuse, self.flat = device, dtype, reuse, {}
+
+    def take(self, name: str, *shape: int) -> torch.Tensor | None:
+        if not self.reuse:
+            return None
+        size = math.prod(shape)
+        if name not in self.flat or self.flat[name].numel() < size:
+            self.flat[name] = torch.empty(size, device=self.device, dtype=self.dtype)
+        return self.flat[name][:size].view(shape)
+
+    def select(self, name: str, source: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        shape = [len(index) if i == dim else n for i, n in enumerate(source.shape)]
+        return torch.index_select(source, dim, index, out=self.take(name, *shape))
+
+
+# -- what depends on the mask alone --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Query blocks computed together, for some heads; lists of key blocks are padded to one length.
+
+    `heads` counts through batch and heads: int64 (n,). `rows` are query blocks: int64 (r,). `cols` are key
+    blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from `first_masked` on: int32
+    (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
+    """
+
+    heads: torch.Tensor
+    rows: torch.Tensor
+    cols: torch.Tensor
+    tiles: torch.Tensor
+    first_masked: int
+    touches_text: bool
+    may_attend_nothing: bool
+
+
+def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[_Chunk]:
+    """Chunks that cover every query block that has keys, for all samples and heads; kept in `mask.cache`."""
+    on_cpu = mask.device.type == "cpu"
+    threads = torch.get_num_threads() if on_cpu else 1
+    name = ("gather", batch, heads, dim, dtype, threads)
+    if name not in mask.cache:
+        limit = threads * _CHUNK_BYTES_PER_THREAD if on_cpu else _CHUNK_BYTES_ACCELERATOR
+        bytes_per_block = mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize
+        lists, group_of_head = _BlockLists(mask), mask.group_of_heads(heads).to(mask.device)
+        chunks = []
+        for group in range(mask.num_groups):
+            in_group = (group_of_head == group).nonzero()[:, 0]
+            places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1)
+            limit_in_blocks = limit // bytes_per_block
+            for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
+                chunk = lists.chunk(group, rows)
+                at_once = max(threads, limit_in_blocks // chunk.cols.numel())
+                chunks += [replace(chunk, heads=some) for some in places.split(at_once)]
+        mask.cache[name] = chunks
+    return mask.cache[name]
+
+
+class _BlockLists:
+    """Key blocks (full ones first) and their tiles for every query block, rows counted through all groups."""
+
+    def __init__(self, mask: BlockMask):
+        self.mask = mask
+        in_row = mask.block_rows()
+        count = mask.num_groups * mask.num_rows
+        self.num_full = torch.bincount(in_row[0], minlength=count)
+        self.length = self.num_full + torch.bincount(in_row[1], minlength=count)
+        self.start = self.length.cumsum(0) - self.length
+        order = torch.argsort(torch.cat(in_row), stable=True)
+        self.all_attended, self.none_attended = mask.tiles.shape[0], mask.tiles.shape[0] + 1
+        self.cols = torch.cat([mask.full_idx, mask.part_idx])[order]
+        self.tiles = torch.cat([torch.full_like(mask.full_idx, self.all_attended), mask.part_tile])[order]
+        self.attends = _packed_tiles(mask).any(-1).T  # (T + 2, bq)
+        query = torch.arange(mask.num_rows * mask.block_size[0], device=mask.device)
+        self.outside = (query >= mask.seq_len).view(mask.num_rows, -1)
+
+    def similar_rows(self, group: int, limit: int) -> Iterator[torch.Tensor]:
+        """Query blocks of a group, longest first, in runs of similar length of at most `limit` key blocks."""
+        rows = slice(group * self.mask.num_rows, (group + 1) * self.mask.num_rows)
+        length, order = self.length[rows].cpu().sort(descending=True, stable=True)
+        length = length.tolist()
+        at, end = 0, sum(n > 0 for n in length)
+        while at < end:
+            stop, most = at + 1, at + limit // length[at]
+            while stop < min(end, most) and length[stop] >= length[at] * (1 - _PADDING):
+                stop += 1
+            yield order[at:stop].sort().values.to(self.mask.device)
+            at = stop
+
+    def chunk(self, group: int, rows: torch.Tensor) -> _Chunk:
+        """The chunk of some query blocks of a group, without its heads."""
+        (text_start, text_stop), bk = self.mask.text, self.mask.block_size[1]
+        row = rows + group * self.mask.num_rows
+        length = self.length[row][:, None]
+        column = torch.arange(int(length.max()), device=row.device)
+        listed, where = column < length, self.start[row][:, None] + column
+        where = where.clamp(max=len(self.cols) - 1)
+        cols = torch.where(listed, self.cols[where], 0)
+        tiles = torch.where(listed, self.tiles[where], self.none_attended)
+        first_masked = int(self.num_full[row].min())
+        in_text = listed & (cols * bk < text_stop) & (cols * bk + bk > text_start)
+        attends = self.attends[tiles.long()].any(1) | self.outside[rows]
+        return _Chunk(
+            heads=rows,
+            rows=rows,
+            cols=cols,
+            tiles=tiles[:, first_masked:].contiguous(),
+            first_masked=first_masked,
+            touches_text=bool(in_text.any()),
+            may_attend_nothing=not bool(attends.all()),
+        )
+
+
+# -- masks as terms added to the scores ----------------------------------------------------------------------
+
+
+def _packed_tiles(mask: BlockMask) -> torch.Tensor:
+    """The mask's tiles, then one that attends all and one that attends nothing: uint8 (bq, T + 2, bk / 8)."""
+    shape = (1, *mask.tiles.shape[1:])
+    tiles = torch.cat([mask.tiles, mask.tiles.new_full(shape, 255), mask.tiles.new_zeros(shape)])
+    return tiles.transpose(0, 1).contiguous()
+
+
+def _as_bias(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bits (bq, n, bk / 8) to 0 where attended and -inf elsewhere: (bq, n, bk)."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    hidden = (packed.unsqueeze(-1) >> bits & 1 == 0).flatten(-2)
+    return torch.zeros(hidden.shape, dtype=dtype, device=packed.device).masked_fill_(hidden, -math.inf)
+
+
+def _tile_table(mask: BlockMask, dtype: torch.dtype) -> torch.Tensor:
+    """`_packed_tiles`, already expanded by `_as_bias` unless there are too many; kept in `mask.cache`."""
+    name = ("gather tiles", dtype)
+    if name not in mask.cache:
+        packed = _packed_tiles(mask)
+        small = packed.numel() * 8 * dtype.itemsize <= _BIAS_BYTES
+        mask.cache[name] = _as_bias(packed, dtype) if small else packed
+    return mask.cache[name]
+
+
+def _tile_bias(chunk: _Chunk, table: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
+    """What to add to the masked columns of a chunk: (rows, bq, L')."""
+    if table.dtype == torch.uint8:
+        bias = _as_bias(table.index_select(1, chunk.tiles.view(-1)), buffers.dtype)
+    else:
+        bias = buffers.select("bias", table, 1, chunk.tiles.view(-1))
+    return bias.view(len(bias), len(chunk.rows), -1).transpose(0, 1)
+
+
+def _text_bias(chunk: _Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What hides padded text in the masked columns, for `valid` of the chunk's heads: (heads, rows, 1, L')."""
+    (start, stop), bk = mask.text, mask.block_size[1]
+    cols = chunk.cols[:, chunk.first_masked :]
+    key = (cols.unsqueeze(-1) * bk + torch.arange(bk, device=cols.device)).flatten(1)[None, :, None]
+    hidden = (key >= start + valid.view(-1, 1, 1, 1)) & (key < stop)
+    return torch.zeros(hidden.shape, dtype=dtype, device=cols.device).masked_fill_(hidden, -math.inf)

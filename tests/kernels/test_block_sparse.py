@@ -1,0 +1,352 @@
+"""Every backend that runs on a CPU against the specification in float64, within twice plain attention's error."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from dit_accel import BlockMask
+from dit_accel.errors import UnavailableError
+from dit_accel.kernels import block_sparse, block_sparse_attention, can_run, default_block_size, support_table
+from dit_accel.kernels.block_sparse import gather, reference
+
+SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: sizes, mask and dtype."""
+
+    seq: int
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    heads: int = 2
+    dim: int = 64
+    extra_keys: int = 0
+    block_size: tuple[int, int] = (64, 16)
+    per_head: bool = False
+    text: int = 0
+    text_valid: tuple[int, ...] | None = None
+    density: float = 0.2
+    strided: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"B{self.batch}", f"H{self.heads}", f"N{self.seq}", f"D{self.dim}", SHORT[self.dtype]]
+        parts += [f"K{self.seq + self.extra_keys}"] * bool(self.extra_keys)
+        parts += ["x".join(map(str, self.block_size))]
+        parts += ["heads"] * self.per_head + ["strided"] * self.strided
+        parts += [f"T{self.text}"] * bool(self.text)
+        parts += ["valid" + "_".join(map(str, self.text_valid or ()))] * (self.text_valid is not None)
+        return "-".join(parts)
+
+    def mask(self) -> BlockMask:
+        """Random, with full blocks, absent blocks and rows that attend nothing; text in the last tokens."""
+        generator = torch.Generator().manual_seed(self.seq)
+        keys = self.seq + self.extra_keys
+        bits = (
+            torch.rand(self.heads if self.per_head else 1, self.seq, keys, generator=generator) < self.density
+        )
+        bits[:, : self.seq // 3, : keys // 2] = True
+        bits[:, self.seq // 2 :, : keys // 4] = False
+        bits[:, -1, -1] = True
+        if self.seq > 16:
+            bits[:, 9:13] = False
+            bits[:, self.seq // 2 : self.seq // 2 + self.block_size[0] * 2] &= self.seq < 200
+        if self.text:
+            bits[..., self.seq - self.text : self.seq] = True
+        bits = bits if self.per_head else bits[0]
+        text = (self.seq - self.text, self.seq) if self.text else (0, 0)
+        return BlockMask.from_token_mask(bits, self.block_size, text)
+
+    def inputs(self) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        lengths = (self.seq, self.seq + self.extra_keys, self.seq + self.extra_keys)
+        if self.strided:  # (batch, seq, heads, dim), as attention layers hold them, with a gap between tokens
+            wide = (
+                torch.randn(self.batch, n, self.heads, 2 * self.dim, generator=generator) for n in lengths
+            )
+            return [x.to(self.dtype)[..., : self.dim].transpose(1, 2) for x in wide]
+        shapes = ((self.batch, self.heads, n, self.dim) for n in lengths)
+        return [torch.randn(*shape, generator=generator).to(self.dtype) for shape in shapes]
+
+    def valid(self) -> torch.Tensor | None:
+        return None if self.text_valid is None else torch.tensor(self.text_valid)
+
+
+def plain(q, k, v, allowed, scale):
+    """Ordinary attention, all of it in the dtype of its inputs."""
+    scores = (q @ k.mT * scale).masked_fill(~allowed, -math.inf)
+    nothing = ~allowed.any(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
+
+
+def error(result, expected) -> float:
+    return (result - expected).abs().max().item()
+
+
+def check(case: Case, backend: str, with_lse: bool = True) -> None:
+    q, k, v = case.inputs()
+    mask, valid, scale = case.mask(), case.valid(), case.dim**-0.5
+    exact = [x.double() for x in (q, k, v)]
+    expected, expected_lse = reference.attention(*exact, mask, scale=scale, text_valid=valid)
+    allowed = reference.dense_mask(mask, case.heads, valid)
+    tolerance = 2 * error(plain(q, k, v, allowed, scale), expected) + torch.finfo(case.dtype).eps
+    result = block_sparse_attention(q, k, v, mask, text_valid=valid, backend=backend)
+    assert result.shape == q.shape
+    assert result.dtype == q.dtype
+    assert error(result, expected) <= tolerance
+    if not with_lse:
+        return
+    again, lse = block_sparse_attention(q, k, v, mask, text_valid=valid, backend=backend, return_lse=True)
+    assert error(again, expected) <= tolerance
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    single = [x.to(lse.dtype) for x in (q, k)]
+    plain_lse = (single[0] @ single[1].mT * scale).masked_fill(~allowed, -math.inf).logsumexp(-1)
+    finite = expected_lse.isfinite()
+    assert torch.equal(lse == -math.inf, ~finite)
+    rounding = torch.finfo(lse.dtype).eps * expected_lse[finite].abs().max().item()
+    plain_error = error(plain_lse[finite], expected_lse[finite])
+    assert error(lse[finite], expected_lse[finite]) <= 2 * plain_error + rounding
+
+
+LENGTHS = [
+    Case(n, batch=2, dtype=t) for n in (1, 63, 128, 300, 1027) for t in (torch.float32, torch.bfloat16)
+]
+VARIANTS = [
+    Case(300, torch.float16),
+    Case(300, torch.bfloat16, strided=True, batch=2),
+    Case(300, strided=True, dim=40),
+    Case(300, dim=256, heads=1),
+    Case(300, dim=8, block_size=(16, 8)),
+    Case(300, block_size=(128, 64)),
+    Case(300, torch.bfloat16, block_size=(128, 128)),
+    Case(300, heads=3, per_head=True, batch=2),
+    Case(300, torch.bfloat16, heads=3, per_head=True, text=40, text_valid=(5,)),
+    Case(300, extra_keys=77),
+    Case(300, batch=2, text=40, text_valid=(40, 0)),
+    Case(300, torch.bfloat16, batch=2, text=40, text_valid=(17, 1)),
+    Case(300, batch=2, text=40, text_valid=(3, 0), density=0.0),
+    Case(300, density=0.0),
+]
+
+
+@pytest.mark.parametrize("case", LENGTHS + VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_matches_the_specification(backend, case):
+    check(case, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(300, batch=2, block_size=(128, 64)),
+        Case(300, torch.bfloat16, strided=True, heads=3, per_head=True),
+        Case(300, batch=2, text=40, text_valid=(17, 0)),
+        Case(130, extra_keys=60),
+    ],
+    ids=str,
+)
+def test_flex_matches_the_specification(case):
+    if can_run("flex", device="cpu", dtype=case.dtype, head_dim=case.dim, block_size=case.block_size):
+        pytest.skip("FlexAttention does not run here")
+    check(case, "flex", with_lse=False)
+
+
+def test_float64_agrees():
+    case = Case(300, torch.float64, batch=2, text=40, text_valid=(17, 0))
+    q, k, v = case.inputs()
+    expected = reference.attention(q, k, v, case.mask(), scale=64**-0.5, text_valid=case.valid())
+    result = block_sparse_attention(q, k, v, case.mask(), text_valid=case.valid(), return_lse=True)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+def test_a_full_mask_is_dense_attention(dtype):
+    q, k, v = Case(257, dtype).inputs()
+    mask = BlockMask.from_token_mask(torch.ones(257, 257, dtype=torch.bool), (64, 16))
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    everything = torch.ones(257, 257, dtype=torch.bool)
+    tolerance = 2 * error(plain(q, k, v, everything, 64**-0.5), exact) + torch.finfo(dtype).eps
+    assert error(block_sparse_attention(q, k, v, mask), exact) <= tolerance
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch):
+    def poisoned(*args, _empty=torch.empty, **kwargs):
+        return _empty(*args, **kwargs).fill_(math.nan)
+
+    case = Case(300, batch=2, text=40, text_valid=(17, 0))
+    q, k, v = case.inputs()
+    expected = block_sparse_attention(q, k, v, case.mask(), text_valid=case.valid(), return_lse=True)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    result = block_sparse_attention(q, k, v, case.mask(), text_valid=case.valid(), return_lse=True)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 14, 1 << 30])
+def test_chunking_does_not_change_the_result(monkeypatch, chunk_bytes, threads):
+    monkeypatch.setattr(gather, "_CHUNK_BYTES_PER_THREAD", chunk_bytes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
+
+
+def test_many_tiles_stay_packed(monkeypatch):
+    monkeypatch.setattr(gather, "_BIAS_BYTES", 0)
+    check(Case(300, batch=2, text=20, text_valid=(20, 3)), "gather")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=SHORT.get)
+def test_without_fast_low_precision_products_fp32_is_used(monkeypatch, dtype):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    check(Case(300, dtype), "gather")
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
+def test_gradients(with_lse):
+    case = Case(100, torch.float64, batch=2, dim=16, text=10, text_valid=(4, 0), density=0.1)
+    mask, weights = case.mask(), None
+    with torch.inference_mode():  # plans made here must serve autograd later
+        block_sparse_attention(*case.inputs(), mask, text_valid=case.valid())
+    gradients = {}
+    for backend in ("gather", "reference"):
+        inputs = [x.requires_grad_() for x in case.inputs()]
+        result = block_sparse_attention(
+            *inputs, mask, text_valid=case.valid(), backend=backend, return_lse=with_lse
+        )
+        out, lse = result if with_lse else (result, None)
+        weights = torch.randn_like(out) if weights is None else weights
+        loss = (out * weights).sum()
+        if with_lse:
+            loss = loss + lse[lse.isfinite()].sum()
+        gradients[backend] = torch.autograd.grad(loss, inputs)
+    for got, expected in zip(gradients["gather"], gradients["reference"], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_plan_is_made_once_per_mask(monkeypatch):
+    case = Case(300)
+    mask, (q, k, v) = case.mask(), case.inputs()
+    first = block_sparse_attention(q, k, v, mask)
+    monkeypatch.setattr(gather, "_BlockLists", None)
+    assert torch.equal(block_sparse_attention(q, k, v, mask), first)
+
+
+def test_scale():
+    case = Case(128)
+    mask, (q, k, v) = case.mask(), case.inputs()
+    doubled = block_sparse_attention(q, k, v, mask, scale=0.25)
+    torch.testing.assert_close(doubled, block_sparse_attention(q * 2, k, v, mask))
+
+
+# -- choice of the backend -----------------------------------------------------------------------------------
+
+
+def test_auto_takes_gather_on_a_cpu_and_says_so_once(caplog):
+    block_sparse._log_choice.cache_clear()
+    case = Case(63)
+    with caplog.at_level(logging.INFO, logger="dit_accel"):
+        for _ in range(2):
+            block_sparse_attention(*case.inputs(), case.mask())
+    assert [record.message for record in caplog.records] == [
+        "block_sparse_attention on cpu, torch.float32: backend 'gather' (not triton: device is a CPU)"
+    ]
+
+
+def ask(backend="gather", device="cpu", dtype=torch.float32, head_dim=64, block_size=(64, 16), **options):
+    return can_run(backend, device=device, dtype=dtype, head_dim=head_dim, block_size=block_size, **options)
+
+
+def test_can_run():
+    assert ask("auto") is None
+    assert ask("gather", dtype=torch.float64) is None
+    assert ask("reference", device="meta") is None
+    assert "int32" in ask("gather", dtype=torch.int32)
+    assert "int32" in ask("reference", dtype=torch.int32)
+    assert "512" in ask("auto", head_dim=512)
+    assert "quantization='int8' is not available in this version" in ask("auto", quantization="int8")
+    assert "float64" in ask("flex", dtype=torch.float64)
+    assert "lse" in ask("flex", return_lse=True)
+    assert "backward" in ask("flex", requires_grad=True)
+    assert "backward" in ask("triton", requires_grad=True)
+    assert "'mps'" in ask("flex", device="mps")
+    with pytest.raises(ValueError, match=r"`backend` must be one of 'auto', 'triton', .*, got 'cudnn'"):
+        ask("cudnn")
+
+
+def test_flex_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setattr(block_sparse.flex, "_compiler", lambda: None)
+    assert "install g++ or clang++" in ask("flex")
+
+
+def test_support_table_has_a_row_per_backend_and_dtype():
+    table = support_table()
+    assert {row["backend"] for row in table} == set(block_sparse.BACKENDS)
+    assert all(row["status"] == "yes" for row in table if row["backend"] in ("gather", "reference"))
+
+
+def test_default_block_sizes_can_be_used():
+    for device in ("cpu", "cuda"):
+        query, key = default_block_size(device)
+        assert query % 16 == 0
+        assert key % 8 == 0
+
+
+def test_import_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, dit_accel.kernels as kernels\n"
+        "asked = dict(device='cuda', dtype=torch.bfloat16, head_dim=64, block_size=(128, 64))\n"
+        "print(kernels.can_run('triton', **asked))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Triton could not be imported" in run.stdout
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+THREE_HEADS = Case(128, heads=3, per_head=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda a: a.update(q=a["q"][0]), ValueError, r"`q` must have shape \(batch, heads, seq, head_dim\)"),
+        (lambda a: a.update(q=a["q"][:, :, 1:]), ValueError, "`q` has 127 tokens but .* seq_len=128"),
+        (lambda a: a.update(v=a["v"][:, :, 1:]), ValueError, "`v` has 127 tokens but .* kv_len=128"),
+        (lambda a: a.update(k=a["k"][:, :1]), ValueError, "`k` must agree with q"),
+        (lambda a: a.update(v=a["v"].half()), TypeError, "q, k and v must have one dtype"),
+        (lambda a: a.update(k=a["k"].to("meta")), ValueError, "must be on one device"),
+        (lambda a: a.update(mask=None), TypeError, "`mask` must be a dit_accel.BlockMask, got NoneType"),
+        (lambda a: a.update(mask=a["mask"].to("meta")), ValueError, r"move it once with mask.to\('cpu'\)"),
+        (lambda a: a.update(mask=THREE_HEADS.mask()), ValueError, "is for 3 heads, got .* 2"),
+        (lambda a: a.update(text_valid=torch.tensor([3])), ValueError, "the mask has no text"),
+        (lambda a: a.update(backend="cudnn"), ValueError, "`backend` must be one of"),
+        (lambda a: a.update(quantization="int8"), UnavailableError, "not available in this version"),
+        (lambda a: a.update(backend="flex", return_lse=True), UnavailableError, "'flex' cannot run"),
+        (lambda a: a.update({n: a[n].long() for n in "qkv"}), UnavailableError, "got torch.int64"),
+        (lambda a: a.update({n: a[n].repeat(1, 1, 1, 8) for n in "qkv"}), UnavailableError, "got 512"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, kind, message):
+    case = Case(128)
+    arguments = dict(zip("qkv", case.inputs(), strict=True), mask=case.mask())
+    change(arguments)
+    with pytest.raises(kind, match=message):
+        block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([3, 4]), torch.tensor([3.0]), torch.tensor(3)], ids=str)
+def test_bad_text_valid(bad):
+    case = Case(128, text=20)
+    with pytest.raises(ValueError, match=r"`text_valid` must be integers of shape \(1,\)"):
+        block_sparse_attention(*case.inputs(), case.mask(), text_valid=bad)

@@ -1,0 +1,257 @@
+"""The Triton kernel against float64: interpreted on the CPU in a child process, or compiled on a GPU.
+
+Triton reads TRITON_INTERPRET as it defines a kernel, so a process has it either interpreted or compiled. A
+child that had the variable from its start serves every case here, whatever this process imported before.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+
+from dit_accel import BlockMask
+
+triton_kernel = pytest.importorskip("dit_accel.kernels.block_sparse.triton", reason="Triton is not installed")
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SPECIAL_ROWS = (0, 5, -1)  # attend nothing where a case has empty rows
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    heads: int
+    seq_len: int
+    head_dim: int
+    dtype: str
+    kv_len: int | None = None
+    block_size: tuple[int, int] = (128, 64)
+    per_head: bool = False
+    text: tuple[int, int] = (0, 0)
+    text_valid: tuple[int, ...] | None = None
+    empty_rows: bool = False
+    layout: str = "contiguous"
+    scale: float | None = None
+
+    def __str__(self):
+        changed = [f"K{self.kv_len}"] * (self.kv_len is not None)
+        changed += ["{}x{}".format(*self.block_size)] * (self.block_size != (128, 64))
+        changed += ["heads"] * self.per_head + ["text"] * (self.text_valid is not None)
+        changed += ["empty"] * self.empty_rows + [self.layout] * (self.layout != "contiguous")
+        changed += [f"scale{self.scale}"] * (self.scale is not None)
+        sizes = f"B{self.batch}-H{self.heads}-N{self.seq_len}-D{self.head_dim}-{self.dtype}"
+        return "-".join([sizes, *changed])
+
+
+CASES = {
+    str(case): case
+    for case in (
+        Case(1, 1, 1, 64, "bf16"),
+        Case(1, 1, 63, 128, "bf16"),
+        Case(1, 1, 128, 128, "fp16", block_size=(128, 128)),
+        Case(1, 1, 1027, 64, "bf16"),
+        Case(1, 1, 128, 16, "fp32"),
+        Case(1, 1, 63, 24, "fp16", layout="permuted"),
+        Case(1, 1, 63, 1, "fp32"),
+        Case(1, 1, 130, 256, "bf16"),
+        Case(1, 1, 63, 256, "fp32"),
+        Case(1, 1, 130, 64, "fp32", empty_rows=True),
+        Case(1, 2, 300, 64, "fp16", per_head=True, empty_rows=True),
+        Case(2, 2, 130, 64, "bf16", text=(100, 130), text_valid=(30, 7)),
+        Case(2, 1, 200, 32, "fp16", text=(60, 190), text_valid=(0, 64), layout="permuted", empty_rows=True),
+        Case(2, 2, 130, 64, "fp32", per_head=True, text=(64, 128), text_valid=(1, 40), layout="permuted"),
+        Case(1, 1, 128, 64, "bf16", kv_len=300, empty_rows=True),
+        Case(2, 1, 130, 64, "fp16", kv_len=1, layout="permuted"),
+        Case(1, 1, 130, 64, "bf16", block_size=(64, 32)),
+        Case(1, 1, 130, 64, "fp16", block_size=(64, 128), text=(120, 125), text_valid=(2,)),
+        Case(1, 1, 130, 128, "bf16", block_size=(64, 64), empty_rows=True),
+        Case(2, 2, 100, 32, "fp16", layout="last-dim-strided"),
+        Case(2, 2, 100, 32, "fp16", layout="expanded"),
+        Case(1, 1, 100, 32, "fp32", scale=-0.3),
+        Case(1, 1, 100, 32, "fp32", scale=0.0, empty_rows=True),
+    )
+}
+
+
+def random_mask(case: Case) -> BlockMask:
+    """Empty, full and partial blocks, about a third of each."""
+    (bq, bk), kv_len = case.block_size, case.kv_len or case.seq_len
+    groups, rows, cols = case.heads if case.per_head else 1, -(-case.seq_len // bq), -(-kv_len // bk)
+    kind = torch.randint(3, (groups, rows, cols)).repeat_interleave(bq, 1).repeat_interleave(bk, 2)
+    mask = torch.where(kind == 2, torch.rand(kind.shape) < 0.3, kind == 1)[:, : case.seq_len, :kv_len]
+    mask[:, :, 0] = True
+    if case.empty_rows:
+        mask[:, SPECIAL_ROWS] = False
+    return BlockMask.from_token_mask(mask if case.per_head else mask[0], case.block_size, case.text)
+
+
+def random_tensor(case: Case, length: int, device: str) -> torch.Tensor:
+    """Normal numbers (batch, heads, length, head_dim) in the case's memory layout."""
+    batch, heads, head_dim = case.batch, case.heads, case.head_dim
+    shapes = {
+        "contiguous": (batch, heads, length, head_dim),
+        "permuted": (batch, length, heads, head_dim),
+        "last-dim-strided": (batch, heads, head_dim, length),
+        "expanded": (1, heads, length, head_dim),
+    }
+    x = torch.randn(shapes[case.layout], dtype=torch.float64).to(device, DTYPES[case.dtype])
+    if case.layout == "permuted":
+        return x.transpose(1, 2)
+    if case.layout == "last-dim-strided":
+        return x.transpose(2, 3)
+    return x.expand(batch, -1, -1, -1)
+
+
+def plain_attention(q, k, v, keep, scale):
+    """Attention and log-sum-exp in the inputs' own precision; rows that attend nothing: 0 and -inf."""
+    scores = ((q @ k.transpose(-1, -2)) * scale).masked_fill(~keep, float("-inf"))
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+    return scores.softmax(-1).masked_fill(~keep, 0) @ v, lse
+
+
+def compare(name: str, got, plain, oracle, eps: float):
+    """Error at most twice that of the plain implementation, plus eps relative to the largest value."""
+    finite = oracle.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
+    error, allowed = ((x.double() - oracle)[finite].abs().max() for x in (got, plain))
+    allowed = 2 * allowed + eps * oracle[finite].abs().max()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check(name: str, device: str = "cpu"):
+    """Run a case; the kernel's outputs hold NaN before it writes them."""
+    from dit_accel.kernels.block_sparse import triton as kernel
+
+    case = CASES[name]
+    torch.manual_seed(0)
+    mask = random_mask(case)
+    q, k, v = (random_tensor(case, n, device) for n in (mask.seq_len, mask.kv_len, mask.kv_len))
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    text_valid = None if case.text_valid is None else torch.tensor(case.text_valid, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, device=device).isnan().all(), "outputs are not poisoned"
+        out, lse = kernel.attention(q, k, v, mask.to(device), scale=scale, text_valid=text_valid)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert lse.shape == q.shape[:3]
+    assert lse.dtype == torch.float32
+
+    keep = mask.to_kernel_mask()[mask.group_of_heads(case.heads).long()].repeat(case.batch, 1, 1, 1)
+    for sample, valid in enumerate(case.text_valid or ()):
+        keep[sample, :, :, mask.text[0] + valid : mask.text[1]] = False
+    keep = keep.to(device)
+    plain = plain_attention(q, k, v, keep, scale)
+    oracle = plain_attention(q.double(), k.double(), v.double(), keep, scale)
+    oracle = oracle[0].nan_to_num(0.0), oracle[1]
+    empty = ~keep.any(-1)
+    assert (out[empty] == 0).all(), "out is not 0 where nothing is attended"
+    assert (lse[empty] == float("-inf")).all(), "lse is not -inf where nothing is attended"
+    compare("out", out, plain[0].nan_to_num(0.0), oracle[0], torch.finfo(q.dtype).eps)
+    compare("lse", lse, plain[1], oracle[1], torch.finfo(torch.float32).eps)
+
+
+def check_far_apart(path: str):
+    """Rows 2**23 elements apart: offsets reach 2.4e9, beyond 32 bits. The file behind them is sparse."""
+    from dit_accel.kernels.block_sparse import triton as kernel
+
+    length, stride, head_dim = 290, 2**23, 16
+    storage = torch.from_file(path, shared=True, size=length * stride, dtype=torch.float16)
+    torch.manual_seed(0)
+    near = [torch.randn(1, 1, length, head_dim, dtype=torch.float16) for _ in range(3)]
+    far = [storage.as_strided(x.shape, (1, 1, stride, 1), 1024 * i).copy_(x) for i, x in enumerate(near)]
+    mask = BlockMask.from_token_mask(torch.ones(length, length, dtype=torch.bool), (128, 64))
+    results = [kernel.attention(*qkv, mask, scale=0.25, text_valid=None) for qkv in (near, far)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b), "inputs far apart in memory give another result"
+
+
+def check_compiled():
+    """torch.compile without graph breaks, before and after the launch order is in the mask's cache."""
+    from dit_accel.kernels.block_sparse import triton as kernel
+
+    torch.manual_seed(0)
+    mask = BlockMask.from_token_mask(torch.rand(70, 70) < 0.5, (64, 32))
+    q, k, v = torch.randn(3, 1, 2, 70, 16)
+
+    def attention(q, k, v):
+        out, lse = kernel.attention(q, k, v, mask, scale=0.25, text_valid=None)
+        return out + 1, lse
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        results = compiled(q, k, v), attention(q, k, v)
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b), "compiled and eager results differ"
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Calls a function of this file, by name, in a process whose Triton interprets."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(exec, "import dit_accel, torch; torch.set_num_threads(1)").result()
+    with pool:
+        yield lambda function, *args: pool.submit(
+            exec, f"import runpy; runpy.run_path({__file__!r})[{function!r}](*{args!r})"
+        ).result()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(interpreter, name):
+    interpreter("check", name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_gpu(name):
+    check(name, "cuda")
+
+
+def test_offsets_beyond_32_bits(interpreter, tmp_path):
+    interpreter("check_far_apart", str(tmp_path / "sparse"))
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks(interpreter):
+    interpreter("check_compiled")
+
+
+def test_long_rows_of_all_heads_go_first():
+    mask = torch.eye(8, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    mask[-64:] = True
+    mask = BlockMask.from_token_mask(torch.stack([mask, mask.flip(0)]), (64, 64))
+    order, groups = triton_kernel.launch_order(mask, heads=2)
+    assert order.tolist()[:2] == [7, 8]
+    assert order[2:].tolist() == sorted(order[2:].tolist())
+    assert sorted(order.tolist()) == list(range(16))
+    assert groups.tolist() == [0, 1]
+    assert triton_kernel.launch_order(mask, heads=2)[0] is order
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "torch.float64"),
+        ({"head_dim": 512}, "head_dim must be between 1 and 256, got 512"),
+        ({"block_size": (128, 16)}, "got (128, 16)"),
+        ({"block_size": (256, 64)}, "got (256, 64)"),
+        ({}, "set TRITON_INTERPRET=1 before Python starts"),
+    ],
+    ids=["dtype", "head_dim", "key-block", "query-block", "cpu"],
+)
+def test_unavailable_says_why(change, words, monkeypatch):
+    monkeypatch.setattr(triton_kernel, "INTERPRETED", False)
+    arguments = {
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "head_dim": 64,
+        "block_size": (128, 64),
+    }
+    assert words in triton_kernel.unavailable(**(arguments | change))
