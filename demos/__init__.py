@@ -1,0 +1,1 @@
+"""Demonstrations, and the pictures that the README shows."""

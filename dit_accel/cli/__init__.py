@@ -1,0 +1,38 @@
+"""The command `dit-accel`: generation, comparison and reports from a shell.
+
+Exit codes: 0 done, 1 bad input, 2 wrong usage, 3 something asked for was unavailable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import compare, evaluate, generate, listing
+from .errors import set_debug
+
+app = typer.Typer(
+    name="dit-accel",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Faster attention for Hugging Face diffusers transformers.",
+    epilog="Exit codes: 0 done, 1 bad input, 2 wrong usage, 3 something asked for was unavailable.",
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    set_debug(debug)
+
+
+for module in (generate, compare, listing, evaluate):
+    module.register(app)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="dit-accel")

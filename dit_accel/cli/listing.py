@@ -1,0 +1,151 @@
+"""`dit-accel models | recipes | env`: what is here and what can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import reported
+from .output import JsonOption, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+def _size(size: dict[str, int]) -> str:
+    frames, height, width = size.values()
+    return f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
+
+
+@reported
+def models(json: JsonOption = False) -> None:
+    """List the bundled models, trained and ready to run."""
+    from ..pipelines import tiny
+
+    rows = [_describe_model(name, tiny.INFO[name], Path(tiny.weights_dir(name))) for name in tiny.NAMES]
+    if json:
+        return print_json({"models": rows})
+    keys = ("name", "family", "native", "demo", "megabytes", "description")
+    table = [[_size(row[key]) if key in ("native", "demo") else row[key] for key in keys] for row in rows]
+    columns = ("name", "family", "native size", "demo size", "MB", "description")
+    print_table("Bundled models; any diffusers pipeline folder or hub id works as well", columns, table)
+    return None
+
+
+def _describe_model(name: str, info: Any, folder: Path) -> dict[str, Any]:
+    axes = ("frames", "height", "width")
+    return {
+        "name": name,
+        "family": info.family,
+        "native": dict(zip(axes, info.native, strict=True)),
+        "demo": dict(zip(axes, info.demo, strict=True)),
+        "steps": info.steps,
+        "guidance": info.guidance,
+        "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 1),
+        "description": info.description,
+        "folder": folder,
+    }
+
+
+recipes = typer.Typer(
+    no_args_is_help=False,
+    invoke_without_command=True,
+    help="List the named recipes, or show one as YAML.",
+    epilog="Example: dit-accel recipes show NAME > my-recipe.yaml",
+)
+
+
+def _describe(name: str, recipe: Recipe) -> dict[str, Any]:
+    data = recipe.to_dict()
+    settings = {key: value for key, value in data.items() if key not in ("name", "family", "source")}
+    return {"name": name, "family": recipe.family, "source": recipe.source, **settings}
+
+
+def _summary(recipe: Recipe) -> str:
+    """What a recipe does, in a line."""
+    chosen = recipe.attention if isinstance(recipe.attention, dict) else {"": recipe.attention}
+    parts = [f"{selector}: {pattern}" if selector else str(pattern) for selector, pattern in chosen.items()]
+    parts += [
+        f"{name}={value}"
+        for name in ("dense_layers", "dense_steps", "quantization")
+        if (value := getattr(recipe, name)) not in (None, 0, ())
+    ]
+    return ", ".join(parts)
+
+
+@recipes.callback()
+@reported
+def list_recipes(
+    context: typer.Context,
+    family: Annotated[str | None, typer.Option("--family", help="Only this family: flux, wan, ...")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the named recipes, or show one as YAML."""
+    if context.invoked_subcommand:
+        return None
+    from .. import presets
+
+    known = presets(family)
+    if family is not None and not known:
+        families = sorted({recipe.family for recipe in presets().values() if recipe.family})
+        raise ValueError(f"no recipe is for the family {family!r}; the families are {', '.join(families)}")
+    if json:
+        return print_json({"recipes": [_describe(*item) for item in known.items()]})
+    rows = [(name, recipe.family or "any", _summary(recipe), recipe.source) for name, recipe in known.items()]
+    print_table("Recipes", ("name", "family", "what it does", "source"), rows)
+    return None
+
+
+@recipes.command(epilog="Example: dit-accel recipes show NAME > my-recipe.yaml")
+@reported
+def show(
+    name: Annotated[str, typer.Argument(help="A preset's name or a recipe file.")],
+    json: JsonOption = False,
+) -> None:
+    """Print a recipe as YAML, ready to save and edit."""
+    import yaml
+
+    from ..recipe import resolve
+
+    text = resolve(name).to_yaml()
+    if json:
+        return print_json(yaml.safe_load(text))
+    typer.echo(text.rstrip())
+    return None
+
+
+@reported
+def env(json: JsonOption = False) -> None:
+    """Show versions, devices, and which attention backends can run here and why not."""
+    from ..kernels import support_table
+    from .environment import environment
+
+    answer = environment()
+    answer["backends"] = support_table()
+    if json:
+        return print_json(answer)
+    rows = [("python", answer["python"])]
+    rows += [(name, number or "not installed") for name, number in answer["packages"].items()]
+    cpu = answer["cpu"]
+    rows += [("commit", answer["commit"] or "not a checkout"), ("platform", answer["platform"])]
+    rows += [("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")]
+    rows += [
+        ("gpu", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB")
+        for gpu in answer["gpus"]
+    ]
+    rows += [] if answer["gpus"] else [("gpu", "none")]
+    print_table("Environment", ("", ""), rows)
+    merged: dict[tuple[str, str, str], list[str]] = {}
+    for row in answer["backends"]:
+        merged.setdefault((row["backend"], row["device"], row["status"]), []).append(row["dtype"])
+    backends = [(*key[:2], ", ".join(dtypes), key[2]) for key, dtypes in merged.items()]
+    print_table("Attention backends", ("backend", "device", "dtypes", "runs here"), backends)
+    return None
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: dit-accel models --json")(models)
+    app.add_typer(recipes, name="recipes")
+    app.command(epilog="Example: dit-accel env --json")(env)

@@ -1,0 +1,92 @@
+"""Options that several commands share, and the checks that need no model."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A bundled model, a pipeline folder, or a Hugging Face hub id.")
+]
+PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, for example 512x512.")
+]
+FramesOption = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial noise.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32.")
+]
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`"640x384"` as (width, height)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
+    if not match:
+        raise ValueError(f"`--size` must be WIDTHxHEIGHT in pixels, for example 512x512, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def check_guidance(guidance: float | None) -> None:
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"`--guidance` must be a number of at least 0, got {guidance}")
+
+
+def pick_device(text: str) -> torch.device:
+    """The device meant by `--device`.
+
+    Raises:
+        UnavailableError: a device that this machine does not have.
+    """
+    import torch
+
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"`--device` must be auto, cpu, cuda or cuda:N, got {text!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(f"`--device {text}`: torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type not in ("cpu", "cuda"):
+        raise UnavailableError(f"`--device {text}`: only cpu and cuda are supported")
+    return device
+
+
+def pick_dtype(text: str, device: torch.device) -> torch.dtype:
+    """The number format meant by `--dtype`."""
+    import torch
+
+    if text not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {text!r}")
+    if text == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, text)
+
+
+def check_output(path: Path) -> Path:
+    """Refuses, before any work, an output path that cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"`--out` must name a file, got the folder {path}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"`--out {path}`: {folder} is not a folder")
+    return path
