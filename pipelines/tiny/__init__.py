@@ -1,0 +1,28 @@
+"""Small trained models of real diffusers classes, the scenes they draw and the rules that check them.
+
+``weights_dir(name)`` is an ordinary pipeline folder; ``INFO[name]`` says at which sizes and with which
+settings the model works best.
+"""
+
+from .captions import caption
+from .checker import check, score
+from .evaluate import attribute_accuracy
+from .models import SPECS as INFO
+from .models import Spec, weights_dir
+from .scenes import Scene, render, sample
+
+NAMES = tuple(INFO)
+
+__all__ = [
+    "INFO",
+    "NAMES",
+    "Scene",
+    "Spec",
+    "attribute_accuracy",
+    "caption",
+    "check",
+    "render",
+    "sample",
+    "score",
+    "weights_dir",
+]

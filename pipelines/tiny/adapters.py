@@ -1,0 +1,154 @@
+"""What training needs to know about a family: how its autoencoder, text encoders and transformer are called.
+
+Latents here are normalised as the transformer sees them, unpacked: (B, C, F, H, W) with F = 1 for images.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .models import TEXT_LENGTH, Size, Spec
+
+
+class Adapter(ABC):
+    """Trains a pipeline of one family; ``pipe`` holds the modules that are trained in place."""
+
+    crop: ClassVar[Size]  # what the autoencoder is trained on
+    text_encoders: ClassVar[tuple[str, ...]]
+    text_length: ClassVar[int] = TEXT_LENGTH
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The modules of the second stage."""
+        return {name: getattr(self.pipe, name) for name in ("transformer", *self.text_encoders)}
+
+    @abstractmethod
+    def posterior(self, pixels: torch.Tensor) -> Any:
+        """Latent distribution, not normalised, of pixels (B, 3, F, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, F, H, W) of latents that are not normalised."""
+
+    @abstractmethod
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Stores the mean and deviation of the latents, each (C,), where the pipeline looks for them."""
+
+    @abstractmethod
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the transformer sees them."""
+
+    @abstractmethod
+    def encode_text(self, captions: list[str], length: int) -> Any:
+        """The transformer's text inputs, ``length`` tokens each, with gradients."""
+
+    @abstractmethod
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
+        """Predicted noise minus latents for noisy latents (B, C, F, H, W) at noise levels ``sigma`` (B,)."""
+
+    @abstractmethod
+    def shift(self, latents: torch.Tensor) -> float:
+        """Factor s by which the scheduler moves noise levels here: u becomes s u / (1 + (s - 1) u)."""
+
+
+class FluxAdapter(Adapter):
+    crop = (1, 64, 64)
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    def posterior(self, pixels: torch.Tensor) -> Any:
+        return self.pipe.vae.encode(pixels[:, :, 0]).latent_dist
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipe.vae.decode(latents).sample.unsqueeze(2)
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        self.pipe.vae.register_to_config(
+            shift_factor=round(mean.mean().item(), 4), scaling_factor=round(1 / std.mean().item(), 4)
+        )
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipe.vae.config
+        return ((latents - config.shift_factor) * config.scaling_factor).unsqueeze(2)
+
+    def encode_text(self, captions: list[str], length: int) -> Any:
+        return self.pipe.encode_prompt(captions, captions, max_sequence_length=length)
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
+        prompt, pooled, text_ids = text
+        batch, channels, _, height, width = noisy.shape
+        packed = self.pipe._pack_latents(noisy[:, :, 0], batch, channels, height, width)
+        image_ids = self.pipe._prepare_latent_image_ids(
+            batch, height // 2, width // 2, noisy.device, torch.float32
+        )
+        output = self.pipe.transformer(
+            hidden_states=packed,
+            timestep=sigma,
+            pooled_projections=pooled,
+            encoder_hidden_states=prompt,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        scale = self.pipe.vae_scale_factor
+        return self.pipe._unpack_latents(output, height * scale, width * scale, scale).unsqueeze(2)
+
+    def shift(self, latents: torch.Tensor) -> float:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipe.scheduler.config
+        tokens = latents.shape[-2] * latents.shape[-1] // 4
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        return math.exp(calculate_shift(tokens, *lengths, config.base_shift, config.max_shift))
+
+
+class WanAdapter(Adapter):
+    crop = (9, 32, 32)
+    text_encoders = ("text_encoder",)
+
+    def posterior(self, pixels: torch.Tensor) -> Any:
+        return self.pipe.vae.encode(pixels).latent_dist
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipe.vae.decode(latents).sample
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        def rounded(values: torch.Tensor) -> list[float]:
+            return [round(value, 4) for value in values.tolist()]
+
+        self.pipe.vae.register_to_config(latents_mean=rounded(mean), latents_std=rounded(std))
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipe.vae.config
+        mean = latents.new_tensor(config.latents_mean).view(-1, 1, 1, 1)
+        return (latents - mean) / latents.new_tensor(config.latents_std).view(-1, 1, 1, 1)
+
+    def encode_text(self, captions: list[str], length: int) -> Any:
+        prompt, _ = self.pipe.encode_prompt(
+            captions, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return prompt
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
+        steps = self.pipe.scheduler.config.num_train_timesteps
+        return self.pipe.transformer(
+            hidden_states=noisy, timestep=sigma * steps, encoder_hidden_states=text, return_dict=False
+        )[0]
+
+    def shift(self, latents: torch.Tensor) -> float:
+        return self.pipe.scheduler.config.flow_shift
+
+
+ADAPTERS: dict[str, type[Adapter]] = {"flux": FluxAdapter, "wan": WanAdapter}
+
+
+def adapter(spec: Spec, pipe: Any) -> Adapter:
+    """The adapter of ``pipe``, a pipeline of ``spec``."""
+    return ADAPTERS[spec.family](pipe)

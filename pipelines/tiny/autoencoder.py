@@ -1,0 +1,76 @@
+"""First stage: the autoencoder learns to reproduce crops of scenes drawn at many sizes."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from .adapters import Adapter
+from .loop import Draw
+from .scenes import Scene, render, sample
+
+KL_WEIGHT = 3e-4
+CANVASES = (48, 64, 64, 96, 128, 192, 256, 512)
+CLIPS = (9, 17, 17, 29, 29)  # frames a moving scene takes in all
+
+
+def _crop(rng: random.Random, scene: Scene, shape: tuple[int, int, int]) -> np.ndarray:
+    """A crop (frames, height, width, 3) of ``scene``, more often than not across its object's outline."""
+    frames, height, width = shape
+    canvas = max(rng.choice(CANVASES), height)
+    total = rng.choice([clip for clip in CLIPS if clip >= frames]) if frames > 1 else 1
+    first = rng.randint(0, total - frames)
+    centre_x, centre_y = scene.centre((first + frames / 2) / total)
+    if rng.random() < 0.25:
+        centre_x, centre_y = rng.random(), rng.random()
+    else:
+        centre_x += rng.uniform(-1.2, 1.2) * scene.radius
+        centre_y += rng.uniform(-1.2, 1.2) * scene.radius
+    top = min(max(round(centre_y * canvas - height / 2), 0), canvas - height)
+    left = min(max(round(centre_x * canvas - width / 2), 0), canvas - width)
+    window = (slice(first, first + frames), slice(top, top + height), slice(left, left + width))
+    return render(scene, canvas, canvas, total, window)
+
+
+def pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """Videos (F, H, W, 3) in [0, 1] as one batch (B, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1
+
+
+def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute plus mean squared error."""
+    error = output.float() - target
+    return error.abs().mean() + error.square().mean()
+
+
+def _crops(draw: Draw, shape: tuple[int, int, int], batch: int, device: torch.device) -> torch.Tensor:
+    """Crops (B, 3, F, H, W) in [-1, 1] of random training scenes."""
+    scenes = [sample(draw.rng, video=shape[0] > 1) for _ in range(batch)]
+    return pixels([_crop(draw.rng, scene, shape) for scene in scenes]).to(device)
+
+
+def loss(adapter: Adapter, draw: Draw, batch: int, device: torch.device) -> torch.Tensor:
+    """Error of the reconstruction, plus a small share of the latents' divergence from N(0, 1)."""
+    target = _crops(draw, adapter.crop, batch, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        posterior = adapter.posterior(target)
+        mean, std = posterior.mean.float(), posterior.std.float()
+        output = adapter.decode(mean + std * draw.normal(mean.shape).to(device))
+    divergence = (mean.square() + std.square() - 2 * std.log() - 1).mean() / 2
+    return _error(output, target) + KL_WEIGHT * divergence
+
+
+def decoder_loss(adapter: Adapter, draw: Draw, clips: dict[int, int], device: torch.device) -> torch.Tensor:
+    """Error of decoding fixed latents of whole clips; ``clips`` maps numbers of frames to batch sizes.
+
+    A causal decoder carries features from clip to clip: one that saw three latent frames at most fades on the
+    fourth.
+    """
+    frames = draw.rng.choice(tuple(clips))
+    target = _crops(draw, (frames, *adapter.crop[1:]), clips[frames], device)
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad():
+            posterior = adapter.posterior(target)
+        return _error(adapter.decode(posterior.mean), target)

@@ -1,0 +1,170 @@
+"""The resumable training loop that both stages share.
+
+Every random draw of a step comes from generators seeded with (seed, stage, step), so a resumed run needs no
+saved generator state to continue exactly as an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Draw:
+    """The random generators of one training step (or of one data set: any key that ``repr`` tells apart)."""
+
+    def __init__(self, *key: object):
+        seed = zlib.crc32(repr(key).encode())
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape: Iterable[int]) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=self.generator)
+
+    def uniform(self, shape: Iterable[int]) -> torch.Tensor:
+        return torch.rand(tuple(shape), generator=self.generator)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: its length, learning rate and averaging.
+
+    The rate rises linearly for ``warmup`` steps, stays, and falls to a tenth over the last share ``decay``.
+    """
+
+    name: str
+    steps: int
+    rate: float
+    warmup: int = 100
+    decay: float = 0.3
+    averaging: float = 0.998
+    weight_decay: float = 0.0
+
+    def factor(self, step: int) -> float:
+        """Learning rate at ``step`` relative to ``rate``."""
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup) * (0.1 + 0.9 * min(1.0, left))
+
+
+class Loop:
+    """Trains ``modules`` on ``loss(draw, progress)`` and keeps an exponential average of their parameters.
+
+    Args:
+        stage: What to do.
+        modules: Modules by name; parameters that do not require gradients stay as they are.
+        checkpoint: File with everything needed to resume; read at once if ``resume`` and it exists.
+        seed: Of all random draws.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        modules: dict[str, nn.Module],
+        checkpoint: Path,
+        seed: int = 0,
+        resume: bool = False,
+    ):
+        self.stage, self.modules, self.checkpoint, self.seed = stage, modules, checkpoint, seed
+        every = [parameter for module in modules.values() for parameter in module.parameters()]
+        self.parameters = [parameter for parameter in every if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay, fused=True
+        )
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.step = 0
+        if resume and checkpoint.exists():
+            self._load()
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.stage.steps
+
+    def run(
+        self,
+        loss: Callable[[Draw, float], torch.Tensor],
+        *,
+        until: int | None = None,
+        minutes: float = math.inf,
+        log_every: int = 50,
+        save_every: int = 500,
+        on_save: Callable[[], None] | None = None,
+    ) -> None:
+        """Trains to the end of the stage, step ``until`` or for ``minutes`` of processor time, then saves."""
+        until = min(until or self.stage.steps, self.stage.steps)
+        started = time.process_time()
+        losses: list[float] = []
+        while self.step < until and time.process_time() - started < 60 * minutes:
+            losses.append(self._update(loss))
+            if self.step % log_every == 0:
+                spent = (time.process_time() - started) / len(losses)
+                recent = losses[-log_every:]
+                mean = sum(recent) / len(recent)
+                place = f"{self.stage.name} {self.step}/{self.stage.steps}"
+                print(f"{place}: loss {mean:.4f}, {spent:.2f} s of processor time per step", flush=True)
+            if self.step % save_every == 0 or self.step == until:
+                self.save()
+                if on_save is not None:
+                    on_save()
+        if self.step < until:
+            self.save()
+
+    def _update(self, loss: Callable[[Draw, float], torch.Tensor]) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.rate * self.stage.factor(self.step)
+        value = loss(Draw(self.seed, self.stage.name, self.step), self.step / self.stage.steps)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        weight = 1 - min(self.stage.averaging, self.step / (self.step + 10))
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], weight)
+        return value.item()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the modules hold the averaged parameters."""
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self.adopt_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, trained)
+
+    def adopt_average(self) -> None:
+        """Puts the averaged parameters into the modules."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+
+    def save(self) -> None:
+        """Writes the checkpoint; an interrupted write leaves the previous one."""
+        state = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "average": self.average,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.average, state["average"])
+        self.step = state["step"]

@@ -1,0 +1,199 @@
+"""Trains a bundled model: first its autoencoder, then its transformer and text encoders.
+
+Both stages resume from checkpoints in the run folder; the pipeline folder is replaced whole at every save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from . import autoencoder
+from .adapters import Adapter, adapter
+from .flow import Diet, Flow, set_statistics
+from .loop import Loop, Stage
+from .models import Spec, spec, weights_dir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained: batches shrink with size, so that most steps cost about the same."""
+
+    autoencoder: Stage
+    crops: int
+    flow: Stage
+    diets: tuple[Diet, ...]
+    decoder: Stage | None = None  # more training for the decoder alone, on whole clips
+    clips: dict[int, int] = field(default_factory=dict)  # their frames, with batch sizes
+
+
+PLANS: dict[str, Plan] = {
+    "tiny-flux": Plan(
+        autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
+        crops=16,
+        flow=Stage("flow", steps=4400, rate=1e-3, averaging=0.998),
+        diets=(
+            Diet((1, 64, 64), 32, 8192, ((0.0, 1.0), (0.6, 0.6))),
+            Diet((1, 64, 96), 24, 1024, ((0.2, 0.04),)),
+            Diet((1, 96, 64), 24, 1024, ((0.2, 0.04),)),
+            Diet((1, 128, 128), 8, 1024, ((0.1, 0.1), (0.6, 0.15))),
+            Diet((1, 192, 128), 6, 384, ((0.4, 0.05),)),
+            Diet((1, 256, 256), 2, 512, ((0.3, 0.05), (0.6, 0.1))),
+            Diet((1, 384, 384), 1, 96, ((0.6, 0.03),)),
+            Diet((1, 512, 512), 1, 96, ((0.6, 0.04), (0.85, 0.06))),
+        ),
+    ),
+    "tiny-wan": Plan(
+        autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
+        crops=8,
+        flow=Stage("flow", steps=2200, rate=1.5e-3, averaging=0.998),
+        diets=(
+            Diet((1, 48, 48), 64, 6144, ((0.0, 0.7), (0.5, 0.3), (0.7, 0.1))),
+            Diet((9, 48, 48), 24, 2048, ((0.0, 0.3), (0.5, 0.35), (0.7, 0.2))),
+            Diet((17, 64, 64), 8, 1024, ((0.35, 0.15), (0.5, 0.5))),
+            Diet((17, 128, 128), 2, 96, ((0.5, 0.05), (0.7, 0.12))),
+            Diet((17, 128, 192), 1, 48, ((0.7, 0.03),)),
+            Diet((29, 256, 256), 1, 24, ((0.75, 0.03), (0.85, 0.05))),
+        ),
+        decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
+        clips={17: 4, 29: 2},
+    ),
+}
+
+
+def device(name: str = "auto") -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def export(pipe, model: Spec, folder: Path, half: bool = True) -> None:
+    """Saves ``pipe`` as a pipeline folder, replacing ``folder`` only once it is complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    kept = {name: {k: v.clone() for k, v in getattr(pipe, name).state_dict().items()} for name in dtypes}
+    try:
+        if half:
+            pipe.to(torch.float16)
+        pipe.save_pretrained(partial, safe_serialization=True)
+    finally:
+        for name, dtype in dtypes.items():
+            getattr(pipe, name).to(dtype).load_state_dict(kept[name])
+    _portable(partial)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _portable(folder: Path) -> None:
+    """Names the tokenizer class as all transformers releases know it, and the dtype to compute in."""
+    for path in [folder / "model_index.json", *folder.glob("*/tokenizer_config.json")]:
+        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("torch_dtype", None)
+        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+
+
+class Training:
+    """Both stages of one model.
+
+    Args:
+        name: Of a bundled model.
+        run: Folder of checkpoints and encoded scenes.
+        out: Pipeline folder to write; None for the bundled one.
+        steps: Of the second stage, instead of the plan's.
+        plan: Instead of the model's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Path,
+        out: Path | None = None,
+        *,
+        seed: int = 0,
+        resume: bool = False,
+        steps: int | None = None,
+        device: torch.device | None = None,
+        plan: Plan | None = None,
+    ):
+        self.spec = spec(name)
+        self.plan = plan or PLANS[name]
+        if steps is not None:
+            self.plan = replace(self.plan, flow=replace(self.plan.flow, steps=steps))
+        self.run_folder, self.out, self.seed, self.resume = run, out or weights_dir(name), seed, resume
+        self.device = device or torch.device("cpu")
+        if not resume:
+            shutil.rmtree(run, ignore_errors=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.pipe = self.spec.build().to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.adapter: Adapter = adapter(self.spec, self.pipe)
+
+    def run(self, minutes: float = math.inf, until: int | None = None) -> Loop:
+        """Trains what is left, at most for ``minutes`` per stage; returns the last stage's loop."""
+        loop = self.autoencoder(minutes)
+        if loop.done and self.plan.decoder is not None:
+            loop = self.decoder(minutes)
+        return self.flow(minutes, until) if loop.done else loop
+
+    def autoencoder(self, minutes: float = math.inf) -> Loop:
+        loop = self._loop(self.plan.autoencoder, {"vae": self.pipe.vae})
+        loop.run(
+            lambda draw, progress: autoencoder.loss(self.adapter, draw, self.plan.crops, self.device),
+            minutes=minutes,
+            log_every=20,
+            save_every=100,
+        )
+        loop.adopt_average()
+        self.pipe.vae.requires_grad_(False)
+        if loop.done:
+            set_statistics(self.adapter, self.spec.native, self.seed, self.device)
+        return loop
+
+    def decoder(self, minutes: float = math.inf) -> Loop:
+        """Trains the decoder on, the latents as they are."""
+        modules = {"decoder": self.pipe.vae.decoder, "post_quant_conv": self.pipe.vae.post_quant_conv}
+        for module in modules.values():
+            module.requires_grad_(True)
+        for attention in self.pipe.vae.decoder.mid_block.attentions:
+            attention.requires_grad_(False)
+        loop = self._loop(self.plan.decoder, modules)
+        loop.run(
+            lambda draw, progress: autoencoder.decoder_loss(self.adapter, draw, self.plan.clips, self.device),
+            minutes=minutes,
+            log_every=20,
+            save_every=100,
+        )
+        loop.adopt_average()
+        self.pipe.vae.requires_grad_(False)
+        return loop
+
+    def flow(self, minutes: float = math.inf, until: int | None = None) -> Loop:
+        """Trains the second stage on the autoencoder as it is."""
+        loop = self._loop(self.plan.flow, self.adapter.trained)
+        loss = Flow(self.adapter, self.plan.diets, self.run_folder, self.seed, self.device)
+
+        def save() -> None:
+            with loop.averaged():
+                export(self.pipe, self.spec, self.out)
+
+        if loop.done:
+            save()
+        loop.run(loss, minutes=minutes, until=until, on_save=save)
+        return loop
+
+    def _loop(self, stage: Stage, modules: dict[str, torch.nn.Module]) -> Loop:
+        return Loop(stage, modules, self.run_folder / f"{stage.name}.pt", self.seed, self.resume)

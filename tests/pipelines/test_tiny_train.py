@@ -1,0 +1,139 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dit_accel.pipelines.tiny.adapters import adapter
+from dit_accel.pipelines.tiny.flow import Diet
+from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
+from dit_accel.pipelines.tiny.models import SPECS, spec
+from dit_accel.pipelines.tiny.train import PLANS, Training
+
+SIZES = {"tiny-flux": (1, 32, 32), "tiny-wan": (5, 32, 32)}
+
+
+def short_plan(name: str, steps: int):
+    plan = PLANS[name]
+    return replace(
+        plan,
+        autoencoder=replace(plan.autoencoder, steps=1),
+        crops=1,
+        flow=replace(plan.flow, steps=steps, warmup=1),
+        diets=(Diet(SIZES[name], 2, 4, ((0.0, 1.0),)),),
+    )
+
+
+def training(name: str, folder, resume: bool = False, steps: int = 3) -> Training:
+    plan = short_plan(name, steps)
+    return Training(name, folder / "run", folder / "out", resume=resume, plan=plan)
+
+
+def trained(run: Training) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in run.adapter.trained.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(name, tmp_path):
+    whole = training(name, tmp_path / "whole")
+    whole.run()
+    training(name, tmp_path / "parts").run(until=1)
+    rest = training(name, tmp_path / "parts", resume=True)
+    assert rest.run().step == 3
+    expected, actual = trained(whole), trained(rest)
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, actual[key]), key
+
+
+@pytest.mark.slow
+def test_training_leaves_a_pipeline_folder_that_loads(tmp_path):
+    from diffusers import FluxPipeline
+
+    training("tiny-flux", tmp_path, steps=1).run()
+    pipe = FluxPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", height=32, width=48, num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, 32, 48, 3)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".old")]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_noise_levels_move_as_in_the_sampler(name):
+    """Uniform levels, shifted as in training, are the sampler's own."""
+    pipe = spec(name).build()
+    family = adapter(spec(name), pipe)
+    frames, height, width = spec(name).demo
+    latents = torch.zeros(1, 1, (frames - 1) // 4 + 1, height // 4, width // 4)
+    shift = family.shift(latents)
+    uniform = torch.linspace(1, 1 / 20, 20)
+    expected = shift * uniform / (1 + (shift - 1) * uniform)
+    if name == "tiny-flux":
+        tokens = height * width // 64
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = pipe.scheduler.config
+        mu = calculate_shift(
+            tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        pipe.scheduler.set_timesteps(sigmas=uniform.tolist(), mu=mu)
+    else:
+        pipe.scheduler.set_timesteps(20)
+    # UniPC starts a thousandth below 1 and spaces its levels accordingly.
+    assert torch.allclose(pipe.scheduler.sigmas[:20].float(), expected, atol=2e-2)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    stage = Stage("any", steps=1000, rate=1.0, warmup=100, decay=0.3)
+    assert stage.factor(0) == pytest.approx(0.01)
+    assert stage.factor(100) == stage.factor(699) == 1
+    assert stage.factor(850) == pytest.approx(0.55)
+    assert stage.factor(1000) == pytest.approx(0.1)
+
+
+def test_averages_are_swapped_in_and_out(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    loop = Loop(Stage("any", steps=5, rate=0.1, warmup=1), {"model": model}, tmp_path / "any.pt")
+    loop.run(lambda draw, progress: model(draw.normal((4, 2))).square().mean())
+    kept = model.weight.clone()
+    with loop.averaged():
+        assert torch.equal(model.weight, loop.average[0])
+        assert not torch.equal(model.weight, kept)
+    assert torch.equal(model.weight, kept)
+
+
+def test_minutes_end_a_run_early_and_keep_its_checkpoint(tmp_path):
+    model = nn.Linear(2, 1)
+    loop = Loop(Stage("any", steps=5, rate=0.1), {"model": model}, tmp_path / "any.pt")
+    loop.run(lambda draw, progress: model(draw.normal((4, 2))).square().mean(), minutes=0)
+    assert not loop.done
+    assert (tmp_path / "any.pt").exists()
+
+
+def test_draws_depend_on_every_part_of_their_key():
+    first = Draw(0, "flow", 1)
+    assert torch.equal(first.normal((3,)), Draw(0, "flow", 1).normal((3,)))
+    for other in (Draw(1, "flow", 1), Draw(0, "vae", 1), Draw(0, "flow", 2)):
+        assert not torch.equal(Draw(0, "flow", 1).normal((3,)), other.normal((3,)))
+
+
+def test_diets_change_with_progress():
+    diet = Diet((1, 64, 64), 1, 1, ((0.2, 0.5), (0.6, 0.1)))
+    assert [diet.weight(progress) for progress in (0.0, 0.2, 0.5, 0.6, 1.0)] == [0.0, 0.5, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_plans_end_on_the_demo_size_and_always_have_something_to_train_on(name):
+    plan = PLANS[name]
+    assert any(diet.size == SPECS[name].demo and diet.weight(1.0) > 0 for diet in plan.diets)
+    assert all(sum(diet.weight(step / 100) for diet in plan.diets) > 0 for step in range(101))
