@@ -113,16 +113,9 @@ def compile_case(case: Case) -> Row:
     q = torch.empty(2, 300, 3, case.head_dim, dtype=DTYPES[case.dtype]).transpose(1, 2)
     text_valid = torch.zeros(2, dtype=torch.int32) if case.text else None
     order, groups = kernel.launch_order(mask, heads=3)
-    tables = (
-        mask.full_ptr,
-        mask.full_idx,
-        mask.part_ptr,
-        mask.part_idx,
-        mask.part_tile,
-        mask.tiles.view(torch.int32),
-    )
     grid, args, options = kernel.launch_arguments(
-        q, q, q, q, torch.empty(2, 3, 300), order, groups, *tables, text_valid,
+        q, q, q, q, torch.empty(2, 3, 300), order, groups, mask.full_ptr, mask.full_idx,
+        mask.part_ptr, mask.part_idx, mask.part_tile, mask.tiles.view(torch.int32), text_valid,
         case.head_dim**-0.5, case.block_size, mask.text, chip.capability,
     )  # fmt: skip
     with pretend_gpu(chip.capability):
