@@ -1,10 +1,10 @@
 """Times block-sparse attention against SDPA on this CPU: `python -m dit_accel.evals.bench`, or `make bench`.
 
-One run, A B A B: every case calls the two in turn and takes medians. A kernel is first checked against float64
-on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and is not timed if
-it fails. Rows are appended to `bench_cpu.csv`, the table goes to `bench_cpu.md`, both under `evals/results`;
-`--quick` runs the shorter sequence only, a few times, and writes nothing unless given `--out`. Exits with 1 if a
-check or a goal fails.
+One run, A B A B: every case calls the two in turn and takes medians. A kernel is first checked against
+float64 on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and is not
+timed if it fails. Rows are appended to `bench_cpu.csv`, the table goes to `bench_cpu.md`, both under
+`evals/results`; `--quick` runs the shorter sequence only, a few times, and writes nothing unless given `--out`.
+Exits with 1 if a check or a goal fails.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ kept in `mask.cache`.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,11 +22,12 @@ from dit_accel.blockmask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_BYTES_PER_THREAD = 2 << 20  # scores and gathered keys or values of one chunk
+_CHUNK_BYTES_CPU = 2 << 20  # scores and gathered keys or values of one chunk
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 _PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
 _LOG2_E = math.log2(math.e)
+_SMALL = 64  # powers of two within +-64 and their sums stay far inside the range of fp32
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,7 +52,7 @@ def attention(
     to it), but computed in fp32 where lse is wanted or a CPU has no fast matrix product of that dtype.
     """
     batch, heads, _, dim = q.shape
-    (bq, bk), (rows, cols) = mask.block_size, (mask.num_rows, mask.num_cols)
+    bq, bk = mask.block_size
     dtype = _compute_dtype(q, return_lse)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with torch.inference_mode(False):  # what is kept must be usable under autograd later
@@ -58,44 +61,103 @@ def attention(
     q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
     out = torch.zeros_like(q_blocks)
     lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
-    buffers = _Buffers(q.device, dtype, reuse=not grad)
-    bias = biased = None
-    for chunk in chunks:
+    shift = grad or not _scores_are_small(q, k, scale)
+    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, shift, table, out, lse)
+    _run(job, chunks)
+    shape = (batch, heads, mask.num_rows * bq)
+    out = out.view(*shape, dim)[:, :, : mask.seq_len].to(q.dtype)
+    return out, lse.view(shape)[:, :, : mask.seq_len] if return_lse else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One call: blocked inputs, what to do with them, and the outputs that chunks fill in."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: BlockMask
+    heads: int
+    scale: float
+    text_valid: torch.Tensor | None
+    grad: bool
+    shift: bool  # whether softmax must subtract the largest score
+    table: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+
+    def compute(self, chunk: _Chunk, buffers: _Buffers) -> None:
+        """Attend from the query blocks of one chunk."""
+        bias = _tile_bias(chunk, self.table, buffers) if chunk.tiles.numel() else None
+        for heads in chunk.heads:
+            self._compute(chunk, heads, bias, buffers)
+
+    def _compute(
+        self, chunk: _Chunk, heads: torch.Tensor, bias: torch.Tensor | None, buffers: _Buffers
+    ) -> None:
+        (bq, bk), dtype = self.mask.block_size, self.q.dtype
+        dim = self.q.shape[1] // bq
         count, listed = chunk.cols.shape
-        length, batches = listed * bk, len(chunk.heads) * count
-        row = (chunk.heads[:, None] * rows + chunk.rows).view(-1)
-        key = (chunk.heads[:, None] * cols + chunk.cols.view(-1)).view(-1)
-        chunk_q = q_blocks.index_select(0, row).view(batches, bq, dim)
-        chunk_k = buffers.select("kv", k_blocks, 0, key).view(batches, length, dim)
+        length, batches = listed * bk, len(heads) * count
+        row = (heads[:, None] * self.mask.num_rows + chunk.rows).view(-1)
+        key = (heads[:, None] * self.mask.num_cols + chunk.cols.view(-1)).view(-1)
+        q = self.q.index_select(0, row).view(batches, bq, dim)
+        k = buffers.select("kv", self.k, 0, key).view(batches, length, dim)
         scores = buffers.take("scores", batches, bq, length)
-        factor = scale * _LOG2_E if _in_base_2(dtype, grad) else scale
-        ignored = chunk_q.new_zeros(()) if scores is None else scores  # because of beta=0
-        scores = torch.baddbmm(ignored, chunk_q, chunk_k.mT, beta=0, alpha=factor, out=scores)
+        factor = self.scale * _LOG2_E if _in_base_2(dtype, self.grad) else self.scale
+        ignored = q.new_zeros(()) if scores is None else scores  # because of beta=0
+        scores = torch.baddbmm(ignored, q, k.mT, beta=0, alpha=factor, out=scores)
         masked = scores.view(-1, count, bq, length)[..., chunk.first_masked * bk :]  # [heads, rows, bq, L']
-        if chunk.tiles.numel():
-            if chunk.tiles is not biased:  # the chunk before may be the same rows for other heads
-                bias, biased = _tile_bias(chunk, table, buffers), chunk.tiles
+        if bias is not None:
             masked.add_(bias)
-        hides_text = text_valid is not None and chunk.touches_text
+        hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
-            masked.add_(_text_bias(chunk, mask, text_valid.to(q.device)[chunk.heads // heads], dtype))
+            masked.add_(_text_bias(chunk, self.mask, self.text_valid[heads // self.heads], dtype))
         dead = None
         if chunk.may_attend_nothing or hides_text:
             dead = scores.amax(-1, keepdim=True) == -math.inf
             scores.masked_fill_(dead, 0.0)
-        chunk_v = buffers.select("kv", v_blocks, 0, key).view(batches, length, dim)  # over K, still in cache
-        result, chunk_lse = _attend(scores, chunk_v, grad, return_lse)
-        result = result if dead is None else result.masked_fill(dead, 0.0)
-        out.index_copy_(0, row, result.view(-1, bq * dim))
-        if return_lse:
-            chunk_lse = chunk_lse if dead is None else chunk_lse.masked_fill(dead, -math.inf)
-            lse.index_copy_(0, row, chunk_lse.view(-1, bq))
-    out = out.view(batch, heads, rows * bq, dim)[:, :, : mask.seq_len].to(q.dtype)
-    return out, lse.view(batch, heads, rows * bq)[:, :, : mask.seq_len] if return_lse else None
+        v = buffers.select("kv", self.v, 0, key).view(batches, length, dim)  # over K, still in cache
+        out, lse = _attend(scores, v, self.grad, self.shift, self.lse is not None)
+        out = out if dead is None else out.masked_fill(dead, 0.0)
+        self.out.index_copy_(0, row, out.view(-1, bq * dim))
+        if lse is not None:
+            lse = lse if dead is None else lse.masked_fill(dead, -math.inf)
+            self.lse.index_copy_(0, row, lse.view(-1, bq))
+
+
+def _run(job: _Job, chunks: list[_Chunk]) -> None:
+    """Compute all chunks; on a CPU each thread takes whole ones, without the barriers of parallel operators."""
+    threads = min(torch.get_num_threads(), len(chunks)) if job.q.device.type == "cpu" else 1
+    waiting, inference = deque(chunks), torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        buffers = _Buffers(job.q.device, job.q.dtype, reuse=not job.grad)
+        with torch.inference_mode(inference):
+            while waiting:
+                try:
+                    chunk = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                job.compute(chunk, buffers)
+
+    if threads < 2 or job.grad:
+        work()
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that start now
+    try:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(work) for _ in range(threads - 1)]
+            work()
+        for other in others:
+            other.result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _attend(
-    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool
+    scores: torch.Tensor, v: torch.Tensor, grad: bool, shift: bool, want_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scores) v and, if wanted, lse (B, bq, 1); overwrites the scores unless gradients are needed."""
     if grad:
@@ -103,10 +165,16 @@ def _attend(
     if not _in_base_2(scores.dtype, grad):
         out = scores if scores.device.type == "cpu" else torch.empty_like(scores)
         return torch.bmm(torch.ops.aten._softmax.out(scores, -1, False, out=out), v), None
-    top = scores.amax(-1, keepdim=True)
-    torch.exp2(scores.sub_(top), out=scores)
+    top = scores.amax(-1, keepdim=True) if shift else scores.new_zeros(())
+    torch.exp2(scores.sub_(top) if shift else scores, out=scores)
     total = scores.sum(-1, keepdim=True)
     return torch.bmm(scores, v).div_(total), (top + total.log2()) / _LOG2_E if want_lse else None
+
+
+def _scores_are_small(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
+    """Whether no score can be large enough to need the usual shift by the largest one, by Cauchy and Schwarz."""
+    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (q, k)]
+    return bool(longest[0] * longest[1] * abs(scale) * _LOG2_E < _SMALL)
 
 
 def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
@@ -151,14 +219,14 @@ class _Buffers:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Query blocks computed together, for some heads; lists of key blocks are padded to one length.
+    """Query blocks computed together; their lists of key blocks are padded to one length.
 
-    `heads` counts through batch and heads: int64 (n,). `rows` are query blocks: int64 (r,). `cols` are key
-    blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from `first_masked` on: int32
-    (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
+    `heads` counts through batch and heads: int64 (n,) for each round. `rows` are query blocks: int64 (r,). `cols` are key
+    blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from `first_masked` on:
+    int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
     """
 
-    heads: torch.Tensor
+    heads: tuple[torch.Tensor, ...]
     rows: torch.Tensor
     cols: torch.Tensor
     tiles: torch.Tensor
@@ -170,21 +238,19 @@ class _Chunk:
 def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[_Chunk]:
     """Chunks that cover every query block that has keys, for all samples and heads; kept in `mask.cache`."""
     on_cpu = mask.device.type == "cpu"
-    threads = torch.get_num_threads() if on_cpu else 1
-    name = ("gather", batch, heads, dim, dtype, threads)
+    name = ("gather", batch, heads, dim, dtype)
     if name not in mask.cache:
-        limit = threads * _CHUNK_BYTES_PER_THREAD if on_cpu else _CHUNK_BYTES_ACCELERATOR
-        bytes_per_block = mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize
+        limit = _CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR
+        limit_in_blocks = limit // (mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize)
         lists, group_of_head = _BlockLists(mask), mask.group_of_heads(heads).to(mask.device)
         chunks = []
         for group in range(mask.num_groups):
             in_group = (group_of_head == group).nonzero()[:, 0]
             places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1)
-            limit_in_blocks = limit // bytes_per_block
             for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
                 chunk = lists.chunk(group, rows)
-                at_once = max(threads, limit_in_blocks // chunk.cols.numel())
-                chunks += [replace(chunk, heads=some) for some in places.split(at_once)]
+                at_once = max(1, limit_in_blocks // chunk.cols.numel())
+                chunks.append(replace(chunk, heads=places.split(at_once)))
         mask.cache[name] = chunks
     return mask.cache[name]
 
@@ -234,7 +300,7 @@ class _BlockLists:
         in_text = listed & (cols * bk < text_stop) & (cols * bk + bk > text_start)
         attends = self.attends[tiles.long()].any(1) | self.outside[rows]
         return _Chunk(
-            heads=rows,
+            heads=(),
             rows=rows,
             cols=cols,
             tiles=tiles[:, first_masked:].contiguous(),
@@ -281,7 +347,7 @@ def _tile_bias(chunk: _Chunk, table: torch.Tensor, buffers: _Buffers) -> torch.T
 
 
 def _text_bias(chunk: _Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What hides padded text in the masked columns, for `valid` of the chunk's heads: (heads, rows, 1, L')."""
+    """What hides padded text in the masked columns, given each head's `valid`: (heads, rows, 1, L')."""
     (start, stop), bk = mask.text, mask.block_size[1]
     cols = chunk.cols[:, chunk.first_masked :]
     key = (cols.unsqueeze(-1) * bk + torch.arange(bk, device=cols.device)).flatten(1)[None, :, None]

@@ -2,7 +2,7 @@
 
 For query i with the set of keys J(i):
 
-    lse_i = log sum_{j in J(i)} exp(scale q_i.k_j),      out_i = sum_{j in J(i)} exp(scale q_i.k_j - lse_i) v_j
+    lse_i = log sum_{j in J(i)} exp(scale q_i.k_j),    out_i = sum_{j in J(i)} exp(scale q_i.k_j - lse_i) v_j
 
 A row with empty J(i) has out_i = 0 and lse_i = -inf.
 """

@@ -45,6 +45,7 @@ def test_limits_are_enforced():
     assert problems(case) == []
     assert problems(case, stack=32) == []
     assert problems(case, stack=40) == ["40 bytes of stack per thread, the limit is 32"]
+    assert problems(compile_report.Case("sm_90", 128, "fp32"), stack=40, instructions=()) != []
     assert problems(compile_report.Case("sm_80", 64, "fp16"), stack=136) != []
     assert problems(compile_report.Case("sm_120", 64, "fp16"), shared=99 * 1024 + 1) != []
     assert problems(case, instructions=("mma.sync",)) == ["no wgmma in the machine code"]
