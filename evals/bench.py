@@ -1,9 +1,9 @@
 """Times block-sparse attention against SDPA on this CPU: `python -m dit_accel.evals.bench`, or `make bench`.
 
 One run, A B A B: every case calls the two in turn and takes medians. A kernel is first checked against
-float64 on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and is not
-timed if it fails. Rows are appended to `bench_cpu.csv`, the table goes to `bench_cpu.md`, both under
-`evals/results`; `--quick` runs the shorter sequence only, a few times, and writes nothing unless given `--out`.
+float64 on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and is
+not timed if it fails. Rows are appended to `bench_cpu.csv`, the table goes to `bench_cpu.md`, both under
+`evals/results`; `--quick` runs the shorter sequence only, a few times, and writes nothing without `--out`.
 Exits with 1 if a check or a goal fails.
 """
 
@@ -160,7 +160,7 @@ def excess_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockM
 
 
 def interleaved(first: Callable, second: Callable, repeats: int) -> list[tuple[float, float, float]]:
-    """The 20%, 50% and 80% quantiles of the milliseconds of two calls, taken in turn after one warm-up each."""
+    """The 20%, 50% and 80% quantiles, in milliseconds, of two calls taken in turn after a warm-up each."""
     taken = ([], [])
     for repeat in range(-1, repeats):
         for run, times in zip((first, second), taken, strict=True):
@@ -251,9 +251,9 @@ def write(out: Path, results: list[Result], masks: list[dict]) -> None:
         writer.writerows(csv_rows(results, masks, here))
     size = "x".join(map(str, default_block_size("cpu")))
     intro = (
-        f"# Block-sparse attention on a CPU\n\n{here['cpu']['name']}, {here['cpu']['torch_threads']} threads, "
-        f"torch {here['packages']['torch']}, commit {here['commit']}; {HEADS} heads x {HEAD_DIM}, blocks {size}, "
-        "medians of interleaved calls. Written by `make bench`.\n\n"
+        f"# Block-sparse attention on a CPU\n\n{here['cpu']['name']}, {torch.get_num_threads()} threads, "
+        f"torch {here['packages']['torch']}, commit {here['commit']}; "
+        f"{HEADS} heads x {HEAD_DIM}, blocks {size}, interleaved medians. Written by `make bench`.\n\n"
     )
     tables = markdown(HEADINGS, [r.cells() for r in results])
     tables += "\n" + markdown(MASK_HEADINGS, [mask_cells(m) for m in masks]) if masks else ""

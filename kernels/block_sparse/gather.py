@@ -1,7 +1,7 @@
 """Block-sparse attention in plain PyTorch: gather each query block's keys, attend to them as dense batches.
 
 Query blocks are sorted by the number of keys they attend and cut into chunks whose working set stays in the
-processor's caches. A chunk is a handful of calls for all its rows and heads at once: gather K and V by
+processor's caches. A chunk is a handful of calls for its rows and as many heads as fit: gather K and V by
 block, one batched product for the scores, add the mask on the columns of partial blocks only, normalise, one
 batched product with V. What depends on the mask alone (chunks and their index lists) is planned once and
 kept in `mask.cache`.
@@ -22,12 +22,11 @@ from dit_accel.blockmask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_BYTES_CPU = 2 << 20  # scores and gathered keys or values of one chunk
+_CHUNK_BYTES_CPU = 4 << 20  # scores and gathered keys or values of one chunk
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 _PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
 _LOG2_E = math.log2(math.e)
-_SMALL = 64  # powers of two within +-64 and their sums stay far inside the range of fp32
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -61,8 +60,7 @@ def attention(
     q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
     out = torch.zeros_like(q_blocks)
     lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
-    shift = grad or not _scores_are_small(q, k, scale)
-    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, shift, table, out, lse)
+    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, table, out, lse)
     _run(job, chunks)
     shape = (batch, heads, mask.num_rows * bq)
     out = out.view(*shape, dim)[:, :, : mask.seq_len].to(q.dtype)
@@ -81,7 +79,6 @@ class _Job:
     scale: float
     text_valid: torch.Tensor | None
     grad: bool
-    shift: bool  # whether softmax must subtract the largest score
     table: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor | None
@@ -118,7 +115,7 @@ class _Job:
             dead = scores.amax(-1, keepdim=True) == -math.inf
             scores.masked_fill_(dead, 0.0)
         v = buffers.select("kv", self.v, 0, key).view(batches, length, dim)  # over K, still in cache
-        out, lse = _attend(scores, v, self.grad, self.shift, self.lse is not None)
+        out, lse = _attend(scores, v, self.grad, self.lse is not None)
         out = out if dead is None else out.masked_fill(dead, 0.0)
         self.out.index_copy_(0, row, out.view(-1, bq * dim))
         if lse is not None:
@@ -127,7 +124,7 @@ class _Job:
 
 
 def _run(job: _Job, chunks: list[_Chunk]) -> None:
-    """Compute all chunks; on a CPU each thread takes whole ones, without the barriers of parallel operators."""
+    """Compute all chunks; on a CPU each thread takes whole ones, free of parallel operators' barriers."""
     threads = min(torch.get_num_threads(), len(chunks)) if job.q.device.type == "cpu" else 1
     waiting, inference = deque(chunks), torch.is_inference_mode_enabled()
 
@@ -157,7 +154,7 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
 
 
 def _attend(
-    scores: torch.Tensor, v: torch.Tensor, grad: bool, shift: bool, want_lse: bool
+    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scores) v and, if wanted, lse (B, bq, 1); overwrites the scores unless gradients are needed."""
     if grad:
@@ -165,16 +162,10 @@ def _attend(
     if not _in_base_2(scores.dtype, grad):
         out = scores if scores.device.type == "cpu" else torch.empty_like(scores)
         return torch.bmm(torch.ops.aten._softmax.out(scores, -1, False, out=out), v), None
-    top = scores.amax(-1, keepdim=True) if shift else scores.new_zeros(())
-    torch.exp2(scores.sub_(top) if shift else scores, out=scores)
+    top = scores.amax(-1, keepdim=True)
+    torch.exp2(scores.sub_(top), out=scores)
     total = scores.sum(-1, keepdim=True)
     return torch.bmm(scores, v).div_(total), (top + total.log2()) / _LOG2_E if want_lse else None
-
-
-def _scores_are_small(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
-    """Whether no score can be large enough to need the usual shift by the largest one, by Cauchy and Schwarz."""
-    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (q, k)]
-    return bool(longest[0] * longest[1] * abs(scale) * _LOG2_E < _SMALL)
 
 
 def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
@@ -221,9 +212,9 @@ class _Buffers:
 class _Chunk:
     """Query blocks computed together; their lists of key blocks are padded to one length.
 
-    `heads` counts through batch and heads: int64 (n,) for each round. `rows` are query blocks: int64 (r,). `cols` are key
-    blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from `first_masked` on:
-    int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
+    `heads` counts through batch and heads: int64 (n,) for each round. `rows` are query blocks: int64 (r,).
+    `cols` are key blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from
+    `first_masked` on: int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
     """
 
     heads: tuple[torch.Tensor, ...]

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     train = commands.add_parser("train", help="train a bundled model (resumable)")
     train.add_argument("--minutes", type=float, default=math.inf, help="processor minutes per stage at most")
-    train.add_argument("--steps", type=int, help="length of the second stage")
+    train.add_argument("--steps", type=int, help="length of the last stage")
     train.add_argument("--resume", action="store_true", help="continue the run in --run instead of a new one")
     train.add_argument("--run", type=Path, help="folder of checkpoints (default: runs/NAME)")
     train.add_argument("--out", type=Path, help="pipeline folder to write (default: the bundled one)")

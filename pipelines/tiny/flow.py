@@ -1,4 +1,4 @@
-"""Second stage: transformer and text encoders learn rectified flow on latents of scenes at mixed sizes."""
+"""Last stage: transformer and text encoders learn rectified flow on latents of scenes at mixed sizes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Pool:
 
 
 def _weights(video: np.ndarray) -> torch.Tensor:
-    """Loss weights (1, 1, F, H, W) on the latent grid: ``OBJECT_WEIGHT`` at and next to the object, else 1."""
+    """Loss weights (1, 1, F, H, W) of latents: ``OBJECT_WEIGHT`` at and next to the object, else 1."""
     coloured = torch.from_numpy(video.max(-1) - video.min(-1) > 0.1).float()
     first, rest = coloured[:1], coloured[1:]
     groups = torch.cat([first, rest.unflatten(0, (-1, 4)).amax(1)]) if len(rest) else first

@@ -1,4 +1,4 @@
-"""The resumable training loop that both stages share.
+"""The resumable training loop that all stages share.
 
 Every random draw of a step comes from generators seeded with (seed, stage, step), so a resumed run needs no
 saved generator state to continue exactly as an uninterrupted one would.

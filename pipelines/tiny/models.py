@@ -192,7 +192,7 @@ SPECS: dict[str, Spec] = {
             native=(1, 64, 64),
             demo=(1, 512, 512),
             steps=20,
-            guidance=1.0,
+            guidance=4.0,
             build=build_flux,
         ),
         Spec(
@@ -202,7 +202,7 @@ SPECS: dict[str, Spec] = {
             native=(17, 64, 64),
             demo=(29, 256, 256),
             steps=20,
-            guidance=1.0,
+            guidance=3.0,
             build=build_wan,
         ),
     )

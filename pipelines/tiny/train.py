@@ -1,6 +1,6 @@
 """Trains a bundled model: first its autoencoder, then its transformer and text encoders.
 
-Both stages resume from checkpoints in the run folder; the pipeline folder is replaced whole at every save.
+All stages resume from checkpoints in the run folder; the pipeline folder is replaced whole at every save.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,10 @@ from . import autoencoder
 from .adapters import Adapter, adapter
 from .flow import Diet, Flow, set_statistics
 from .loop import Loop, Stage
-from .models import Spec, spec, weights_dir
+from .models import spec, weights_dir
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -36,29 +40,29 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=4400, rate=1e-3, averaging=0.998),
+        flow=Stage("flow", steps=5600, rate=1e-3, averaging=0.998),
         diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 1.0), (0.6, 0.6))),
+            Diet((1, 64, 64), 32, 8192, ((0.0, 1.0), (0.6, 0.6), (0.78, 0.35))),
             Diet((1, 64, 96), 24, 1024, ((0.2, 0.04),)),
             Diet((1, 96, 64), 24, 1024, ((0.2, 0.04),)),
-            Diet((1, 128, 128), 8, 1024, ((0.1, 0.1), (0.6, 0.15))),
+            Diet((1, 128, 128), 8, 1024, ((0.1, 0.1), (0.6, 0.15), (0.78, 0.2))),
             Diet((1, 192, 128), 6, 384, ((0.4, 0.05),)),
-            Diet((1, 256, 256), 2, 512, ((0.3, 0.05), (0.6, 0.1))),
-            Diet((1, 384, 384), 1, 96, ((0.6, 0.03),)),
-            Diet((1, 512, 512), 1, 96, ((0.6, 0.04), (0.85, 0.06))),
+            Diet((1, 256, 256), 2, 512, ((0.3, 0.05), (0.6, 0.1), (0.78, 0.25))),
+            Diet((1, 384, 384), 1, 96, ((0.6, 0.03), (0.78, 0.08))),
+            Diet((1, 512, 512), 1, 96, ((0.6, 0.04), (0.78, 0.12))),
         ),
     ),
     "tiny-wan": Plan(
         autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=2200, rate=1.5e-3, averaging=0.998),
+        flow=Stage("flow", steps=4000, rate=1.5e-3, averaging=0.998),
         diets=(
-            Diet((1, 48, 48), 64, 6144, ((0.0, 0.7), (0.5, 0.3), (0.7, 0.1))),
-            Diet((9, 48, 48), 24, 2048, ((0.0, 0.3), (0.5, 0.35), (0.7, 0.2))),
-            Diet((17, 64, 64), 8, 1024, ((0.35, 0.15), (0.5, 0.5))),
-            Diet((17, 128, 128), 2, 96, ((0.5, 0.05), (0.7, 0.12))),
-            Diet((17, 128, 192), 1, 48, ((0.7, 0.03),)),
-            Diet((29, 256, 256), 1, 24, ((0.75, 0.03), (0.85, 0.05))),
+            Diet((1, 48, 48), 64, 6144, ((0.0, 0.7), (0.35, 0.25), (0.7, 0.08))),
+            Diet((9, 48, 48), 24, 2048, ((0.0, 0.3), (0.35, 0.4), (0.7, 0.25))),
+            Diet((17, 64, 64), 8, 1024, ((0.2, 0.15), (0.35, 0.35), (0.7, 0.5))),
+            Diet((17, 128, 128), 2, 96, ((0.5, 0.05), (0.7, 0.1))),
+            Diet((17, 128, 192), 1, 48, ((0.75, 0.03),)),
+            Diet((29, 256, 256), 1, 24, ((0.8, 0.03),)),
         ),
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2},
@@ -73,15 +77,14 @@ def device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def export(pipe, model: Spec, folder: Path, half: bool = True) -> None:
-    """Saves ``pipe`` as a pipeline folder, replacing ``folder`` only once it is complete."""
+def export(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Saves ``pipe`` in half precision, replacing the pipeline folder ``folder`` only once it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     kept = {name: {k: v.clone() for k, v in getattr(pipe, name).state_dict().items()} for name in dtypes}
     try:
-        if half:
-            pipe.to(torch.float16)
+        pipe.to(torch.float16)
         pipe.save_pretrained(partial, safe_serialization=True)
     finally:
         for name, dtype in dtypes.items():
@@ -106,13 +109,13 @@ def _portable(folder: Path) -> None:
 
 
 class Training:
-    """Both stages of one model.
+    """All stages of one model.
 
     Args:
         name: Of a bundled model.
         run: Folder of checkpoints and encoded scenes.
         out: Pipeline folder to write; None for the bundled one.
-        steps: Of the second stage, instead of the plan's.
+        steps: Of the last stage, instead of the plan's.
         plan: Instead of the model's own.
     """
 
@@ -150,6 +153,7 @@ class Training:
         return self.flow(minutes, until) if loop.done else loop
 
     def autoencoder(self, minutes: float = math.inf) -> Loop:
+        """Trains the autoencoder and measures its latents."""
         loop = self._loop(self.plan.autoencoder, {"vae": self.pipe.vae})
         loop.run(
             lambda draw, progress: autoencoder.loss(self.adapter, draw, self.plan.crops, self.device),
@@ -182,17 +186,17 @@ class Training:
         return loop
 
     def flow(self, minutes: float = math.inf, until: int | None = None) -> Loop:
-        """Trains the second stage on the autoencoder as it is."""
+        """Trains transformer and text encoders, the autoencoder as it is."""
         loop = self._loop(self.plan.flow, self.adapter.trained)
         loss = Flow(self.adapter, self.plan.diets, self.run_folder, self.seed, self.device)
 
         def save() -> None:
             with loop.averaged():
-                export(self.pipe, self.spec, self.out)
+                export(self.pipe, self.out)
 
         if loop.done:
             save()
-        loop.run(loss, minutes=minutes, until=until, on_save=save)
+        loop.run(loss, minutes=minutes, until=until, save_every=250, on_save=save)
         return loop
 
     def _loop(self, stage: Stage, modules: dict[str, torch.nn.Module]) -> Loop:

@@ -21,6 +21,8 @@ def short_plan(name: str, steps: int):
         crops=1,
         flow=replace(plan.flow, steps=steps, warmup=1),
         diets=(Diet(SIZES[name], 2, 4, ((0.0, 1.0),)),),
+        decoder=plan.decoder and replace(plan.decoder, steps=1),
+        clips={9: 1},
     )
 
 

@@ -29,6 +29,7 @@ def test_the_window_slides_inward_and_covers_a_short_axis():
     assert columns.all()
 
 
+@pytest.mark.slow
 def test_the_best_order_spares_blocks_at_1080p():
     """FreeSwim's 48% of blocks at 1080p in raster order."""
     layout, pattern = TokenLayout((21, 68, 120)), InwardWindow((15, 26))
