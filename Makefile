@@ -24,7 +24,7 @@ WAN := --model tiny-wan --seed 1 --prompt 'a blue square moving left at the cent
 
 demo: env ## dense against accelerated: one image, one video, into outputs/demo
 	$(BIN)/dit-accel compare $(FLUX) --recipe tiny-flux-clear --out outputs/demo/flux.png
-	$(BIN)/dit-accel compare $(WAN) --recipe tiny-wan-radial --out outputs/demo/wan.mp4
+	$(BIN)/dit-accel compare $(WAN) --recipe tiny-wan-neighborhood --out outputs/demo/wan.mp4
 
 readme: env ## measure every preset of the bundled models and write table and picture into the README
 	$(BIN)/dit-accel compare $(FLUX) --recipe tiny-flux-clear --recipe tiny-flux-neighborhood --out outputs/readme/flux.png
