@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SCHEMA = "dit-accel/compare/1"
 DENSE = "dense"
 EXAMPLE = (
-    "Example: dit-accel compare --model tiny-wan --recipe tiny-wan-radial --out compare.gif "
+    "Example: dit-accel compare --model tiny-wan --recipe tiny-wan-neighborhood --out both.gif "
     '--prompt "a blue square moving left at the center on a plain background"'
 )
 
