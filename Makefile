@@ -26,10 +26,8 @@ demo: env ## dense against accelerated: one image, one video, into outputs/demo
 	$(BIN)/dit-accel compare $(FLUX) --recipe tiny-flux-clear --out outputs/demo/flux.png
 	$(BIN)/dit-accel compare $(WAN) --recipe tiny-wan-neighborhood --out outputs/demo/wan.mp4
 
-readme: env ## measure every preset of the bundled models and write table and picture into the README
-	$(BIN)/dit-accel compare $(FLUX) --recipe tiny-flux-clear --recipe tiny-flux-neighborhood --out outputs/readme/flux.png
-	$(BIN)/dit-accel compare $(WAN) --recipe tiny-wan-radial --recipe tiny-wan-neighborhood --out outputs/readme/wan.mp4
-	$(BIN)/python -m dit_accel.evals.readme outputs/readme/flux.json outputs/readme/wan.json
+readme: demo ## measure the demo and write its table and picture into the README
+	$(BIN)/python -m dit_accel.evals.readme outputs/demo/flux.json outputs/demo/wan.json
 
 test: env ## all tests, on both cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10
