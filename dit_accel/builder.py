@@ -25,10 +25,11 @@ def build(pattern, layout: TokenLayout, block_size: tuple[int, int], order) -> B
     permutation = resolve_order(rule, layout, block_size, order, pattern.natural_tiles(layout))
     q, k = (_Blocks.cut(rule, layout, permutation, size) for size in block_size)
     text = (layout.visual_len + layout.anchor_len, layout.seq_len)
-    full, partial = _classify(rule, q, k, unmaskable(len(k.visual), block_size[1], layout.seq_len, text))
+    never_full = unmaskable(len(k.visual), block_size[1], layout.seq_len, text)
+    full, partial = _classify(rule, q, k, never_full)
     tiles, part_tile, keep, whole = _evaluate(rule, q, k, partial)
     if whole.any():
-        promote = whole & ~unmaskable(len(k.visual), block_size[1], layout.seq_len, text)[partial[1]]
+        promote = whole & ~never_full[partial[1]]
         full = torch.cat([full, partial[:, promote]], dim=1)
         full = full[:, torch.argsort(full[0] * len(k.visual) + full[1])]
         keep &= ~promote
@@ -176,20 +177,16 @@ def resolve_order(
     cost, tile = min(
         (_tile_cost(rule, layout, tile, block_size), tile) for tile in tile_shapes(layout.grid, block_size[0])
     )
-    best = lambda: orders.tiles(layout.grid, tile)  # noqa: E731
     others = [orders.tiles(layout.grid, shape) for shape in natural_tiles]
+    if order == "auto" and layout.visual_len <= _HILBERT_UP_TO:
+        others.append(orders.hilbert(layout.grid))
+    costs = [_cost(rule, layout, permutation, block_size) for permutation in others]
+    least = min([cost, *costs])
     if order == "auto":
         raster = orders.raster(layout.grid)
-        if layout.visual_len <= _HILBERT_UP_TO:
-            others.append(orders.hilbert(layout.grid))
-        if _cost(rule, layout, raster, block_size) <= 1.02 * min(
-            [cost, *(_cost(rule, layout, p, block_size) for p in others)]
-        ):
+        if _cost(rule, layout, raster, block_size) <= 1.02 * least:
             return raster
-    for permutation in others:
-        if (other := _cost(rule, layout, permutation, block_size)) < cost:
-            cost, best = other, lambda p=permutation: p
-    return best()
+    return orders.tiles(layout.grid, tile) if least == cost else others[costs.index(least)]
 
 
 def tile_shapes(grid: tuple[int, int, int], volume: int) -> list[tuple[int, int, int]]:
