@@ -109,7 +109,8 @@ class _Job:
             masked.add_(bias)
         hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
-            masked.add_(_text_bias(chunk, self.mask, self.text_valid[heads // self.heads], dtype))
+            valid = self.text_valid.index_select(0, heads // self.heads)
+            masked.add_(_text_bias(chunk, self.mask, valid, dtype))
         dead = None
         if chunk.may_attend_nothing or hides_text:
             dead = scores.amax(-1, keepdim=True) == -math.inf
@@ -212,7 +213,7 @@ class _Buffers:
 class _Chunk:
     """Query blocks computed together; their lists of key blocks are padded to one length.
 
-    `heads` counts through batch and heads: int64 (n,) for each round. `rows` are query blocks: int64 (r,).
+    `heads` counts through batch and heads: int32 (n,) for each round. `rows` are query blocks: int64 (r,).
     `cols` are key blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from
     `first_masked` on: int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
     """
@@ -237,7 +238,7 @@ def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype)
         chunks = []
         for group in range(mask.num_groups):
             in_group = (group_of_head == group).nonzero()[:, 0]
-            places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1)
+            places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1).int()
             for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
                 chunk = lists.chunk(group, rows)
                 at_once = max(1, limit_in_blocks // chunk.cols.numel())

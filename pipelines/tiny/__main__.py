@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--resume", action="store_true", help="continue the run in --run instead of a new one")
     train.add_argument("--run", type=Path, help="folder of checkpoints (default: runs/NAME)")
     train.add_argument("--out", type=Path, help="pipeline folder to write (default: the bundled one)")
+    train.add_argument("--init", type=Path, help="pipeline folder to start the last stage from")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     train.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
@@ -57,6 +58,7 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         steps=options.steps,
         device=device(options.device),
+        init=options.init,
     ).run(options.minutes)
 
 

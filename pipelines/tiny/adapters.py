@@ -30,6 +30,21 @@ class Adapter(ABC):
         """The modules of the second stage."""
         return {name: getattr(self.pipe, name) for name in ("transformer", *self.text_encoders)}
 
+    @property
+    @abstractmethod
+    def landmark(self) -> nn.Module:
+        """The block after which visual tokens are to know where they are (see ``flow.Whereabouts``)."""
+
+    def visual(self, output: Any) -> torch.Tensor:
+        """Visual tokens (B, N, D) in what ``landmark`` returns."""
+        return output
+
+    @property
+    def width(self) -> int:
+        """Channels of a token inside the transformer."""
+        config = self.pipe.transformer.config
+        return config.num_attention_heads * config.attention_head_dim
+
     @abstractmethod
     def posterior(self, pixels: torch.Tensor) -> Any:
         """Latent distribution, not normalised, of pixels (B, 3, F, H, W) in [-1, 1]."""
@@ -62,6 +77,13 @@ class Adapter(ABC):
 class FluxAdapter(Adapter):
     crop = (1, 64, 64)
     text_encoders = ("text_encoder", "text_encoder_2")
+
+    @property
+    def landmark(self) -> nn.Module:
+        return self.pipe.transformer.transformer_blocks[-1]
+
+    def visual(self, output: Any) -> torch.Tensor:
+        return output[1]
 
     def posterior(self, pixels: torch.Tensor) -> Any:
         return self.pipe.vae.encode(pixels[:, :, 0]).latent_dist
@@ -112,6 +134,10 @@ class FluxAdapter(Adapter):
 class WanAdapter(Adapter):
     crop = (9, 32, 32)
     text_encoders = ("text_encoder",)
+
+    @property
+    def landmark(self) -> nn.Module:
+        return self.pipe.transformer.blocks[2]
 
     def posterior(self, pixels: torch.Tensor) -> Any:
         return self.pipe.vae.encode(pixels).latent_dist

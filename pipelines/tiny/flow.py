@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import Adapter
@@ -19,6 +20,7 @@ from .models import Size
 from .scenes import Scene, render, sample
 
 OBJECT_WEIGHT = 5.0  # of the small share of latents that most of a caption is about; backgrounds have 1
+PLACE_WEIGHT = 0.3
 EMPTY_PROMPT = 0.1  # share of captions dropped, for classifier-free guidance
 LONG_PROMPT = 0.02  # share of steps with prompts padded to 512 tokens, the pipelines' default
 LONG_LENGTH = 512
@@ -73,14 +75,44 @@ def _weights(video: np.ndarray) -> torch.Tensor:
     return (1 + (OBJECT_WEIGHT - 1) * near)[None, None]
 
 
+class Whereabouts(nn.Module):
+    """Auxiliary loss: how well a linear read-out of early visual tokens tells their place on the canvas.
+
+    Rotary embeddings are relative, so absolute position has to be worked out from the canvas's borders. The
+    denoising loss rewards that late and only where an object is; this one does at once, everywhere and at every
+    size. The read-out is not part of the model.
+    """
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        self.read = nn.Linear(adapter.width, 3)
+        self.tokens: torch.Tensor | None = None
+        adapter.landmark.register_forward_hook(
+            lambda module, arguments, output: setattr(self, "tokens", adapter.visual(output))
+        )
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Mean squared error for the last forward pass, which was on ``latents`` (B, C, F, H, W)."""
+        frames, height, width = latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
+        axes = [(torch.arange(size) + 0.5) * 2 / size - 1 for size in (frames, height, width)]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2).to(latents.device)
+        return (self.read(self.tokens.float()) - places).square().mean()
+
+
 class Flow:
     """The stage's loss; callable as ``Loop.run`` wants it."""
 
     def __init__(
-        self, adapter: Adapter, diets: tuple[Diet, ...], folder: Path, seed: int, device: torch.device
+        self,
+        adapter: Adapter,
+        diets: tuple[Diet, ...],
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        whereabouts: Whereabouts | None = None,
     ):
         self.adapter, self.diets, self.folder = adapter, diets, folder
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.whereabouts = seed, device, whereabouts
         self.pools: dict[Size, Pool] = {}
 
     def _pool(self, diet: Diet) -> Pool:
@@ -115,7 +147,10 @@ class Flow:
                 output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         weights = pool.weights[chosen].to(self.device)
         error = (output.float() - (noise - latents)).square()
-        return (weights * error).mean() / weights.mean()
+        loss = (weights * error).mean() / weights.mean()
+        if self.whereabouts is not None:
+            loss = loss + PLACE_WEIGHT * self.whereabouts(latents)
+        return loss
 
 
 @torch.no_grad()

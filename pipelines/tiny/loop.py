@@ -39,6 +39,8 @@ class Stage:
     """One training stage: its length, learning rate and averaging.
 
     The rate rises linearly for ``warmup`` steps, stays, and falls to a tenth over the last share ``decay``.
+    With ``muon`` the matrices of repeated blocks are trained by Muon, scaled to AdamW's step size, and
+    everything else by AdamW.
     """
 
     name: str
@@ -47,12 +49,35 @@ class Stage:
     warmup: int = 100
     decay: float = 0.3
     averaging: float = 0.998
-    weight_decay: float = 0.0
+    muon: bool = False
 
     def factor(self, step: int) -> float:
         """Learning rate at ``step`` relative to ``rate``."""
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / self.warmup) * (0.1 + 0.9 * min(1.0, left))
+
+
+def _optimizers(
+    stage: Stage, modules: dict[str, nn.Module], parameters: list[nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """The stage's optimizers; between them they train each of ``parameters`` once."""
+    matrices: list[nn.Parameter] = []
+    if stage.muon:
+        matrices = [
+            layer.weight
+            for module in modules.values()
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear)
+            and layer.weight.requires_grad
+            and any(part.isdigit() for part in name.split("."))  # in a list of blocks
+        ]
+    taken = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in parameters if id(parameter) not in taken]
+    adam = torch.optim.AdamW(rest, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon(matrices, lr=stage.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [adam, muon]
 
 
 class Loop:
@@ -76,9 +101,7 @@ class Loop:
         self.stage, self.modules, self.checkpoint, self.seed = stage, modules, checkpoint, seed
         every = [parameter for module in modules.values() for parameter in module.parameters()]
         self.parameters = [parameter for parameter in every if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay, fused=True
-        )
+        self.optimizers = _optimizers(stage, modules, self.parameters)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.step = 0
         if resume and checkpoint.exists():
@@ -118,13 +141,15 @@ class Loop:
             self.save()
 
     def _update(self, loss: Callable[[Draw, float], torch.Tensor]) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.rate * self.stage.factor(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.stage.rate * self.stage.factor(self.step)
         value = loss(Draw(self.seed, self.stage.name, self.step), self.step / self.stage.steps)
         value.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         weight = 1 - min(self.stage.averaging, self.step / (self.step + 10))
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], weight)
@@ -153,7 +178,7 @@ class Loop:
             "step": self.step,
             "average": self.average,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
@@ -164,7 +189,8 @@ class Loop:
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         with torch.no_grad():
             torch._foreach_copy_(self.average, state["average"])
         self.step = state["step"]

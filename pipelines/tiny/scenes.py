@@ -82,7 +82,7 @@ class Scene:
 
 def sample(rng: random.Random, split: Split = "train", video: bool = False) -> Scene:
     """A random scene of ``split``, every attribute uniform but for the combinations the split leaves out."""
-    jitter, radius = (0.01, (0.13, 0.155)) if video else (0.03, (0.15, 0.19))
+    jitter, radius = (0.01, (0.16, 0.19)) if video else (0.03, (0.15, 0.19))
     while True:
         scene = Scene(
             colour=rng.choice(tuple(COLOURS)),

@@ -16,7 +16,7 @@ import torch
 
 from . import autoencoder
 from .adapters import Adapter, adapter
-from .flow import Diet, Flow, set_statistics
+from .flow import Diet, Flow, Whereabouts, set_statistics
 from .loop import Loop, Stage
 from .models import spec, weights_dir
 
@@ -40,29 +40,30 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=5600, rate=1e-3, averaging=0.998),
+        flow=Stage("flow", steps=7000, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 1.0), (0.6, 0.6), (0.78, 0.35))),
-            Diet((1, 64, 96), 24, 1024, ((0.2, 0.04),)),
-            Diet((1, 96, 64), 24, 1024, ((0.2, 0.04),)),
-            Diet((1, 128, 128), 8, 1024, ((0.1, 0.1), (0.6, 0.15), (0.78, 0.2))),
-            Diet((1, 192, 128), 6, 384, ((0.4, 0.05),)),
-            Diet((1, 256, 256), 2, 512, ((0.3, 0.05), (0.6, 0.1), (0.78, 0.25))),
-            Diet((1, 384, 384), 1, 96, ((0.6, 0.03), (0.78, 0.08))),
-            Diet((1, 512, 512), 1, 96, ((0.6, 0.04), (0.78, 0.12))),
+            Diet((1, 64, 64), 32, 8192, ((0.0, 0.3),)),
+            Diet((1, 64, 96), 24, 1024, ((0.0, 0.04),)),
+            Diet((1, 96, 64), 24, 1024, ((0.0, 0.04),)),
+            Diet((1, 128, 128), 8, 1024, ((0.0, 0.12),)),
+            Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
+            Diet((1, 256, 256), 3, 512, ((0.0, 0.25),)),
+            Diet((1, 384, 384), 1, 256, ((0.0, 0.1),)),
+            Diet((1, 512, 512), 1, 256, ((0.0, 0.1), (0.5, 0.15))),
         ),
     ),
     "tiny-wan": Plan(
         autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=4000, rate=1.5e-3, averaging=0.998),
+        flow=Stage("flow", steps=9000, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 48, 48), 64, 6144, ((0.0, 0.7), (0.35, 0.25), (0.7, 0.08))),
-            Diet((9, 48, 48), 24, 2048, ((0.0, 0.3), (0.35, 0.4), (0.7, 0.25))),
-            Diet((17, 64, 64), 8, 1024, ((0.2, 0.15), (0.35, 0.35), (0.7, 0.5))),
-            Diet((17, 128, 128), 2, 96, ((0.5, 0.05), (0.7, 0.1))),
-            Diet((17, 128, 192), 1, 48, ((0.75, 0.03),)),
-            Diet((29, 256, 256), 1, 24, ((0.8, 0.03),)),
+            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.1))),
+            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.1))),
+            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55),)),
+            Diet((17, 128, 128), 2, 256, ((0.25, 0.15),)),
+            Diet((5, 256, 256), 1, 128, ((0.4, 0.1),)),
+            Diet((29, 128, 128), 1, 128, ((0.4, 0.1),)),
+            Diet((29, 256, 256), 1, 24, ((0.75, 0.015),)),
         ),
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2},
@@ -117,6 +118,7 @@ class Training:
         out: Pipeline folder to write; None for the bundled one.
         steps: Of the last stage, instead of the plan's.
         plan: Instead of the model's own.
+        init: Pipeline folder whose autoencoder is kept and whose other weights the last stage starts from.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Training:
         steps: int | None = None,
         device: torch.device | None = None,
         plan: Plan | None = None,
+        init: Path | None = None,
     ):
         self.spec = spec(name)
         self.plan = plan or PLANS[name]
@@ -139,14 +142,29 @@ class Training:
         self.device = device or torch.device("cpu")
         if not resume:
             shutil.rmtree(run, ignore_errors=True)
+        self.start = run / "init"
+        if init is not None and not self.start.exists():
+            shutil.copytree(init, self.start)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.pipe = self.spec.build().to(self.device)
+            self.pipe = self._pipeline().to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.adapter: Adapter = adapter(self.spec, self.pipe)
 
+    def _pipeline(self) -> DiffusionPipeline:
+        """A pipeline to train: new, or the one to start from."""
+        if not self.start.exists():
+            return self.spec.build()
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(self.start)
+        pipe.vae.requires_grad_(False)
+        return pipe
+
     def run(self, minutes: float = math.inf, until: int | None = None) -> Loop:
         """Trains what is left, at most for ``minutes`` per stage; returns the last stage's loop."""
+        if self.start.exists():
+            return self.flow(minutes, until)
         loop = self.autoencoder(minutes)
         if loop.done and self.plan.decoder is not None:
             loop = self.decoder(minutes)
@@ -187,8 +205,9 @@ class Training:
 
     def flow(self, minutes: float = math.inf, until: int | None = None) -> Loop:
         """Trains transformer and text encoders, the autoencoder as it is."""
-        loop = self._loop(self.plan.flow, self.adapter.trained)
-        loss = Flow(self.adapter, self.plan.diets, self.run_folder, self.seed, self.device)
+        whereabouts = Whereabouts(self.adapter).to(self.device)
+        loop = self._loop(self.plan.flow, {**self.adapter.trained, "whereabouts": whereabouts})
+        loss = Flow(self.adapter, self.plan.diets, self.run_folder, self.seed, self.device, whereabouts)
 
         def save() -> None:
             with loop.averaged():
