@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ class LayerPlan:
 def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan]:
     """What each layer does under a recipe. Raises ValueError for selectors and indices that match nothing."""
     attention = recipe.attention if isinstance(recipe.attention, dict) else {"all": recipe.attention}
-    dense = recipe.dense_layer_indices(len(layers))
+    indices = selectors.flat_indices(layers)
+    dense = recipe.dense_layer_indices(len(set(indices)))
     plans = []
-    for index, (name, row) in enumerate(zip(layers, selectors.assign(attention, layers, heads), strict=True)):
+    rows = selectors.assign(attention, layers, heads)
+    for name, index, row in zip(layers, indices, rows, strict=True):
         if index in dense:
             plans.append(LayerPlan(name, reason="dense_layers"))
         elif all(p is None for p in row):
@@ -60,14 +63,20 @@ def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What depends on the token geometry: the permutation of the visual tokens and each layer's mask."""
+    """What depends on the token geometry: the visual tokens' permutation, each layer's layout and mask."""
 
     layout: TokenLayout
     permutation: torch.Tensor | None
     inverse: torch.Tensor | None
+    layouts: list[TokenLayout]
     masks: list[BlockMask | None]
     densities: list[float]
     block_densities: list[float]
+
+    def over_layers(self, densities: list[float]) -> float:
+        """The density of all layers together, from one per layer."""
+        pairs = [layout.seq_len**2 for layout in self.layouts]
+        return sum(d * n for d, n in zip(densities, pairs, strict=True)) / sum(pairs)
 
 
 class Binding:
@@ -99,14 +108,9 @@ class Binding:
 
     def _check(self, device: torch.device) -> None:
         for name in self.sparse_layers:
-            original = type(self.modules[name].processor).__name__
-            if original not in self.family.originals:
-                raise UnavailableError(
-                    f"layer {name} of this {self.family.name} transformer has the attention processor "
-                    f"{original}, which accelerated layers cannot stand in for (only "
-                    f"{', '.join(self.family.originals)}); unload what installed it (such as an "
-                    "IP-Adapter), or make the layer dense"
-                )
+            reason = self.family.refusal(self.modules[name])
+            if reason is not None:
+                raise UnavailableError(f"layer {name} of this {self.family.name} transformer {reason}")
         if self.sparse_layers:
             dtype = self.transformer.dtype
             size = block_size(self.recipe, device)
@@ -128,9 +132,8 @@ class Binding:
             self.transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             self.transformer.register_forward_hook(self._after, always_call=True),
         ]
-        rotary = self.family.rotary(self.transformer)
-        if rotary is not None:
-            self._hooks.append(rotary.register_forward_hook(self._after_rotary))
+        for module, dim in self.family.placed_outputs(self.transformer).items():
+            self._hooks.append(module.register_forward_hook(partial(self._after_placed, dim)))
 
     def detach(self) -> None:
         """Put the original processors back and remove the hooks."""
@@ -151,10 +154,13 @@ class Binding:
         dense = self.recipe.is_dense_step(tick.step, tick.total)
         if self.processors:
             layout = self.family.layout(self.transformer, inputs, self._memo)
+            text_valid = self.family.text_valid(inputs, self._memo)
             self.geometry = self._geometry_of(layout, inputs["hidden_states"].device)
-            for plan, mask in zip(self.plans, self.geometry.masks, strict=True):
+            geometry = self.geometry
+            for plan, mask, own in zip(self.plans, geometry.masks, geometry.layouts, strict=True):
                 if mask is not None:
-                    self.processors[plan.name].layout = layout
+                    self.processors[plan.name].layout = own
+                    self.processors[plan.name].text_valid = text_valid
                     self.processors[plan.name].route = DENSE if dense else mask
             if self.geometry.permutation is not None and (not dense or self._keeps_tokens()):
                 self._check_cache()
@@ -176,8 +182,12 @@ class Binding:
         self._moved = None
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
 
-    def _after_rotary(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-        return None if self._moved is None else tuple(self._permute(table, 1) for table in output)
+    def _after_placed(self, dim: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._moved is None:
+            return None
+        if isinstance(output, torch.Tensor):
+            return self._permute(output, dim)
+        return tuple(self._permute(tensor, dim) for tensor in output)
 
     def _permute(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         return tensor.index_select(dim, self._moved.permutation.to(tensor.device))
@@ -227,23 +237,30 @@ class Binding:
         """Masks of all layers, in the order that suits the first sparse pattern."""
         size = block_size(self.recipe, device)
         order: Any = self.recipe.order
-        by_pattern: dict[Pattern, BlockMask] = {}
-        for pattern in sorted(
-            (p for plan in self.plans for p in plan.patterns), key=lambda p: isinstance(p, Dense)
-        ):
-            if pattern not in by_pattern:
-                by_pattern[pattern] = pattern.block_mask(layout, size, order=order, device=device)
-                order = visual_permutation(by_pattern[pattern], layout)
-        by_heads: dict[tuple, BlockMask | None] = {(): None}
-        for plan in self.plans:
-            if plan.heads not in by_heads:
-                by_heads[plan.heads] = join_heads(by_pattern, plan.heads)
-        masks = [by_heads[plan.heads] for plan in self.plans]
+        leading = self.family.leading(self.transformer, layout)
+        layouts = [self.family.layer_layout(plan.name, layout) for plan in self.plans]
+        used = [(p, own) for plan, own in zip(self.plans, layouts, strict=True) for p in plan.patterns]
+        by_pattern: dict[TokenLayout, dict[Pattern, BlockMask]] = {own: {} for own in layouts}
+        for pattern, own in sorted(used, key=lambda pair: isinstance(pair[0], Dense)):
+            if pattern not in by_pattern[own]:
+                mask = pattern.block_mask(own, size, order=order, device=device)
+                found = visual_permutation(mask, own)
+                order = leading_first(found, leading)
+                if not torch.equal(order, found):
+                    mask = pattern.block_mask(own, size, order=order, device=device)
+                by_pattern[own][pattern] = mask
+        by_heads: dict[tuple, BlockMask | None] = {((), own): None for own in layouts}
+        keys = [(plan.heads, own) for plan, own in zip(self.plans, layouts, strict=True)]
+        for heads, own in keys:
+            if (heads, own) not in by_heads:
+                by_heads[heads, own] = join_heads(by_pattern[own], heads)
+        masks = [by_heads[key] for key in keys]
         in_place = torch.equal(order, torch.arange(layout.visual_len))
         return Geometry(
             layout=layout,
             permutation=None if in_place else order.to(device),
             inverse=None if in_place else torch.argsort(order).to(device),
+            layouts=layouts,
             masks=masks,
             densities=[1.0 if mask is None else mask.density for mask in masks],
             block_densities=[1.0 if mask is None else mask.block_density for mask in masks],
@@ -260,3 +277,8 @@ def visual_permutation(mask: BlockMask, layout: TokenLayout) -> torch.Tensor:
     if mask.order is None:
         return torch.arange(layout.visual_len)
     return mask.order[: layout.visual_len].cpu() - layout.visual_slice.start
+
+
+def leading_first(permutation: torch.Tensor, count: int) -> torch.Tensor:
+    """An order (n,) with the first `count` tokens of the model's own order in front, otherwise as it was."""
+    return permutation[torch.argsort((permutation >= count).int(), stable=True)]

@@ -3,13 +3,17 @@
 The grammar, with layers named by the family (FLUX: `double.0` ..., `single.0` ...; Wan: `blocks.0` ...):
 
     selector := entry ("," entry)*
-    entry    := layers | layers "/" heads | heads
+    entry    := where | where "/" heads | heads
+    where    := layers | layers "." part | part
     layers   := "all" | group | group "." range | range      a bare range counts through all layers
     heads    := "heads." range
     range    := n | first "-" last                           inclusive; a negative number counts from the end
 
+A second attention is a part of its layer: a dual layer of SD3.5 is `blocks.0` and `blocks.0.attn2`. Layers
+are counted without parts, in selectors and `dense_layers`, and naming a layer names its parts as well.
+
 Examples: `"all"`, `"double"`, `"double.0-18"`, `"single.3"`, `"blocks.-1"`, `"0-56"`, `"0-3,-1"`,
-`"heads.0-3"`, `"single/heads.0-3,single/heads.7"`.
+`"heads.0-3"`, `"single/heads.0-3,single/heads.7"`, `"attn2"`, `"blocks.0-5.attn2"`.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 
 def select(selector: str, layers: Sequence[str], heads: int) -> list[tuple[int, tuple[int, ...]]]:
-    """The (flat layer index, head indices) pairs that a selector names.
+    """The (position in `layers`, head indices) pairs that a selector names.
 
     Args:
         selector: text of the grammar above.
-        layers: names of all layers in flat order, such as `["double.0", ..., "single.37"]`.
+        layers: names of all layers in flat order, such as `["double.0", ..., "single.37"]`, parts last.
         heads: number of heads of every layer.
 
     Raises:
@@ -65,21 +69,54 @@ def assign(attention: Mapping[str, Any], layers: Sequence[str], heads: int) -> l
     return [tuple(row) for row in table]
 
 
+def flat_indices(layers: Sequence[str]) -> list[int]:
+    """The flat index of each layer; a part has that of its layer."""
+    stems = [_split(name)[0] for name in layers]
+    flat = {stem: index for index, stem in enumerate(dict.fromkeys(stems))}
+    return [flat[stem] for stem in stems]
+
+
 def groups(layers: Sequence[str]) -> dict[str, list[int]]:
     """Flat indices of the layers of each group, in order: `{"double": [0, ...], "single": [19, ...]}`."""
-    found: dict[str, list[int]] = {}
-    for index, name in enumerate(layers):
-        found.setdefault(name.partition(".")[0], []).append(index)
-    return found
+    found: dict[str, dict[int, None]] = {}
+    for index, name in zip(flat_indices(layers), layers, strict=True):
+        found.setdefault(name.partition(".")[0], {})[index] = None
+    return {group: list(members) for group, members in found.items()}
 
 
 def describe(layers: Sequence[str]) -> str:
     """The layers in the grammar's own words: `"double.0-18, single.0-37"`."""
-    return ", ".join(f"{group}.0-{len(members) - 1}" for group, members in groups(layers).items())
+    parts = [f"{name.partition('.')[0]}.{part}" for name in layers if (part := _split(name)[1])]
+    counted = [f"{group}.0-{len(members) - 1}" for group, members in groups(layers).items()]
+    return ", ".join([*counted, *dict.fromkeys(parts)])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A layer's name without its part, and the part: `("blocks.3", "attn2")`."""
+    group, number, *part = name.split(".")
+    return f"{group}.{number}", ".".join(part)
 
 
 def _layers(where: str, selector: str, layers: Sequence[str]) -> list[int]:
-    by_group = {"": list(range(len(layers))), **groups(layers)}
+    """Positions in `layers` of what an entry names."""
+    parts = [_split(name)[1] for name in layers]
+    rest, _, part = where.rpartition(".")
+    if not part or part not in parts:
+        rest, part = where, ""
+    chosen = set(_flat(rest or ("all" if part else ""), selector, layers))
+    positions = [
+        position
+        for position, index in enumerate(flat_indices(layers))
+        if index in chosen and part in ("", parts[position])
+    ]
+    if not positions:
+        raise ValueError(f"layer selector {selector!r}: no layer of {rest!r} has a part {part!r}")
+    return positions
+
+
+def _flat(where: str, selector: str, layers: Sequence[str]) -> list[int]:
+    """Flat indices of the layers that an entry names, its part left out."""
+    by_group = {"": sorted(set(flat_indices(layers))), **groups(layers)}
     if where == "all":
         return by_group[""]
     if where in by_group and where:

@@ -126,11 +126,14 @@ def _merged(rows: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
 
 
 def _key(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"layer": row["layer"].partition(".")[0]}
+    group, _, *part = row["layer"].split(".")
+    return row | {"layer": (group, *part)}
 
 
 def _cells(first: dict[str, Any], last: dict[str, Any]) -> tuple[str, ...]:
-    name = first["layer"] if first is last else f"{first['layer']}-{last['layer'].partition('.')[2]}"
+    group, number, *part = first["layer"].split(".")
+    through = "" if first is last else f"-{last['layer'].split('.')[1]}"
+    name = ".".join([group, number + through, *part])
     prefix = "" if first["transformer"] == "transformer" else f"{first['transformer']}: "
     numbers = ["?" if first[k] is None else f"{first[k]:.4f}" for k in ("density", "block_density")]
     pattern, backend = first["pattern"] or "-", first["backend"] or "-"

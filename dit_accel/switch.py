@@ -93,8 +93,8 @@ class Handle:
             self._block_density += 1
             self._dense_steps.add(tick.step)
         else:
-            self._density += sum(geometry.densities) / len(geometry.densities)
-            self._block_density += sum(geometry.block_densities) / len(geometry.block_densities)
+            self._density += geometry.over_layers(geometry.densities)
+            self._block_density += geometry.over_layers(geometry.block_densities)
 
     def __repr__(self) -> str:
         where = ", ".join(f"{name}: {type(b.transformer).__name__}" for name, b in self.bindings.items())

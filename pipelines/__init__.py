@@ -1,4 +1,4 @@
-"""Model families: what is known of FLUX and Wan, and loading of pipelines."""
+"""Model families: what is known of FLUX, SD3, Wan and HunyuanVideo, and loading of pipelines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["families", "family_of", "load"]
 
 def families() -> tuple[Family, ...]:
     """All supported model families."""
-    from . import flux, wan
+    from . import flux, hunyuan_video, sd3, wan
 
-    return flux.FAMILY, wan.FAMILY
+    return flux.FAMILY, sd3.FAMILY, wan.FAMILY, hunyuan_video.FAMILY
 
 
 def family_of(transformer: nn.Module) -> Family:

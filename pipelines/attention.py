@@ -13,6 +13,7 @@ from dit_accel.kernels import block_sparse_attention
 from dit_accel.layout import TokenLayout
 
 DENSE = "dense"
+_TENSORS_KEPT = 4
 Permute = Callable[
     [torch.Tensor, int], torch.Tensor
 ]  # (tensor, dimension of the visual tokens) -> same, reordered
@@ -22,9 +23,10 @@ class SparseProcessor:
     """Attention processor of one layer: block-sparse, or the layer's original processor at dense steps.
 
     A family fills in `project` and `output`. `route` says what this forward does: a `BlockMask`, `DENSE`, or
-    None between forwards. Projections go through the layer's own modules, so LoRA and quantized weights take
-    part. Everything stays in *kernel order*: visual tokens (already permuted where they entered the
-    transformer), then text.
+    None between forwards. `text_valid` (B,) stands for the `attention_mask` of families with padded text:
+    how many text tokens of each sample are valid. Projections go through the layer's own modules, so LoRA
+    and quantized weights take part. Everything stays in *kernel order*: visual tokens (already permuted where
+    they entered the transformer), then text.
     """
 
     def __init__(self, original: Any, backend: str = "auto"):
@@ -32,6 +34,7 @@ class SparseProcessor:
         self.backend = backend
         self.route: BlockMask | str | None = None
         self.layout: TokenLayout | None = None
+        self.text_valid: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -44,11 +47,12 @@ class SparseProcessor:
         if self.route is None:
             raise RuntimeError(
                 "an accelerated attention layer was called outside its transformer's call; call the "
-                "transformer itself (not its `forward` or its blocks), or `dit_accel.disable` it first"
+                "transformer itself (not its `forward`, its blocks, or a backward pass with gradient "
+                "checkpointing, which calls them again), or `dit_accel.disable` it first"
             )
         if isinstance(self.route, str):
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if attention_mask is not None:
+        if attention_mask is not None and self.text_valid is None:
             raise ValueError(
                 "an `attention_mask` is not supported in accelerated layers; make this layer or step dense"
             )
@@ -58,8 +62,9 @@ class SparseProcessor:
             )
         q, k, v = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         out = block_sparse_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.route, backend=self.backend
-        )
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.route,
+            text_valid=self.text_valid, backend=self.backend,
+        )  # fmt: skip
         return self.output(attn, out.transpose(1, 2).flatten(2), encoder_hidden_states)
 
     def project(
@@ -127,6 +132,18 @@ class Family:
         """
         raise NotImplementedError
 
+    def text_valid(self, inputs: dict[str, Any], memo: dict) -> torch.Tensor | None:
+        """Number of valid text tokens of each sample, integer (B,); None where text is never padded.
+
+        Raises:
+            ValueError: padding that does not come last.
+        """
+        return None
+
+    def leading(self, transformer: nn.Module, layout: TokenLayout) -> int:
+        """How many visual tokens must stay first in every order, as the model tells them by their place."""
+        return 0
+
     def enter(
         self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute
     ) -> dict:
@@ -139,13 +156,74 @@ class Family:
         """The transformer's output back in its own order."""
         raise NotImplementedError
 
-    def rotary(self, transformer: nn.Module) -> nn.Module | None:
-        """The module whose outputs, a tuple of tensors (1, S, ...), must be permuted as well, or None."""
-        return None
+    def placed_outputs(self, transformer: nn.Module) -> dict[nn.Module, int]:
+        """Modules inside whose output must be permuted as well, such as tables of the rotary embedding.
+
+        Each with the dimension of the visual tokens in its output, a tensor or a tuple of tensors.
+        """
+        return {}
+
+    def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
+        """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""
+        return layout
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why `processor` cannot stand in for this module's processor, with the remedy, or None."""
+        original = type(module.processor).__name__
+        if original in self.originals:
+            return None
+        return (
+            f"has the attention processor {original}, which accelerated layers cannot stand in for (only "
+            f"{', '.join(self.originals)}); unload what installed it (such as an IP-Adapter), or make the "
+            "layer dense"
+        )
 
 
-def project_qkv(attn: nn.Module, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """q, k, v of self-attention, each (B, S, H * D), through fused projections where the layer has them."""
-    if attn.fused_projections:
+def move_patches(
+    latents: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], move: Permute
+) -> torch.Tensor:
+    """Latents (B, C, F, H, W), or (B, C, H, W) of images, with their patches moved to other places.
+
+    There is one patch per token. Rows and columns that fill no patch are cut off, as the models do.
+    """
+    if latents.ndim == 4:
+        return move_patches(latents.unsqueeze(2), grid, patch, move).squeeze(2)
+    (f, h, w), (pf, ph, pw) = grid, patch
+    latents = latents[:, :, : f * pf, : h * ph, : w * pw]
+    batch, channels = latents.shape[:2]
+    patches = latents.reshape(batch, channels, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    tokens = move(patches.reshape(batch, f * h * w, -1), 1)
+    patches = tokens.view(batch, f, h, w, channels, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return patches.reshape(batch, channels, f * pf, h * ph, w * pw)
+
+
+def project_qkv(
+    attn: nn.Module, hidden_states: torch.Tensor, fused: bool | None = None
+) -> list[torch.Tensor]:
+    """q, k, v of self-attention, each (B, S, H * D); `fused` None: as the layer says of itself."""
+    if attn.fused_projections if fused is None else fused:
         return list(attn.to_qkv(hidden_states).chunk(3, dim=-1))
     return [attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)]
+
+
+def project_text_qkv(attn: nn.Module, text: torch.Tensor, fused: bool | None = None) -> list[torch.Tensor]:
+    """The same for the text (B, T, C) of joint attention."""
+    if attn.fused_projections if fused is None else fused:
+        return list(attn.to_added_qkv(text).chunk(3, dim=-1))
+    return [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
+
+
+def read_once(memo: dict, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+    """`read(tensor)`, kept in `memo` for the calls to come.
+
+    A run passes the same few tensors at all its steps: reading them once means no device synchronisation per
+    step.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    kept, kept_version, value = memo.get(id(tensor), (None, None, None))
+    if kept is not tensor or kept_version != version or version is None:
+        while len(memo) >= _TENSORS_KEPT:
+            del memo[next(iter(memo))]
+        value = read(tensor)
+        memo[id(tensor)] = (tensor, version, value)
+    return value

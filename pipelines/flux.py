@@ -9,7 +9,7 @@ from torch import nn
 
 from dit_accel.layout import TokenLayout
 
-from .attention import Family, Permute, SparseProcessor, project_qkv
+from .attention import Family, Permute, SparseProcessor, project_qkv, project_text_qkv, read_once
 
 
 class FluxProcessor(SparseProcessor):
@@ -23,7 +23,7 @@ class FluxProcessor(SparseProcessor):
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
             text_q, text_k, text_v = (
-                x.unflatten(-1, (-1, attn.head_dim)) for x in _project_text(attn, encoder_hidden_states)
+                x.unflatten(-1, (-1, attn.head_dim)) for x in project_text_qkv(attn, encoder_hidden_states)
             )
             q = torch.cat([q, attn.norm_added_q(text_q)], dim=1)
             k = torch.cat([k, attn.norm_added_k(text_k)], dim=1)
@@ -44,12 +44,6 @@ class FluxProcessor(SparseProcessor):
         return image, attn.to_add_out(text.contiguous())
 
 
-def _project_text(attn: nn.Module, text: torch.Tensor) -> list[torch.Tensor]:
-    if attn.fused_projections:
-        return list(attn.to_added_qkv(text).chunk(3, dim=-1))
-    return [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
-
-
 class Flux(Family):
     name = "flux"
     transformer = "FluxTransformer2DModel"
@@ -62,12 +56,8 @@ class Flux(Family):
         return double | single
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
-        ids = inputs["img_ids"]
-        version = None if ids.is_inference() else ids._version
-        # A run passes one tensor for all its steps: reading it once means no device synchronisation per step.
-        if memo.get("ids") is not ids or memo.get("version") != version or version is None:
-            memo.update(ids=ids, version=version, grid=grid_of_ids(ids))
-        return TokenLayout(memo["grid"], text_len=inputs["encoder_hidden_states"].shape[1], text_first=True)
+        grid = read_once(memo, inputs["img_ids"], grid_of_ids)
+        return TokenLayout(grid, text_len=inputs["encoder_hidden_states"].shape[1], text_first=True)
 
     def enter(
         self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute

@@ -13,7 +13,7 @@ from torch import nn
 
 from dit_accel.layout import TokenLayout
 
-from .attention import Family, Permute, SparseProcessor, project_qkv
+from .attention import Family, Permute, SparseProcessor, move_patches, project_qkv
 
 
 class WanProcessor(SparseProcessor):
@@ -52,7 +52,8 @@ class Wan(Family):
     def enter(
         self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute
     ) -> dict:
-        changed = {"hidden_states": self._reorder(transformer, inputs["hidden_states"], layout, permute)}
+        patch = transformer.config.patch_size
+        changed = {"hidden_states": move_patches(inputs["hidden_states"], layout.grid, patch, permute)}
         if inputs["timestep"].ndim == 2:  # Wan 2.2 5B: a timestep per token
             changed["timestep"] = permute(inputs["timestep"], 1)
         return inputs | changed
@@ -60,23 +61,10 @@ class Wan(Family):
     def leave(
         self, transformer: nn.Module, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
-        return self._reorder(transformer, sample, layout, restore)
+        return move_patches(sample, layout.grid, transformer.config.patch_size, restore)
 
-    def rotary(self, transformer: nn.Module) -> nn.Module:
-        return transformer.rope
-
-    @staticmethod
-    def _reorder(
-        transformer: nn.Module, video: torch.Tensor, layout: TokenLayout, permute: Permute
-    ) -> torch.Tensor:
-        """A latent video (B, C, F, H, W) with its patches, one per token, moved to other places."""
-        (f, h, w), (pf, ph, pw) = layout.grid, transformer.config.patch_size
-        video = video[:, :, : f * pf, : h * ph, : w * pw]
-        batch, channels = video.shape[:2]
-        patches = video.reshape(batch, channels, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        tokens = permute(patches.reshape(batch, layout.visual_len, -1), 1)
-        patches = tokens.view(batch, f, h, w, channels, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return patches.reshape(batch, channels, f * pf, h * ph, w * pw)
+    def placed_outputs(self, transformer: nn.Module) -> dict[nn.Module, int]:
+        return {transformer.rope: 1}
 
 
 FAMILY = Wan()

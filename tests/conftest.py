@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 TEXT_DIM = 16
 
@@ -48,6 +51,54 @@ def make_wan(seed: int = 0, two: bool = False, expand_timesteps: bool = False, *
     return pipe
 
 
+def make_hunyuan(seed: int = 0, **config):
+    """A HunyuanVideoPipeline of 2 double and 2 single blocks, 2 heads of 16, distilled unless configured."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (4, 6, 6), "num_refiner_layers": 1}
+    sizes |= {"text_embed_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(**{**sizes, **config}).eval()
+    for name, weight in transformer.named_parameters():
+        if ".attn.norm_" in name:  # so that no norm passes for another
+            torch.nn.init.uniform_(weight, 0.5, 2)
+    pipe = HunyuanVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sd3(seed: int = 0, **config):
+    """A StableDiffusion3Pipeline of 3 blocks, 2 heads of 16, without what SD3.5 adds unless configured."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4}
+    sizes |= {"out_channels": 4, "joint_attention_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
+    sizes |= {"caption_projection_dim": 32, "sample_size": 16, "pos_embed_max_size": 24}
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
+    for name, weight in transformer.named_parameters():
+        if ".norm_" in name:  # so that no norm passes for another
+            torch.nn.init.uniform_(weight, 0.5, 2)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
 
@@ -82,6 +133,48 @@ def run_wan(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0,
     ).frames
 
 
+def run_hunyuan(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens.
+
+    The first prompt ends in 2 padded places, the next in 5, and so on; negative prompts have 4 places more.
+    """
+
+    def prompt(text_len: int, seed: int) -> dict[str, torch.Tensor]:
+        embeds = _embeddings(batch, text_len, seed)
+        valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
+        mask = (torch.arange(text_len) < valid[:, None]).long()
+        return {
+            "prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "prompt_attention_mask": mask
+        }  # fmt: skip
+
+    kwargs |= prompt(text_len, seed + 1)
+    if cfg > 1:
+        kwargs |= {f"negative_{name}": x for name, x in prompt(text_len + 4, seed + 2).items()}
+    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        **size,
+        num_inference_steps=steps,
+        true_cfg_scale=cfg,
+        generator=generator,
+        output_type="latent",
+        **kwargs,
+    ).frames
+
+
+def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer."""
+    dtype = pipe.transformer.dtype
+    embeds, negative = (_embeddings(batch, text_len, seed + i).to(dtype) for i in (1, 2))
+    kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
+    kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
 def transformer_inputs(pipe, run) -> dict:
     """The keyword arguments that a pipeline passes to its transformer, from a run of one step."""
     seen: dict = {}
@@ -100,7 +193,20 @@ class MaskedProcessor:
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
     ):
-        return self.original(attn, hidden_states, encoder_hidden_states, self.mask, image_rotary_emb)
+        mask = self.mask
+        if attention_mask is not None:  # padded text, which stands last and may be shorter in this call
+            length = attention_mask.shape[-1]
+            mask = mask[..., :length, :length] & attention_mask
+        return self.original(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+
+
+class MaskedJointProcessor(MaskedProcessor):
+    """The same for the processors of SD3, which ignore masks and call PyTorch's function themselves."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        attend = partial(F.scaled_dot_product_attention, attn_mask=self.mask)
+        with mock.patch.object(F, "scaled_dot_product_attention", attend):
+            return self.original(attn, hidden_states, encoder_hidden_states)
 
 
 @pytest.fixture
@@ -118,13 +224,30 @@ def wan():
 
 
 @pytest.fixture
+def hunyuan():
+    return SimpleNamespace(
+        make=make_hunyuan,
+        run=run_hunyuan,
+        pipe=make_hunyuan(),
+        inputs=lambda pipe: transformer_inputs(pipe, run_hunyuan),
+    )
+
+
+@pytest.fixture
+def sd3():
+    return SimpleNamespace(
+        make=make_sd3, run=run_sd3, pipe=make_sd3(), inputs=lambda pipe: transformer_inputs(pipe, run_sd3)
+    )
+
+
+@pytest.fixture
 def masked():
     """Puts token masks (S, S) or (heads, S, S), given by layer, under a transformer's processors."""
 
     def apply(modules: dict, masks: dict[str, torch.Tensor]) -> None:
         for name, mask in masks.items():
-            modules[name].set_processor(
-                MaskedProcessor(modules[name].processor, mask[None] if mask.ndim == 3 else mask)
-            )
+            original = modules[name].processor
+            kind = MaskedJointProcessor if "Joint" in type(original).__name__ else MaskedProcessor
+            modules[name].set_processor(kind(original, mask[None] if mask.ndim == 3 else mask))
 
     return apply

@@ -1,8 +1,9 @@
 import pytest
 
-from dit_accel.selectors import assign, describe, select
+from dit_accel.selectors import assign, describe, flat_indices, select
 
 FLUX = [f"double.{i}" for i in range(3)] + [f"single.{i}" for i in range(4)]
+DUAL = [f"blocks.{i}" for i in range(3)] + ["blocks.0.attn2", "blocks.2.attn2"]
 
 
 def layers(selector):
@@ -46,6 +47,37 @@ def test_unassigned_is_none():
 
 def test_describe():
     assert describe(FLUX) == "double.0-2, single.0-3"
+    assert describe(DUAL) == "blocks.0-2, blocks.attn2"
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ("all", DUAL),
+        ("blocks", DUAL),
+        ("blocks.2", ["blocks.2", "blocks.2.attn2"]),
+        ("blocks.-1", ["blocks.2", "blocks.2.attn2"]),
+        ("0-1", ["blocks.0", "blocks.1", "blocks.0.attn2"]),
+        ("attn2", ["blocks.0.attn2", "blocks.2.attn2"]),
+        ("all.attn2", ["blocks.0.attn2", "blocks.2.attn2"]),
+        ("blocks.attn2", ["blocks.0.attn2", "blocks.2.attn2"]),
+        ("blocks.1-2.attn2", ["blocks.2.attn2"]),
+        ("-1.attn2", ["blocks.2.attn2"]),
+    ],
+)
+def test_parts(selector, expected):
+    assert [DUAL[i] for i, _ in select(selector, DUAL, heads=4)] == expected
+
+
+def test_parts_do_not_count():
+    assert flat_indices(DUAL) == [0, 1, 2, 0, 2]
+    for selector, message in [
+        ("3", "there are 3, numbered 0-2"),
+        ("blocks.1.attn2", "no layer of 'blocks.1' has a part 'attn2'"),
+        ("blocks.1.attn3", "matches no layer; the layers here are blocks.0-2, blocks.attn2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            select(selector, DUAL, heads=4)
 
 
 @pytest.mark.parametrize(

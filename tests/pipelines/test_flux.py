@@ -194,7 +194,7 @@ class TestGrid:
 def test_family_of(flux, wan):
     assert family_of(flux.pipe.transformer).name == "flux"
     assert list(FAMILY.layers(flux.pipe.transformer)) == ["double.0", "double.1", "single.0", "single.1"]
-    assert [family.name for family in families()] == ["flux", "wan"]
+    assert [family.name for family in families()] == ["flux", "sd3", "wan", "hunyuan-video"]
 
 
 def test_load_folder(flux, tmp_path):

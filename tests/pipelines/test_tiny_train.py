@@ -1,11 +1,13 @@
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from dit_accel.pipelines.tiny.adapters import adapter
-from dit_accel.pipelines.tiny.flow import Diet
+from dit_accel.pipelines.tiny.flow import Diet, Whereabouts
 from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
 from dit_accel.pipelines.tiny.train import PLANS, Training
@@ -63,6 +65,34 @@ def test_training_leaves_a_pipeline_folder_that_loads(tmp_path):
     image = pipe("a red circle", height=32, width=48, num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 32, 48, 3)
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".partial", ".old")]
+
+
+@pytest.mark.slow
+def test_the_last_stage_can_start_from_given_weights(tmp_path):
+    first = training("tiny-wan", tmp_path / "first", steps=1)
+    first.run()
+    plan = short_plan("tiny-wan", 0)
+    second = Training(
+        "tiny-wan", tmp_path / "run", tmp_path / "out", plan=plan, init=tmp_path / "first" / "out"
+    )
+    second.run()
+    for kind in ("transformer", "vae", "text_encoder"):
+        (one,), (other,) = ((tmp_path / place / kind).glob("*.safetensors") for place in ("first/out", "out"))
+        assert one.read_bytes() == other.read_bytes()
+    saved = json.loads((tmp_path / "out/tokenizer/tokenizer.json").read_text())
+    assert saved["padding"] is saved["truncation"] is None
+
+
+def test_whereabouts_are_places_on_the_canvas():
+    landmark = nn.Identity()
+    family = SimpleNamespace(width=3, landmark=landmark, visual=lambda output: output)
+    whereabouts = Whereabouts(family)
+    nn.init.eye_(whereabouts.read.weight)
+    landmark(torch.tensor([[[0.0, y, x] for y in (-0.5, 0.5) for x in (-0.75, -0.25, 0.25, 0.75)]]))
+    latents = torch.zeros(1, 4, 1, 4, 8)
+    assert whereabouts(latents) == 0
+    landmark(torch.zeros(1, 8, 3))
+    assert whereabouts(latents) > 0.1
 
 
 @pytest.mark.parametrize("name", SPECS)
