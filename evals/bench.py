@@ -1,10 +1,10 @@
 """Times block-sparse attention against SDPA on this CPU: `python -m dit_accel.evals.bench`, or `make bench`.
 
 One run, A B A B: every case calls the two in turn and takes medians. A kernel is first checked against
-float64 on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and is
-not timed if it fails. Rows are appended to `bench_cpu.csv`, the table goes to `bench_cpu.md`, both under
-`evals/results`; `--quick` runs the shorter sequence only, a few times, and writes nothing without `--out`.
-Exits with 1 if a check or a goal fails.
+float64 on sampled queries (error at most twice that of plain attention in the same dtype, plus eps) and
+is not timed if it fails. Rows are appended to `bench_cpu.csv` as they are measured, the table goes to
+`bench_cpu.md` at the end, both under `evals/results`; `--quick` runs the shorter sequence only, a few
+times, and writes nothing without `--out`. Exits with 1 if a check or a goal fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..blockmask import BlockMask
+from ..cli.environment import environment
 from ..kernels import block_sparse_attention, default_block_size
 from ..layout import TokenLayout
 from ..patterns import Clear, Neighborhood, Pattern, Radial
@@ -236,11 +237,8 @@ def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write(out: Path, results: list[Result], masks: list[dict]) -> None:
-    """Append to `bench_cpu.csv` and write `bench_cpu.md` anew."""
-    from ..cli.environment import environment
-
-    here = environment()
+def append(out: Path, results: list[Result], masks: list[dict], here: dict) -> None:
+    """Append to `bench_cpu.csv`."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "bench_cpu.csv"
     new = not path.exists()
@@ -249,6 +247,10 @@ def write(out: Path, results: list[Result], masks: list[dict]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(csv_rows(results, masks, here))
+
+
+def write_table(out: Path, results: list[Result], masks: list[dict], here: dict) -> None:
+    """Write `bench_cpu.md` anew."""
     size = "x".join(map(str, default_block_size("cpu")))
     intro = (
         f"# Block-sparse attention on a CPU\n\n{here['cpu']['name']}, {torch.get_num_threads()} threads, "
@@ -284,6 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     repeats = options.repeats or (3 if options.quick else 7)
     cases = [c for c in CASES if options.only in c.name and (not options.quick or c.layout.seq_len < LONG)]
+    out = options.out or (None if options.quick or options.only else RESULTS)
+    here = environment()
     results, wrong = [], 0
     with torch.inference_mode():
         for case in cases:
@@ -296,6 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
                     wrong += 1
                     continue
                 print("  ".join(results[-1].cells()), flush=True)
+                if out is not None:
+                    append(out, results[-1:], [], here)
     masks = [] if options.no_masks or options.quick else measure_masks()
     show(
         f"{HEADS} heads x {HEAD_DIM}, {torch.get_num_threads()} threads",
@@ -304,8 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if masks:
         show("Building masks, order='auto'", MASK_HEADINGS, [mask_cells(m) for m in masks])
-    if options.out or not (options.quick or options.only):
-        write(options.out or RESULTS, results, masks)
+    if out is not None:
+        append(out, [], masks, here)
+        write_table(out, results, masks, here)
     return int(wrong > 0 or any(r.missed() for r in results) or not all(m["passed"] for m in masks))
 
 

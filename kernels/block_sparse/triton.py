@@ -202,21 +202,20 @@ def unavailable(
         return f"the triton backend computes fp16, bf16 and fp32, got {dtype}"
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"head_dim must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
+    if not INTERPRETED:
+        if device.type != "cuda" or torch.version.hip:
+            return (
+                f"the triton backend needs an NVIDIA GPU, got device {str(device)!r}; to interpret the "
+                "kernel on a CPU (slow, for tests), set TRITON_INTERPRET=1 before Python starts"
+            )
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the triton backend needs compute capability 8.0 or newer, got {major}.{minor}"
     if block_size[0] not in QUERY_BLOCKS or block_size[1] not in KEY_BLOCKS:
         return (
             f"the triton backend needs a block size of {QUERY_BLOCKS} queries by {KEY_BLOCKS} keys, "
             f"got {tuple(block_size)}; build the mask with block_size=(128, 64)"
         )
-    if INTERPRETED:
-        return None
-    if device.type != "cuda" or torch.version.hip:
-        return (
-            f"the triton backend needs an NVIDIA GPU, got device {str(device)!r}; to interpret the kernel on "
-            "a CPU (slow, for tests), set TRITON_INTERPRET=1 before Python starts"
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the triton backend needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
 
 

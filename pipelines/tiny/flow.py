@@ -79,13 +79,15 @@ class Whereabouts(nn.Module):
     """Auxiliary loss: how well a linear read-out of early visual tokens tells their place on the canvas.
 
     Rotary embeddings are relative, so absolute position has to be worked out from the canvas's borders. The
-    denoising loss rewards that late and only where an object is; this one does at once, everywhere and at every
-    size. The read-out is not part of the model.
+    denoising loss rewards that late and only where an object is; this one does at once, everywhere and at
+    every size. The read-out is not part of the model.
     """
 
     def __init__(self, adapter: Adapter):
         super().__init__()
         self.read = nn.Linear(adapter.width, 3)
+        nn.init.zeros_(self.read.weight)  # drawn values would come from PyTorch's own generator
+        nn.init.zeros_(self.read.bias)
         self.tokens: torch.Tensor | None = None
         adapter.landmark.register_forward_hook(
             lambda module, arguments, output: setattr(self, "tokens", adapter.visual(output))

@@ -102,13 +102,14 @@ def build_flux() -> DiffusionPipeline:
             eos_token_id=END,
         )
     )
-    # 64 tokens are shifted by e^0.5, 4096 by e^1.8: the more tokens, the more noise it takes to hide a scene.
+    # 64 tokens are shifted by e^0.5, 2304 by e^2.3: the noise that hides a scene's layout grows with the
+    # square root of the tokens it is drawn with, here by sqrt(2304 / 64) = 6 = e^1.8.
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=64,
-        max_image_seq_len=4096,
+        max_image_seq_len=2304,
         base_shift=0.5,
-        max_shift=1.8,
+        max_shift=2.3,
     )
     return FluxPipeline(
         scheduler=scheduler,
@@ -190,7 +191,7 @@ SPECS: dict[str, Spec] = {
             family="flux",
             description="FLUX in 2.6 M parameters: a coloured shape on a grey background",
             native=(1, 64, 64),
-            demo=(1, 512, 512),
+            demo=(1, 384, 384),
             steps=20,
             guidance=4.0,
             build=build_flux,

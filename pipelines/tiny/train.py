@@ -40,30 +40,30 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=7000, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=5000, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 0.3),)),
-            Diet((1, 64, 96), 24, 1024, ((0.0, 0.04),)),
-            Diet((1, 96, 64), 24, 1024, ((0.0, 0.04),)),
+            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.5, 0.18))),
+            Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
+            Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
             Diet((1, 128, 128), 8, 1024, ((0.0, 0.12),)),
             Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
-            Diet((1, 256, 256), 3, 512, ((0.0, 0.25),)),
-            Diet((1, 384, 384), 1, 256, ((0.0, 0.1),)),
-            Diet((1, 512, 512), 1, 256, ((0.0, 0.1), (0.5, 0.15))),
+            Diet((1, 256, 256), 3, 512, ((0.0, 0.3),)),
+            Diet((1, 384, 384), 1, 256, ((0.0, 0.22), (0.5, 0.32))),
         ),
     ),
     "tiny-wan": Plan(
         autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=9000, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=4600, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.1))),
-            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.1))),
-            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55),)),
-            Diet((17, 128, 128), 2, 256, ((0.25, 0.15),)),
-            Diet((5, 256, 256), 1, 128, ((0.4, 0.1),)),
-            Diet((29, 128, 128), 1, 128, ((0.4, 0.1),)),
-            Diet((29, 256, 256), 1, 24, ((0.75, 0.015),)),
+            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.05))),
+            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.05))),
+            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.4, 0.35))),
+            Diet((17, 128, 128), 2, 256, ((0.25, 0.15), (0.4, 0.2))),
+            Diet((5, 256, 256), 1, 128, ((0.4, 0.2),)),
+            Diet((29, 128, 128), 1, 128, ((0.4, 0.15),)),
+            Diet((13, 256, 256), 1, 48, ((0.45, 0.03),)),
+            Diet((29, 256, 256), 1, 24, ((0.6, 0.012), (0.85, 0.03))),
         ),
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2},
@@ -100,9 +100,15 @@ def export(pipe: DiffusionPipeline, folder: Path) -> None:
 
 
 def _portable(folder: Path) -> None:
-    """Names the tokenizer class as all transformers releases know it, and the dtype to compute in."""
+    """Names the tokenizer class as all transformers releases know it, and the dtype to compute in.
+
+    Tokenizers are saved with the padding of their last call, which is none of the model's.
+    """
     for path in [folder / "model_index.json", *folder.glob("*/tokenizer_config.json")]:
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    for path in folder.glob("*/tokenizer.json"):
+        saved = json.loads(path.read_text())
+        path.write_text(json.dumps({**saved, "padding": None, "truncation": None}, indent=2) + "\n")
     for path in folder.glob("text_encoder*/config.json"):
         config = json.loads(path.read_text())
         config.pop("torch_dtype", None)
