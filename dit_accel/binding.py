@@ -106,6 +106,16 @@ class Binding:
     def sparse_layers(self) -> list[str]:
         return [plan.name for plan in self.plans if plan.heads]
 
+    @property
+    def backend(self) -> str:
+        """The kernel backend of sparse layers, where the transformer is now; after `auto`, the one chosen."""
+        if self.recipe.backend != "auto":
+            return self.recipe.backend
+        device, dtype = self.transformer.device, self.transformer.dtype
+        size = block_size(self.recipe, device)
+        chosen, _ = kernels.automatic_backend(device, dtype, head_dim=self.head_dim, block_size=size)
+        return f"auto: {chosen}"
+
     def _check(self, device: torch.device) -> None:
         for name in self.sparse_layers:
             reason = self.family.refusal(self.modules[name])

@@ -81,6 +81,8 @@ def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
     geometry, rows = binding.geometry, []
     for index, plan in enumerate(binding.plans):
         row = _row(name, plan, binding.recipe)
+        if plan.heads:
+            row["backend"] = binding.backend
         if plan.heads and geometry is not None:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
         rows.append(row)
@@ -94,7 +96,7 @@ def _row(transformer: str, plan: LayerPlan, recipe: Recipe | None = None) -> dic
     if plan.heads:
         counts = {_pattern(p): plan.heads.count(p) for p in plan.patterns}
         mixed = ", ".join(f"{count} heads {pattern}" for pattern, count in counts.items())
-        row |= {"pattern": mixed if len(counts) > 1 else next(iter(counts)), "backend": recipe.backend}
+        row |= {"pattern": mixed if len(counts) > 1 else next(iter(counts))}
         row |= {"density": None, "block_density": None, "dense_steps": _steps(recipe), "note": ""}
     return row
 

@@ -5,6 +5,18 @@ if __name__ == "kernels":
 
     step_aside()
 else:
-    from .block_sparse import block_sparse_attention, can_run, default_block_size, support_table
+    from .block_sparse import (
+        automatic_backend,
+        block_sparse_attention,
+        can_run,
+        default_block_size,
+        support_table,
+    )
 
-    __all__ = ["block_sparse_attention", "can_run", "default_block_size", "support_table"]
+    __all__ = [
+        "automatic_backend",
+        "block_sparse_attention",
+        "can_run",
+        "default_block_size",
+        "support_table",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -67,7 +68,10 @@ def block_sparse_attention(
     reason = can_run(backend, **inputs)
     if reason is not None:
         raise UnavailableError(f"backend {backend!r} cannot run here: {reason}")
-    chosen = _automatic(**inputs) if backend == "auto" else backend
+    chosen = backend
+    if backend == "auto":
+        chosen, why = automatic_backend(**inputs)
+        _log_choice(chosen, q.device.type, q.dtype, why)
     options = {"scale": q.shape[3] ** -0.5 if scale is None else float(scale), "text_valid": text_valid}
     if chosen == "triton":
         from . import triton
@@ -138,18 +142,17 @@ def default_block_size(device: torch.device | str) -> tuple[int, int]:
 # -- backend choice ------------------------------------------------------------------------------------------
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, **inputs) -> str:
-    """The backend that `"auto"` stands for; the choice is logged once per device type and dtype."""
-    if device.type == "cpu":
-        chosen, reason = "gather", "device is a CPU"
-    else:
-        reason = can_run("triton", device=device, dtype=dtype, **inputs)
-        chosen = "triton" if reason is None else "gather"
-    _log_choice(chosen, device.type, dtype, reason)
-    return chosen
+def automatic_backend(
+    device: torch.device | str, dtype: torch.dtype, **inputs: Any
+) -> tuple[str, str | None]:
+    """The backend that `"auto"` stands for with such inputs (as for `can_run`), and why it is not Triton."""
+    if torch.device(device).type == "cpu":
+        return "gather", "device is a CPU"
+    reason = can_run("triton", device=device, dtype=dtype, **inputs)
+    return ("triton", None) if reason is None else ("gather", reason)
 
 
-@cache
+@cache  # once per device type and dtype
 def _log_choice(chosen: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
     why = "" if reason is None else f" (not triton: {reason})"
     _log.info("block_sparse_attention on %s, %s: backend %r%s", device, dtype, chosen, why)
