@@ -13,7 +13,7 @@ from .scenes import Scene, render, sample
 
 KL_WEIGHT = 3e-4
 CANVASES = (48, 64, 64, 96, 128, 192, 256, 512)
-CLIPS = (9, 17, 17, 29, 29)  # frames a moving scene takes in all
+CLIPS = (9, 17, 17, 29, 29, 61, 125)  # frames a moving scene takes in all
 
 
 def _crop(rng: random.Random, scene: Scene, shape: tuple[int, int, int]) -> np.ndarray:

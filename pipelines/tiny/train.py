@@ -40,7 +40,7 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=5000, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=4600, rate=1e-3, averaging=0.998, muon=True),
         diets=(
             Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.5, 0.18))),
             Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
@@ -54,19 +54,18 @@ PLANS: dict[str, Plan] = {
     "tiny-wan": Plan(
         autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=4600, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=4400, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.05))),
-            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.05))),
-            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.4, 0.35))),
+            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.04))),
+            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.04))),
+            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.4, 0.3))),
             Diet((17, 128, 128), 2, 256, ((0.25, 0.15), (0.4, 0.2))),
-            Diet((5, 256, 256), 1, 128, ((0.4, 0.2),)),
-            Diet((29, 128, 128), 1, 128, ((0.4, 0.15),)),
-            Diet((13, 256, 256), 1, 48, ((0.45, 0.03),)),
-            Diet((29, 256, 256), 1, 24, ((0.6, 0.012), (0.85, 0.03))),
+            Diet((29, 128, 128), 1, 128, ((0.4, 0.25),)),
+            Diet((61, 128, 128), 1, 48, ((0.6, 0.1),)),
+            Diet((125, 128, 128), 1, 24, ((0.8, 0.03),)),
         ),
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
-        clips={17: 4, 29: 2},
+        clips={17: 4, 29: 2, 61: 1, 125: 1},
     ),
 }
 
@@ -102,8 +101,13 @@ def export(pipe: DiffusionPipeline, folder: Path) -> None:
 def _portable(folder: Path) -> None:
     """Names the tokenizer class as all transformers releases know it, and the dtype to compute in.
 
-    Tokenizers are saved with the padding of their last call, which is none of the model's.
+    Tokenizers are saved with the padding of their last call, and configurations with where they came from,
+    which is none of the model's.
     """
+    for path in folder.rglob("*.json"):
+        saved = json.loads(path.read_text())
+        if saved.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(saved, indent=2) + "\n")
     for path in [folder / "model_index.json", *folder.glob("*/tokenizer_config.json")]:
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     for path in folder.glob("*/tokenizer.json"):
