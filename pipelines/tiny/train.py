@@ -40,15 +40,15 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=4600, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=5250, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.5, 0.18))),
+            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.5, 0.15))),
             Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
             Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
             Diet((1, 128, 128), 8, 1024, ((0.0, 0.12),)),
             Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
             Diet((1, 256, 256), 3, 512, ((0.0, 0.3),)),
-            Diet((1, 384, 384), 1, 256, ((0.0, 0.22), (0.5, 0.32))),
+            Diet((1, 384, 384), 1, 256, ((0.0, 0.22), (0.5, 0.32), (0.85, 0.8))),
         ),
     ),
     "tiny-wan": Plan(

@@ -40,11 +40,8 @@ def test_weights_load_into_the_configuration_they_were_trained_in(name):
     assert pipe.tokenizer.model_max_length == INFO[name].max_sequence_length
 
 
-UNFINISHED = pytest.mark.xfail(strict=True, reason="tiny-wan's training was cut short before rows and shapes")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-flux", pytest.param("tiny-wan", marks=UNFINISHED)])
+@pytest.mark.parametrize("name", NAMES)
 def test_held_out_prompts_are_drawn_as_described(name):
     info = INFO[name]
     frames, height, width = info.native
