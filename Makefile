@@ -27,7 +27,7 @@ demo: env ## dense against accelerated: one image, one video, into outputs/demo
 	$(BIN)/dit-accel compare $(WAN) --recipe tiny-wan-neighborhood --out outputs/demo/wan.mp4
 
 readme: demo ## measure the demo and write its table and picture into the README
-	$(BIN)/python -m dit_accel.evals.readme outputs/demo/flux.json outputs/demo/wan.json
+	$(BIN)/python -m dit_accel.evals.readme outputs/demo/wan.json outputs/demo/flux.json
 
 test: env ## all tests, on both cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10

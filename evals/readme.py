@@ -1,15 +1,16 @@
 """Writes measured tables into the README: `python -m dit_accel.evals.readme REPORT.json ...`.
 
 Takes reports of `dit-accel compare` and replaces what stands between two markers: no figure is typed by hand.
-The README's picture becomes that of the first report.
+The README's picture becomes that of the first report, a video's a strip of three frames.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
+
+from . import media
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README = Path("README.md")
@@ -73,12 +74,9 @@ def main(paths: list[str]) -> None:
     if not paths:
         sys.exit(__doc__)
     reports = [json.loads(Path(path).read_text()) for path in paths]
-    picture = Path(reports[0]["files"]["picture"])
-    if picture.suffix != PICTURE.suffix:
-        raise ValueError(f"the first report must be of a {PICTURE.suffix} picture, got {picture}")
+    frames = media.load(reports[0]["files"]["picture"])
     README.write_text(replace(README.read_text(), [table(report) for report in reports]))
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture, PICTURE)
+    media.save(PICTURE, media.strip(frames, 3))
 
 
 if __name__ == "__main__":

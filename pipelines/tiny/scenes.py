@@ -81,7 +81,10 @@ class Scene:
 
 
 def sample(rng: random.Random, split: Split = "train", video: bool = False) -> Scene:
-    """A random scene of ``split``, every attribute uniform but for the combinations the split leaves out."""
+    """A random scene of ``split``, every attribute uniform but for the combinations the split leaves out.
+
+    In videos an object may start or end its way a little over the canvas's edge.
+    """
     jitter, radius = (0.01, (0.16, 0.19)) if video else (0.03, (0.15, 0.19))
     while True:
         scene = Scene(
