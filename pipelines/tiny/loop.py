@@ -76,6 +76,8 @@ def _optimizers(
     adam = torch.optim.AdamW(rest, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     if not matrices:
         return [adam]
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(f"training needs torch 2.9 or newer (torch.optim.Muon), got {torch.__version__}")
     muon = torch.optim.Muon(matrices, lr=stage.rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [adam, muon]
 

@@ -251,18 +251,18 @@ def test_long_rows_of_all_heads_go_first():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "interpreted", "words"),
     [
-        ({"dtype": torch.float64}, "torch.float64"),
-        ({"head_dim": 512}, "head_dim must be between 1 and 256, got 512"),
-        ({"block_size": (128, 16)}, "got (128, 16)"),
-        ({"block_size": (256, 64)}, "got (256, 64)"),
-        ({}, "set TRITON_INTERPRET=1 before Python starts"),
+        ({"dtype": torch.float64}, False, "torch.float64"),
+        ({"head_dim": 512}, False, "head_dim must be between 1 and 256, got 512"),
+        ({"block_size": (128, 16)}, True, "got (128, 16)"),
+        ({"block_size": (256, 64)}, True, "got (256, 64)"),
+        ({"block_size": (64, 16)}, False, "set TRITON_INTERPRET=1 before Python starts"),
     ],
     ids=["dtype", "head_dim", "key-block", "query-block", "cpu"],
 )
-def test_unavailable_says_why(change, words, monkeypatch):
-    monkeypatch.setattr(triton_kernel, "INTERPRETED", False)
+def test_unavailable_says_why(change, interpreted, words, monkeypatch):
+    monkeypatch.setattr(triton_kernel, "INTERPRETED", interpreted)
     arguments = {
         "device": torch.device("cpu"),
         "dtype": torch.bfloat16,
