@@ -79,10 +79,11 @@ def _titles(handle: Handle) -> list[str]:
 
 def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
     geometry, rows = binding.geometry, []
+    backend = binding.backend if binding.sparse_layers else None
     for index, plan in enumerate(binding.plans):
         row = _row(name, plan, binding.recipe)
         if plan.heads:
-            row["backend"] = binding.backend
+            row["backend"] = backend
         if plan.heads and geometry is not None:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
         rows.append(row)

@@ -179,6 +179,13 @@ class Family:
         )
 
 
+def double_and_single(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules by layer name of a transformer with double-stream, then single-stream blocks."""
+    double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
+    single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
+    return double | single
+
+
 def move_patches(
     latents: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], move: Permute
 ) -> torch.Tensor:

@@ -9,7 +9,15 @@ from torch import nn
 
 from dit_accel.layout import TokenLayout
 
-from .attention import Family, Permute, SparseProcessor, project_qkv, project_text_qkv, read_once
+from .attention import (
+    Family,
+    Permute,
+    SparseProcessor,
+    double_and_single,
+    project_qkv,
+    project_text_qkv,
+    read_once,
+)
 
 
 class FluxProcessor(SparseProcessor):
@@ -51,9 +59,7 @@ class Flux(Family):
     processor = FluxProcessor
 
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
-        single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
-        return double | single
+        return double_and_single(transformer)
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         grid = read_once(memo, inputs["img_ids"], grid_of_ids)

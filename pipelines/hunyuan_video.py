@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.layout import TokenLayout
 
-from .attention import Family, Permute, SparseProcessor, move_patches, read_once
+from .attention import Family, Permute, SparseProcessor, double_and_single, move_patches, read_once
 
 
 class HunyuanVideoProcessor(SparseProcessor):
@@ -53,9 +53,7 @@ class HunyuanVideo(Family):
     processor = HunyuanVideoProcessor
 
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
-        single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
-        return double | single
+        return double_and_single(transformer)
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         shape, patch = inputs["hidden_states"].shape[2:], _patch(transformer)

@@ -51,6 +51,13 @@ def make_wan(seed: int = 0, two: bool = False, expand_timesteps: bool = False, *
     return pipe
 
 
+def tell_norms_apart(transformer, name_part: str) -> None:
+    """Random weights for the norms with `name_part` in their names, so that none passes for another."""
+    for name, weight in transformer.named_parameters():
+        if name_part in name:
+            torch.nn.init.uniform_(weight, 0.5, 2)
+
+
 def make_hunyuan(seed: int = 0, **config):
     """A HunyuanVideoPipeline of 2 double and 2 single blocks, 2 heads of 16, distilled unless configured."""
     from diffusers import (
@@ -64,9 +71,7 @@ def make_hunyuan(seed: int = 0, **config):
     sizes |= {"text_embed_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
     torch.manual_seed(seed)
     transformer = HunyuanVideoTransformer3DModel(**{**sizes, **config}).eval()
-    for name, weight in transformer.named_parameters():
-        if ".attn.norm_" in name:  # so that no norm passes for another
-            torch.nn.init.uniform_(weight, 0.5, 2)
+    tell_norms_apart(transformer, ".attn.norm_")
     pipe = HunyuanVideoPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None, transformer=transformer,
@@ -88,9 +93,7 @@ def make_sd3(seed: int = 0, **config):
     sizes |= {"caption_projection_dim": 32, "sample_size": 16, "pos_embed_max_size": 24}
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
-    for name, weight in transformer.named_parameters():
-        if ".norm_" in name:  # so that no norm passes for another
-            torch.nn.init.uniform_(weight, 0.5, 2)
+    tell_norms_apart(transformer, ".norm_")
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
         tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,

@@ -111,7 +111,7 @@ class Flow:
         folder: Path,
         seed: int,
         device: torch.device,
-        whereabouts: Whereabouts | None = None,
+        whereabouts: Whereabouts,
     ):
         self.adapter, self.diets, self.folder = adapter, diets, folder
         self.seed, self.device, self.whereabouts = seed, device, whereabouts
@@ -149,10 +149,7 @@ class Flow:
                 output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         weights = pool.weights[chosen].to(self.device)
         error = (output.float() - (noise - latents)).square()
-        loss = (weights * error).mean() / weights.mean()
-        if self.whereabouts is not None:
-            loss = loss + PLACE_WEIGHT * self.whereabouts(latents)
-        return loss
+        return (weights * error).mean() / weights.mean() + PLACE_WEIGHT * self.whereabouts(latents)
 
 
 @torch.no_grad()
