@@ -146,7 +146,13 @@ class PairRule(Rule):
         return Box(coordinates, coordinates.amin(1), coordinates.amax(1))
 
     def classify(self, q: Box, k: Box, rows: slice) -> Pair:
-        return self.bounds(q.lo[rows, None], q.hi[rows, None], k.lo[None], k.hi[None])
+        q_lo, q_hi = q.lo[rows], q.hi[rows]
+        near = self.bounds(q_lo.amin(0), q_hi.amax(0), k.lo, k.hi)[0].nonzero()[:, 0]  # of any of the rows
+        maybe = torch.zeros(len(q_lo), len(k.lo), dtype=torch.bool)
+        sure = maybe.clone()
+        bounds = self.bounds(q_lo[:, None], q_hi[:, None], k.lo[near], k.hi[near])
+        maybe[:, near], sure[:, near] = bounds
+        return maybe, sure
 
     def tiles(self, q: Box, k: Box, r: torch.Tensor, c: torch.Tensor) -> Pair:
         bits = [

@@ -27,6 +27,7 @@ _CHUNK_BYTES_ACCELERATOR = 256 << 20
 _PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
 _LOG2_E = math.log2(math.e)
+_BOUND = 60.0  # of scores in base 2 that need no shift
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,9 +59,10 @@ def attention(
         chunks = _plan(mask, batch, heads, dim, dtype)
         table = _tile_table(mask, dtype)
     q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
+    bounded = _in_base_2(dtype, grad) and _are_bounded(q, k, scale)
     out = torch.zeros_like(q_blocks)
     lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
-    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, table, out, lse)
+    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, bounded, table, out, lse)
     _run(job, chunks)
     shape = (batch, heads, mask.num_rows * bq)
     out = out.view(*shape, dim)[:, :, : mask.seq_len].to(q.dtype)
@@ -79,49 +81,57 @@ class _Job:
     scale: float
     text_valid: torch.Tensor | None
     grad: bool
+    bounded: bool
     table: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor | None
 
-    def compute(self, chunk: _Chunk, buffers: _Buffers) -> None:
-        """Attend from the query blocks of one chunk."""
-        bias = _tile_bias(chunk, self.table, buffers) if chunk.tiles.numel() else None
-        for heads in chunk.heads:
-            self._compute(chunk, heads, bias, buffers)
+    def compute(self, chunk: _Chunk, workspace: _Workspace) -> None:
+        """Attend from the query blocks of one chunk.
+
+        Every operator called here releases and takes Python's lock, where threads wait for each other: hence
+        index lists made beforehand and views that are kept.
+        """
+        bias = _tile_bias(chunk, self.table, workspace) if chunk.tiles.numel() else None
+        for first_key, row in zip(chunk.first_key, chunk.query_blocks, strict=True):
+            space = workspace.views(len(first_key), *chunk.cols.shape, chunk.first_masked)
+            self._compute(chunk, first_key, row, bias, space)
 
     def _compute(
-        self, chunk: _Chunk, heads: torch.Tensor, bias: torch.Tensor | None, buffers: _Buffers
+        self,
+        chunk: _Chunk,
+        first_key: torch.Tensor,
+        row: torch.Tensor,
+        bias: torch.Tensor | None,
+        space: _Views,
     ) -> None:
-        (bq, bk), dtype = self.mask.block_size, self.q.dtype
-        dim = self.q.shape[1] // bq
-        count, listed = chunk.cols.shape
-        length, batches = listed * bk, len(heads) * count
-        row = (heads[:, None] * self.mask.num_rows + chunk.rows).view(-1)
-        key = (heads[:, None] * self.mask.num_cols + chunk.cols.view(-1)).view(-1)
-        q = self.q.index_select(0, row).view(batches, bq, dim)
-        k = buffers.select("kv", self.k, 0, key).view(batches, length, dim)
-        scores = buffers.take("scores", batches, bq, length)
+        dtype = self.q.dtype
+        key = torch.add(first_key, chunk.cols.view(-1)).view(-1)
+        q = self.q.index_select(0, row).view(space.q_shape)
+        k = space.keys(self.k, key)
         factor = self.scale * _LOG2_E if _in_base_2(dtype, self.grad) else self.scale
+        scores = space.scores
         ignored = q.new_zeros(()) if scores is None else scores  # because of beta=0
         scores = torch.baddbmm(ignored, q, k.mT, beta=0, alpha=factor, out=scores)
-        masked = scores.view(-1, count, bq, length)[..., chunk.first_masked * bk :]  # [heads, rows, bq, L']
+        masked = space.masked(scores)  # [heads, rows, bq, L']
         if bias is not None:
             masked.add_(bias)
         hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
+            heads = first_key[:, 0] // self.mask.num_cols
             valid = self.text_valid.index_select(0, heads // self.heads)
             masked.add_(_text_bias(chunk, self.mask, valid, dtype))
         dead = None
-        if chunk.may_attend_nothing or hides_text:
+        if chunk.may_attend_nothing or hides_text or self.grad:  # rows past the end have a gradient too
             dead = scores.amax(-1, keepdim=True) == -math.inf
             scores.masked_fill_(dead, 0.0)
-        v = buffers.select("kv", self.v, 0, key).view(batches, length, dim)  # over K, still in cache
-        out, lse = _attend(scores, v, self.grad, self.lse is not None)
+        v = space.keys(self.v, key)  # over K, still in cache
+        out, lse = _attend(scores, v, self.grad, self.lse is not None, self.bounded)
         out = out if dead is None else out.masked_fill(dead, 0.0)
-        self.out.index_copy_(0, row, out.view(-1, bq * dim))
+        self.out.index_copy_(0, row, out.view(len(row), -1))
         if lse is not None:
             lse = lse if dead is None else lse.masked_fill(dead, -math.inf)
-            self.lse.index_copy_(0, row, lse.view(-1, bq))
+            self.lse.index_copy_(0, row, lse.view(len(row), -1))
 
 
 def _run(job: _Job, chunks: list[_Chunk]) -> None:
@@ -130,14 +140,14 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
     waiting, inference = deque(chunks), torch.is_inference_mode_enabled()
 
     def work() -> None:
-        buffers = _Buffers(job.q.device, job.q.dtype, reuse=not job.grad)
+        workspace = _Workspace(job.q, job.mask.block_size, reuse=not job.grad)
         with torch.inference_mode(inference):
             while waiting:
                 try:
                     chunk = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                job.compute(chunk, buffers)
+                job.compute(chunk, workspace)
 
     if threads < 2 or job.grad:
         work()
@@ -155,7 +165,7 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
 
 
 def _attend(
-    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool
+    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool, bounded: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scores) v and, if wanted, lse (B, bq, 1); overwrites the scores unless gradients are needed."""
     if grad:
@@ -163,15 +173,29 @@ def _attend(
     if not _in_base_2(scores.dtype, grad):
         out = scores if scores.device.type == "cpu" else torch.empty_like(scores)
         return torch.bmm(torch.ops.aten._softmax.out(scores, -1, False, out=out), v), None
-    top = scores.amax(-1, keepdim=True)
-    torch.exp2(scores.sub_(top), out=scores)
-    total = scores.sum(-1, keepdim=True)
-    return torch.bmm(scores, v).div_(total), (top + total.log2()) / _LOG2_E if want_lse else None
+    if not bounded:
+        top = scores.amax(-1, keepdim=True)
+        scores.sub_(top)
+    total = torch.exp2(scores, out=scores).sum(-1, keepdim=True)
+    lse = None
+    if want_lse:
+        lse = (total.log2() if bounded else top + total.log2()) / _LOG2_E
+    return torch.bmm(scores, v).div_(total), lse
 
 
 def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
     """Whether scores carry a factor log2(e), because exp2 is several times faster than exp on a CPU."""
     return dtype in (torch.float32, torch.float64) and not grad
+
+
+def _are_bounded(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
+    """Whether scores in base 2 are so small that sums of their powers stay far from float32's limits.
+
+    The usual subtraction of each row's largest score, two passes over all of them, would then change
+    nothing: floating point is as precise at 2^60 as at 1.
+    """
+    longest = [torch.linalg.vector_norm(x, dim=-1).amax() for x in (q, k)]
+    return bool(longest[0] * longest[1] * (abs(scale) * _LOG2_E) < _BOUND)
 
 
 def _compute_dtype(q: torch.Tensor, return_lse: bool) -> torch.dtype:
@@ -187,11 +211,14 @@ def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     return (F.pad(x, (0, 0, 0, short)) if short else x).reshape(-1, size * x.shape[3])
 
 
-class _Buffers:
-    """Working memory that chunks share; without reuse (autograd) every chunk gets its own."""
+class _Workspace:
+    """One thread's working memory, which its chunks share; without reuse (autograd) each gets its own."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, reuse: bool):
-        self.device, self.dtype, self.reuse, self.flat = device, dtype, reuse, {}
+    def __init__(self, q_blocks: torch.Tensor, block_size: tuple[int, int], reuse: bool):
+        self.device, self.dtype, self.reuse = q_blocks.device, q_blocks.dtype, reuse
+        self.block_size, self.dim = block_size, q_blocks.shape[1] // block_size[0]
+        self.flat: dict[str, torch.Tensor] = {}
+        self.known: dict[tuple[int, ...], _Views] = {}
 
     def take(self, name: str, *shape: int) -> torch.Tensor | None:
         if not self.reuse:
@@ -199,11 +226,42 @@ class _Buffers:
         size = math.prod(shape)
         if name not in self.flat or self.flat[name].numel() < size:
             self.flat[name] = torch.empty(size, device=self.device, dtype=self.dtype)
+            self.known.clear()
         return self.flat[name][:size].view(shape)
 
-    def select(self, name: str, source: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-        shape = [len(index) if i == dim else n for i, n in enumerate(source.shape)]
-        return torch.index_select(source, dim, index, out=self.take(name, *shape))
+    def views(self, *shape: int) -> _Views:
+        """Views for (heads, rows, listed key blocks, first masked one)."""
+        if shape not in self.known:
+            views = _Views(self, *shape)
+            self.known[shape] = views
+        return self.known[shape]
+
+
+class _Views:
+    """A workspace as chunks of one shape see it."""
+
+    def __init__(self, workspace: _Workspace, heads: int, rows: int, listed: int, first_masked: int):
+        (bq, bk), dim = workspace.block_size, workspace.dim
+        batches, length = heads * rows, listed * bk
+        self.q_shape = (batches, bq, dim)
+        self.k_shape = (batches, length, dim)
+        self.gathered = workspace.take("kv", batches * listed, bk * dim)
+        self.as_keys = None if self.gathered is None else self.gathered.view(self.k_shape)
+        self.scores = workspace.take("scores", batches, bq, length)
+        self.by_head = (heads, rows, bq, length)
+        self.first = first_masked * bk
+        self._masked = None if self.scores is None else self.masked_columns(self.scores)
+
+    def keys(self, source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Gathered key blocks (batches, length, dim), valid until the next call."""
+        gathered = torch.index_select(source, 0, index, out=self.gathered)
+        return gathered.view(self.k_shape) if self.as_keys is None else self.as_keys
+
+    def masked(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.masked_columns(scores) if self._masked is None else self._masked
+
+    def masked_columns(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.view(self.by_head)[..., self.first :]
 
 
 # -- what depends on the mask alone --------------------------------------------------------------------------
@@ -213,12 +271,15 @@ class _Buffers:
 class _Chunk:
     """Query blocks computed together; their lists of key blocks are padded to one length.
 
-    `heads` counts through batch and heads: int32 (n,) for each round. `rows` are query blocks: int64 (r,).
+    `rows` are query blocks: int64 (r,). Each round computes n heads, counted through batch and heads:
+    `first_key` is where their key blocks start, int32 (n, 1), and `query_blocks` which blocks their queries
+    are, int64 (n * r,).
     `cols` are key blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from
     `first_masked` on: int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
     """
 
-    heads: tuple[torch.Tensor, ...]
+    first_key: tuple[torch.Tensor, ...]
+    query_blocks: tuple[torch.Tensor, ...]
     rows: torch.Tensor
     cols: torch.Tensor
     tiles: torch.Tensor
@@ -242,7 +303,10 @@ def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype)
             for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
                 chunk = lists.chunk(group, rows)
                 at_once = max(1, limit_in_blocks // chunk.cols.numel())
-                chunks.append(replace(chunk, heads=places.split(at_once)))
+                rounds = places[:, None].split(at_once)
+                first_key = tuple(heads * mask.num_cols for heads in rounds)
+                query_blocks = tuple((heads * mask.num_rows + rows).view(-1) for heads in rounds)
+                chunks.append(replace(chunk, first_key=first_key, query_blocks=query_blocks))
         mask.cache[name] = chunks
     return mask.cache[name]
 
@@ -292,7 +356,8 @@ class _BlockLists:
         in_text = listed & (cols * bk < text_stop) & (cols * bk + bk > text_start)
         attends = self.attends[tiles.long()].any(1) | self.outside[rows]
         return _Chunk(
-            heads=(),
+            first_key=(),
+            query_blocks=(),
             rows=rows,
             cols=cols,
             tiles=tiles[:, first_masked:].contiguous(),
@@ -329,12 +394,13 @@ def _tile_table(mask: BlockMask, dtype: torch.dtype) -> torch.Tensor:
     return mask.cache[name]
 
 
-def _tile_bias(chunk: _Chunk, table: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
+def _tile_bias(chunk: _Chunk, table: torch.Tensor, workspace: _Workspace) -> torch.Tensor:
     """What to add to the masked columns of a chunk: (rows, bq, L')."""
     if table.dtype == torch.uint8:
-        bias = _as_bias(table.index_select(1, chunk.tiles.view(-1)), buffers.dtype)
+        bias = _as_bias(table.index_select(1, chunk.tiles.view(-1)), workspace.dtype)
     else:
-        bias = buffers.select("bias", table, 1, chunk.tiles.view(-1))
+        out = workspace.take("bias", len(table), chunk.tiles.numel(), table.shape[2])
+        bias = torch.index_select(table, 1, chunk.tiles.view(-1), out=out)
     return bias.view(len(bias), len(chunk.rows), -1).transpose(0, 1)
 
 

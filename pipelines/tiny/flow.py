@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_accel.patterns import Pattern
+from dit_accel.recipe import Recipe
+from dit_accel.switch import accelerated
+
 from .adapters import Adapter
 from .autoencoder import pixels
 from .captions import caption
@@ -35,6 +39,7 @@ class Diet:
     batch: int
     pool: int  # scenes drawn at this size
     weights: tuple[tuple[float, float], ...]  # (start, weight) in ascending order; 0 before the first
+    attention: Pattern | None = None  # to train under, instead of dense attention
 
     def weight(self, progress: float) -> float:
         return next((weight for start, weight in reversed(self.weights) if progress >= start), 0.0)
@@ -142,14 +147,20 @@ class Flow:
         sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         tokens = latents[0, 0].numel() // 4
-        short = sdpa_kernel(SDPBackend.MATH) if tokens < SHORT_SEQUENCE else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16):
             text = self.adapter.encode_text(captions, LONG_LENGTH if long else self.adapter.text_length)
-            with short:
+            with self._attention(diet, tokens):
                 output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         weights = pool.weights[chosen].to(self.device)
         error = (output.float() - (noise - latents)).square()
         return (weights * error).mean() / weights.mean() + PLACE_WEIGHT * self.whereabouts(latents)
+
+    def _attention(self, diet: Diet, tokens: int) -> contextlib.AbstractContextManager[object]:
+        """Context for a forward pass: the diet's sparse attention, or the fastest dense one."""
+        if diet.attention is not None:
+            # in the model's own order: `whereabouts` reads tokens inside the transformer
+            return accelerated(self.adapter.pipe, Recipe(diet.attention, order="raster"))
+        return sdpa_kernel(SDPBackend.MATH) if tokens < SHORT_SEQUENCE else contextlib.nullcontext()
 
 
 @torch.no_grad()
