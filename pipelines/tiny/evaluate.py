@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,16 @@ def generate(
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "np",
     }
-    if is_video(pipe):
-        arguments |= {"num_frames": frames, "guidance_scale": guidance}
-        return np.asarray(pipe(**arguments).frames)
+    video = is_video(pipe)
+    if video:
+        arguments["num_frames"] = frames
     if "true_cfg_scale" in pipe.__call__.__annotations__:
         if guidance > 1:
             arguments |= {"true_cfg_scale": guidance, "negative_prompt": [NEGATIVE_PROMPT] * len(prompts)}
     else:
         arguments["guidance_scale"] = guidance
-    return np.asarray(pipe(**arguments).images)
+    output = pipe(**arguments)
+    return np.asarray(output.frames if video else output.images)
 
 
 def attribute_accuracy(
@@ -71,6 +73,7 @@ def attribute_accuracy(
     guidance: float = 1.0,
     batch: int = 16,
     progress: bool = True,
+    seen: Callable[[np.ndarray], object] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of every captioned attribute over ``n`` held-out prompts, each with a seed of its own.
 
@@ -84,6 +87,7 @@ def attribute_accuracy(
         guidance: Classifier-free guidance scale; at most 1 is without.
         batch: Prompts per call.
         progress: Whether to show a progress bar.
+        seen: Called with the outputs of every batch, as ``generate`` returns them.
 
     Returns:
         Accuracy per attribute, their ``mean``, ``all_correct``, ``n`` and the ``settings``, fit for JSON.
@@ -110,6 +114,8 @@ def attribute_accuracy(
                 guidance=guidance,
             )
             predictions += [check(output) for output in outputs]
+            if seen is not None:
+                seen(outputs)
     finally:
         pipe.set_progress_bar_config(**{"disable": False, **shown})
     settings = {

@@ -1,0 +1,162 @@
+"""What a bundled model draws, dense and under its presets: `python -m dit_accel.evals.sheets tiny-wan`.
+
+For every recipe the attribute accuracy on held-out captions, and a contact sheet of the first of them. Both
+go to `evals/results/sheets`: a picture per recipe, and one JSON and one Markdown file per model, written
+after every recipe. Recipes that are not asked for keep the results they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import media
+
+FOLDER = Path("evals/results/sheets")
+COLUMNS = 8  # samples on a sheet
+PIXELS = 128  # width of each
+FRAMES = 3  # of a video, below each other
+DENSE = "dense"
+
+
+def contact_sheet(samples: np.ndarray) -> np.ndarray:
+    """Pictures (n, H, W, 3) or videos (n, T, H, W, 3) of floats in a row, a video as a column of frames."""
+    columns = []
+    for sample in media.to_uint8(samples):
+        frames = sample if sample.ndim == 4 else sample[None]
+        picks = np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int)
+        columns.append(np.concatenate(list(frames[picks])))
+    sheet = Image.fromarray(np.concatenate(columns, axis=1))
+    height = round(PIXELS * len(columns) * sheet.height / sheet.width)
+    return np.asarray(sheet.resize((PIXELS * len(columns), height), Image.Resampling.LANCZOS))
+
+
+def names(model: str) -> list[str]:
+    """Dense attention, then the presets made for a bundled model."""
+    from ..recipe import presets
+
+    return [DENSE, *(name for name in presets() if name.startswith(f"{model}-"))]
+
+
+def measure(pipe: Any, model: str, recipe: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The scores of one recipe at the model's demo size, and its sheet."""
+    from ..pipelines.tiny import INFO
+    from ..recipe import resolve
+    from .attributes import evaluate
+
+    one, kept = INFO[model], []
+    frames, height, width = one.demo
+    result = evaluate(
+        pipe,
+        None if recipe == DENSE else resolve(recipe),
+        n=count,
+        size=(height, width),
+        frames=frames if one.video else None,
+        steps=one.steps,
+        guidance=one.guidance,
+        batch=1,
+        progress=sys.stdout.isatty(),
+        seen=lambda outputs: kept.extend(outputs[: COLUMNS - len(kept)]),
+    )
+    return result, contact_sheet(np.stack(kept))
+
+
+def markdown(model: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The model's table and sheets."""
+    shown = next(iter(rows.values()))
+    attributes = [name for name, value in shown.items() if isinstance(value, float) and name != "run_density"]
+    head = ["recipe", "samples", "pairs computed", *(name.replace("_", " ") for name in attributes)]
+    lines = [
+        f"# {model}",
+        "",
+        f"Share of attributes that are as the caption says, at {_size(shown['settings'])}, "
+        f"{shown['settings']['steps']} steps, guidance {shown['settings']['guidance']}. Captions are "
+        "held out from training; every row draws the same captions from the same noise.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|---|{'---:|' * (len(head) - 1)}",
+    ]
+    for recipe, row in rows.items():
+        cells = [
+            recipe,
+            str(row["n"]),
+            f"{row['run_density']:.3f}",
+            *(f"{row[name]:.3f}" for name in attributes),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for recipe, row in rows.items():
+        lines += [
+            f"**{recipe}** (`{row['command']}`, {row['where']})",
+            "",
+            f"![{recipe}]({model}-{recipe}.png)",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _size(settings: dict[str, Any]) -> str:
+    height, width = settings["size"]
+    return f"{width} x {height} px" + (f" and {settings['frames']} frames" if settings["frames"] else "")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from ..cli.environment import environment
+    from ..pipelines import load
+    from ..pipelines.tiny import NAMES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.evals.sheets", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("model", choices=NAMES)
+    parser.add_argument(
+        "--recipe", action="append", help="`dense` or a preset of the model; all of them without"
+    )
+    parser.add_argument("-n", "--samples", type=int, default=16, help="prompt-seed pairs (default 16)")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args(arguments)
+    unknown = set(options.recipe or ()) - set(names(options.model))
+    if unknown:
+        parser.error(
+            f"{options.model} has {', '.join(names(options.model))}; got {', '.join(sorted(unknown))}"
+        )
+    if options.samples < 1:
+        parser.error(f"--samples must be at least 1, got {options.samples}")
+
+    given = sys.argv[1:] if arguments is None else arguments
+    here = environment()
+    where = f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads, " + ", ".join(
+        f"{name} {here['packages'][name]}" for name in ("torch", "diffusers", "dit-accel")
+    )
+    pipe = load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    results = options.out / f"{options.model}.json"
+    for recipe in options.recipe or names(options.model):
+        row, sheet = measure(pipe, options.model, recipe, options.samples)
+        row |= {"command": shlex.join(["python", "-m", "dit_accel.evals.sheets", *given]), "where": where}
+        print(
+            f"{options.model} {recipe}: mean {row['mean']:.3f} at density {row['run_density']:.3f}",
+            flush=True,
+        )
+        media.save(options.out / f"{options.model}-{recipe}.png", sheet[None])
+        rows = {**(json.loads(results.read_text()) if results.exists() else {}), recipe: row}
+        rows = {name: rows[name] for name in names(options.model) if name in rows}
+        _write(results, json.dumps(rows, indent=2))
+        _write(results.with_suffix(".md"), markdown(options.model, rows))
+
+
+def _write(path: Path, text: str) -> None:
+    with media.atomic(path) as partial:
+        partial.write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
