@@ -12,11 +12,13 @@ from torch import nn
 
 from . import kernels, selectors
 from .blockmask import BlockMask
+from .choice import HeadChoice
 from .clock import Clock
 from .errors import UnavailableError
+from .kernels.block_sparse import opaque
 from .layout import TokenLayout
 from .mixture import join_heads
-from .patterns import Dense, Pattern
+from .patterns import Dense, Pattern, SparseVideoGen
 from .pipelines.attention import DENSE, Family, SparseProcessor
 from .recipe import Recipe
 
@@ -43,7 +45,11 @@ class LayerPlan:
 
 
 def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan]:
-    """What each layer does under a recipe. Raises ValueError for selectors and indices that match nothing."""
+    """What each layer does under a recipe.
+
+    Raises:
+        ValueError: selectors and indices that match nothing, or a layer with two settings of SparseVideoGen.
+    """
     attention = recipe.attention if isinstance(recipe.attention, dict) else {"all": recipe.attention}
     indices = selectors.flat_indices(layers)
     dense = recipe.dense_layer_indices(len(set(indices)))
@@ -58,6 +64,8 @@ def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan
             plans.append(LayerPlan(name, reason="Dense()"))
         else:
             plans.append(LayerPlan(name, tuple(p or Dense() for p in row)))
+            if sum(isinstance(p, SparseVideoGen) for p in plans[-1].patterns) > 1:
+                raise ValueError(f"heads of layer {name} have different settings of SparseVideoGen; use one")
     return plans
 
 
@@ -69,7 +77,7 @@ class Geometry:
     permutation: torch.Tensor | None
     inverse: torch.Tensor | None
     layouts: list[TokenLayout]
-    masks: list[BlockMask | None]
+    masks: list[BlockMask | HeadChoice | None]
     densities: list[float]
     block_densities: list[float]
 
@@ -87,6 +95,9 @@ class Binding:
     ):
         self.transformer, self.family, self.recipe, self.clock = transformer, family, recipe, clock
         self.modules = family.layers(transformer)
+        for module in self.modules.values():
+            if isinstance(module.processor, SparseProcessor):  # of an earlier binding, put back by another
+                module.set_processor(module.processor.original)
         self.heads = transformer.config.num_attention_heads
         self.head_dim = transformer.config.attention_head_dim
         self.plans = plan_layers(recipe, list(self.modules), self.heads)
@@ -95,6 +106,7 @@ class Binding:
         self.tally: Any = None  # called with each tick and geometry; set by the handle
         self._geometries: dict[tuple, Geometry] = {}
         self._memo: dict = {}
+        self._temporal: dict[str, torch.Tensor] = {}
         self._moved: Geometry | None = None  # of the call in progress, if its tokens are permuted
         self._hooks: list = []
         self._inputs = [
@@ -105,6 +117,11 @@ class Binding:
     @property
     def sparse_layers(self) -> list[str]:
         return [plan.name for plan in self.plans if plan.heads]
+
+    def temporal_heads(self) -> dict[str, float]:
+        """By layer, the share of temporal heads of SparseVideoGen when they last chose in the latest run."""
+        choices = {plan.name: mask for plan, mask in zip(self.plans, self.geometry.masks, strict=True)}
+        return {name: choices[name].temporal_share(temporal) for name, temporal in self._temporal.items()}
 
     @property
     def backend(self) -> str:
@@ -148,6 +165,7 @@ class Binding:
     def detach(self) -> None:
         """Put the original processors back and remove the hooks."""
         for name, processor in self.processors.items():
+            processor.route = DENSE  # SD3's `unfuse_qkv_projections` puts back what it saw when it fused
             if self.modules[name].processor is processor:
                 self.modules[name].set_processor(processor.original)
         for hook in self._hooks:
@@ -163,15 +181,21 @@ class Binding:
         tick = self.clock.tick(inputs["timestep"])
         dense = self.recipe.is_dense_step(tick.step, tick.total)
         if self.processors:
+            self._check_checkpointing()
             layout = self.family.layout(self.transformer, inputs, self._memo)
             text_valid = self.family.text_valid(inputs, self._memo)
-            self.geometry = self._geometry_of(layout, inputs["hidden_states"].device)
+            self.geometry = self.geometry_of(layout, inputs["hidden_states"].device)
             geometry = self.geometry
+            choices = {mask for mask in geometry.masks if isinstance(mask, HeadChoice)}
+            samples = {} if dense else {choice: choice.sample(tick.step) for choice in choices}
+            self._temporal = {} if tick.new_run else self._temporal
             for plan, mask, own in zip(self.plans, geometry.masks, geometry.layouts, strict=True):
                 if mask is not None:
-                    self.processors[plan.name].layout = own
-                    self.processors[plan.name].text_valid = text_valid
-                    self.processors[plan.name].route = DENSE if dense else mask
+                    processor = self.processors[plan.name]
+                    processor.layout, processor.text_valid = own, text_valid
+                    processor.route, processor.sample = DENSE if dense else mask, samples.get(mask)
+                    processor.temporal = None
+                    opaque.announce(mask.mask if isinstance(mask, HeadChoice) else mask)
             if self.geometry.permutation is not None and (not dense or self._keeps_tokens()):
                 self._check_cache()
                 self._moved = self.geometry
@@ -181,8 +205,10 @@ class Binding:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        for processor in self.processors.values():
+        for name, processor in self.processors.items():
             processor.route = None
+            if processor.temporal is not None:
+                self._temporal[name] = processor.temporal
         moved = self._moved
         if moved is None or output is None:  # None: the call raised
             self._moved = None
@@ -223,6 +249,14 @@ class Binding:
                 'dit-accel has reordered them; use `Recipe(..., order="raster")` with it, or another cache'
             )
 
+    def _check_checkpointing(self) -> None:
+        if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
+            raise UnavailableError(
+                "gradient checkpointing calls blocks a second time, outside the transformer's call, which "
+                "accelerated layers cannot follow; call `transformer.disable_gradient_checkpointing()`, or "
+                "`dit_accel.disable` it first"
+            )
+
     def _check_processors(self) -> None:
         for name, processor in self.processors.items():
             if self.modules[name].processor is not processor:
@@ -235,7 +269,8 @@ class Binding:
 
     # -- geometry ------------------------------------------------------------------------------------------
 
-    def _geometry_of(self, layout: TokenLayout, device: torch.device) -> Geometry:
+    def geometry_of(self, layout: TokenLayout, device: torch.device) -> Geometry:
+        """Masks of all layers on a layout, built once and kept."""
         key = (layout, device)
         if key not in self._geometries:
             while len(self._geometries) >= _GEOMETRIES_KEPT:
@@ -244,7 +279,10 @@ class Binding:
         return self._geometries[key]
 
     def _build_geometry(self, layout: TokenLayout, device: torch.device) -> Geometry:
-        """Masks of all layers, in the order that suits the first sparse pattern."""
+        """Masks of all layers, in the order that suits the first sparse pattern.
+
+        Heads of SparseVideoGen have orders of their own.
+        """
         size = block_size(self.recipe, device)
         order: Any = self.recipe.order
         leading = self.family.leading(self.transformer, layout)
@@ -252,18 +290,27 @@ class Binding:
         used = [(p, own) for plan, own in zip(self.plans, layouts, strict=True) for p in plan.patterns]
         by_pattern: dict[TokenLayout, dict[Pattern, BlockMask]] = {own: {} for own in layouts}
         for pattern, own in sorted(used, key=lambda pair: isinstance(pair[0], Dense)):
-            if pattern not in by_pattern[own]:
+            if pattern in by_pattern[own]:
+                continue
+            if isinstance(pattern, SparseVideoGen):
+                mask = pattern.head_mask(own, size, device)
+            else:
                 mask = pattern.block_mask(own, size, order=order, device=device)
                 found = visual_permutation(mask, own)
                 order = leading_first(found, leading)
                 if not torch.equal(order, found):
                     mask = pattern.block_mask(own, size, order=order, device=device)
-                by_pattern[own][pattern] = mask
-        by_heads: dict[tuple, BlockMask | None] = {((), own): None for own in layouts}
+            by_pattern[own][pattern] = mask
+        if isinstance(order, str):  # all heads have orders of their own
+            order = torch.arange(layout.visual_len)
+        by_heads: dict[tuple, BlockMask | HeadChoice | None] = {((), own): None for own in layouts}
         keys = [(plan.heads, own) for plan, own in zip(self.plans, layouts, strict=True)]
         for heads, own in keys:
             if (heads, own) not in by_heads:
-                by_heads[heads, own] = join_heads(by_pattern[own], heads)
+                if any(isinstance(p, SparseVideoGen) for p in heads):
+                    by_heads[heads, own] = HeadChoice.of(heads, by_pattern[own], own, order)
+                else:
+                    by_heads[heads, own] = join_heads(by_pattern[own], heads)
         masks = [by_heads[key] for key in keys]
         in_place = torch.equal(order, torch.arange(layout.visual_len))
         return Geometry(

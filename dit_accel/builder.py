@@ -22,8 +22,8 @@ def build(pattern, layout: TokenLayout, block_size: tuple[int, int], order) -> B
     """The `BlockMask` of `pattern` on `layout`; see `Pattern.block_mask`."""
     check_block_size(block_size)
     rule = pattern.rule(layout)
-    permutation = resolve_order(rule, layout, block_size, order, pattern.natural_tiles(layout))
-    q, k = (_Blocks.cut(rule, layout, permutation, size) for size in block_size)
+    permutation = resolve_order(rule, layout, block_size, order, pattern.natural_orders(layout))
+    q, k = (_Blocks.cut(rule, layout, permutation, size, pattern.anchor_sees_visual) for size in block_size)
     text = (layout.visual_len + layout.anchor_len, layout.seq_len)
     never_full = unmaskable(len(k.visual), block_size[1], layout.seq_len, text)
     full, partial = _classify(rule, q, k, never_full)
@@ -66,17 +66,28 @@ class _Blocks:
     side: object  # the rule's view of the visual tokens
     visual: torch.Tensor  # has visual tokens
     pure: torch.Tensor  # has nothing else
-    everywhere: torch.Tensor  # (n, b): tokens that attend and are attended without exception: text, anchor
+    everywhere: torch.Tensor  # (n, b): tokens that all attend to: text, anchor
+    unseeing: torch.Tensor  # (n, b): those of them that do not attend to visual tokens; others attend to all
     inside: torch.Tensor  # (n, b): tokens that exist
 
     @classmethod
-    def cut(cls, rule: Rule, layout: TokenLayout, permutation: torch.Tensor, size: int) -> _Blocks:
+    def cut(
+        cls,
+        rule: Rule,
+        layout: TokenLayout,
+        permutation: torch.Tensor,
+        size: int,
+        anchor_sees_visual: bool = True,
+    ) -> _Blocks:
         count = -(-layout.seq_len // size)
         position = torch.arange(count * size).view(count, size)
         inside, is_visual = position < layout.seq_len, position < layout.visual_len
         # other positions repeat the last visual token, which changes no box
         tokens = permutation[position.clamp(max=layout.visual_len - 1)]
-        return cls(rule.side(tokens), is_visual[:, 0], is_visual[:, -1], inside & ~is_visual, inside)
+        everywhere = inside & ~is_visual
+        is_anchor = everywhere & (position < layout.visual_len + layout.anchor_len)
+        unseeing = is_anchor & (not anchor_sees_visual)
+        return cls(rule.side(tokens), is_visual[:, 0], is_visual[:, -1], everywhere, unseeing, inside)
 
 
 def _classify(
@@ -84,13 +95,14 @@ def _classify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, column) of the full blocks and of those to evaluate, each int64 (2, n), sorted."""
     full, partial = [], []
-    q_open, k_open = q.everywhere.any(1), k.everywhere.any(1)
+    q_open, k_open = (q.everywhere & ~q.unseeing).any(1), k.everywhere.any(1)
+    q_shut = q.unseeing.any(1)
     step = max(1, 2**21 // len(k.visual))
     for start in range(0, len(q.visual), step):
         rows = slice(start, start + step)
         maybe, sure = rule.classify(q.side, k.side, rows)
         both = q.visual[rows, None] & k.visual
-        sure = (sure | ~both) & ~never_full
+        sure = (sure | ~both) & ~never_full & ~(q_shut[rows, None] & k.visual)
         maybe = (maybe & both) | q_open[rows, None] | k_open
         for found, chosen in ((full, sure & maybe), (partial, maybe & ~sure)):
             r, c = chosen.nonzero().unbind(1)
@@ -128,7 +140,8 @@ def _open(bits: torch.Tensor, q: _Blocks, k: _Blocks, r: torch.Tensor, c: torch.
     """Open text and anchor rows and columns in blocks that are not purely visual; close what lies outside."""
     k_inside, k_open = pack_bits(k.inside[c][:, None]), pack_bits(k.everywhere[c][:, None])
     bits = (bits & (k_inside ^ k_open)) | k_open
-    bits = torch.where(q.everywhere[r][:, :, None], k_inside, bits)
+    everywhere, unseeing = q.everywhere[r][:, :, None], q.unseeing[r][:, :, None]
+    bits = torch.where(everywhere, torch.where(unseeing, k_open, k_inside), bits)
     return torch.where(q.inside[r][:, :, None], bits, 0)
 
 
@@ -151,7 +164,7 @@ def resolve_order(
     layout: TokenLayout,
     block_size: tuple[int, int],
     order: str | Sequence[int] | torch.Tensor = "auto",
-    natural_tiles: Sequence[tuple[int, int, int]] = (),
+    natural_orders: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The permutation of the visual tokens that `order` names: int64 (V,).
 
@@ -177,7 +190,7 @@ def resolve_order(
     cost, tile = min(
         (_tile_cost(rule, layout, tile, block_size), tile) for tile in tile_shapes(layout.grid, block_size[0])
     )
-    others = [orders.tiles(layout.grid, shape) for shape in natural_tiles]
+    others = list(natural_orders)
     if order == "auto" and layout.visual_len <= _HILBERT_UP_TO:
         others.append(orders.hilbert(layout.grid))
     costs = [_cost(rule, layout, permutation, block_size) for permutation in others]

@@ -80,12 +80,15 @@ def _titles(handle: Handle) -> list[str]:
 def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
     geometry, rows = binding.geometry, []
     backend = binding.backend if binding.sparse_layers else None
+    temporal = {} if geometry is None else binding.temporal_heads()
     for index, plan in enumerate(binding.plans):
         row = _row(name, plan, binding.recipe)
         if plan.heads:
             row["backend"] = backend
         if plan.heads and geometry is not None:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
+        if plan.name in temporal:
+            row["note"] = f"{temporal[plan.name]:.0%} temporal heads in the latest call"
         rows.append(row)
     return rows
 

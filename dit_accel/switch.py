@@ -54,8 +54,12 @@ class Handle:
         return self._block_density / self._calls if self._calls else None
 
     def stats(self) -> dict[str, Any]:
-        """What the latest run did, as plain data."""
-        grids = {name: b.geometry.layout.grid for name, b in self.bindings.items() if b.geometry is not None}
+        """What the latest run did, as plain data.
+
+        `temporal_heads` is what heads of `SparseVideoGen` last chose, the share of temporal ones by layer.
+        """
+        bindings = {name: b for name, b in self.bindings.items() if b.geometry is not None}
+        temporal = {name: b.temporal_heads() for name, b in bindings.items()}
         return {
             "recipe": self.recipe.tag,
             "calls": self._calls,
@@ -63,7 +67,8 @@ class Handle:
             "dense_steps": sorted(self._dense_steps),
             "density": self.run_density,
             "block_density": self.run_block_density,
-            "grids": grids,
+            "grids": {name: b.geometry.layout.grid for name, b in bindings.items()},
+            "temporal_heads": {name: shares for name, shares in temporal.items() if shares},
         }
 
     def begin(self, steps: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dit_accel.blockmask import BlockMask
+from dit_accel.choice import HeadChoice, Sample
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.layout import TokenLayout
 
@@ -22,17 +23,20 @@ Permute = Callable[
 class SparseProcessor:
     """Attention processor of one layer: block-sparse, or the layer's original processor at dense steps.
 
-    A family fills in `project` and `output`. `route` says what this forward does: a `BlockMask`, `DENSE`, or
-    None between forwards. `text_valid` (B,) stands for the `attention_mask` of families with padded text:
-    how many text tokens of each sample are valid. Projections go through the layer's own modules, so LoRA
-    and quantized weights take part. Everything stays in *kernel order*: visual tokens (already permuted where
-    they entered the transformer), then text.
+    A family fills in `project` and `output`. `route` says what this forward does: a `BlockMask`, a
+    `HeadChoice` (by `sample`; `temporal` then tells what was chosen), `DENSE`, or None between forwards.
+    `text_valid` (B,) stands for the `attention_mask` of families with padded text: how many text tokens of
+    each sample are valid. Projections go through the layer's own modules, so LoRA and quantized weights take
+    part. Everything stays in *kernel order*: visual tokens (already permuted where they entered the
+    transformer), then text.
     """
 
     def __init__(self, original: Any, backend: str = "auto"):
         self.original = original
         self.backend = backend
-        self.route: BlockMask | str | None = None
+        self.route: BlockMask | HeadChoice | str | None = None
+        self.sample: Sample | None = None
+        self.temporal: torch.Tensor | None = None
         self.layout: TokenLayout | None = None
         self.text_valid: torch.Tensor | None = None
 
@@ -60,11 +64,16 @@ class SparseProcessor:
             raise ValueError(
                 "context parallelism is not supported in accelerated layers; `dit_accel.disable` it first"
             )
-        q, k, v = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        out = block_sparse_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.route,
-            text_valid=self.text_valid, backend=self.backend,
-        )  # fmt: skip
+        projected = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        q, k, v = (x.transpose(1, 2) for x in projected)
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):  # as PyTorch's attention; norms give q and k in float32
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        options = {"text_valid": self.text_valid, "backend": self.backend}
+        if isinstance(self.route, HeadChoice):
+            out, self.temporal = self.route.attend(q, k, v, self.sample, **options)
+        else:
+            out = block_sparse_attention(q, k, v, self.route, **options)
         return self.output(attn, out.transpose(1, 2).flatten(2), encoder_hidden_states)
 
     def project(

@@ -1,4 +1,7 @@
-"""FLUX: text before image, rotary embedding on all tokens, double-stream then single-stream blocks."""
+"""FLUX: text before image, rotary embedding on all tokens, double-stream then single-stream blocks.
+
+Kontext's reference image stands behind the image: it is the layout's anchor, attended densely.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from .attention import (
     project_text_qkv,
     read_once,
 )
+
+Grid = tuple[int, int, int]
 
 
 class FluxProcessor(SparseProcessor):
@@ -45,7 +50,8 @@ class FluxProcessor(SparseProcessor):
         return q, k, v
 
     def output(self, attn, out, encoder_hidden_states):
-        image, text = out[:, : self.layout.visual_len], out[:, self.layout.visual_len :]
+        text_len = self.layout.text_len
+        image, text = out.split([out.shape[1] - text_len, text_len], dim=1)
         if encoder_hidden_states is None:
             return torch.cat([text, image], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
@@ -62,34 +68,52 @@ class Flux(Family):
         return double_and_single(transformer)
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
-        grid = read_once(memo, inputs["img_ids"], grid_of_ids)
-        return TokenLayout(grid, text_len=inputs["encoder_hidden_states"].shape[1], text_first=True)
+        grid, reference = read_once(memo, inputs["img_ids"], grids_of_ids)
+        text_len = inputs["encoder_hidden_states"].shape[1]
+        return TokenLayout(grid, text_len=text_len, text_first=True, anchor=reference)
 
     def enter(
         self, transformer: nn.Module, inputs: dict[str, Any], layout: TokenLayout, permute: Permute
     ) -> dict:
         changed = {
-            "hidden_states": permute(inputs["hidden_states"], 1),
-            "img_ids": permute(inputs["img_ids"], -2),
+            "hidden_states": _move_image(inputs["hidden_states"], 1, layout, permute),
+            "img_ids": _move_image(inputs["img_ids"], -2, layout, permute),
         }
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             if inputs.get(name) is not None:
-                changed[name] = [permute(sample, 1) for sample in inputs[name]]
+                changed[name] = [_move_image(sample, 1, layout, permute) for sample in inputs[name]]
         return inputs | changed
 
     def leave(
         self, transformer: nn.Module, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
-        return restore(sample, 1)
+        return _move_image(sample, 1, layout, restore)
 
 
-def grid_of_ids(ids: torch.Tensor) -> tuple[int, int, int]:
-    """The token grid (1, H, W) behind FLUX's image ids (S, 3), or (B, S, 3).
+def _move_image(x: torch.Tensor, dim: int, layout: TokenLayout, move: Permute) -> torch.Tensor:
+    """x with the image's tokens moved and those of a reference image, which stand behind, left in place."""
+    if layout.anchor is None:
+        return move(x, dim)
+    image, reference = x.split([layout.visual_len, layout.anchor_len], dim=dim)
+    return torch.cat([move(image, dim), reference], dim=dim)
+
+
+def grids_of_ids(ids: torch.Tensor) -> tuple[Grid, Grid | None]:
+    """The token grids (1, H, W) of image and reference image (or None), from image ids (S, 3) or (B, S, 3).
 
     Raises:
-        ValueError: ids that are not one full row-major grid, such as those of Kontext's reference images.
+        ValueError: ids that are not one or two full row-major grids.
     """
     rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
+    of_reference = (rows[:, 0] != rows[0, 0]).nonzero()
+    if not len(of_reference):
+        return _grid(rows), None
+    start = int(of_reference[0])
+    return _grid(rows[:start]), _grid(rows[start:])
+
+
+def _grid(rows: torch.Tensor) -> Grid:
+    """The token grid behind the ids (S, 3) of one image."""
     start_of_row = (rows[:, 1] != rows[0, 1]).nonzero()
     width = int(start_of_row[0]) if len(start_of_row) else len(rows)
     height = len(rows) // width
@@ -102,8 +126,9 @@ def grid_of_ids(ids: torch.Tensor) -> tuple[int, int, int]:
         or (rows[:, 0] != rows[0, 0]).any()
     ):
         raise ValueError(
-            "the image ids of this FLUX call are not one full grid of tokens (as with Kontext's reference "
-            "images), which accelerated attention does not support; `dit_accel.disable(pipe)` for such calls"
+            "the image ids of this FLUX call are not one full grid of tokens, nor those of one image and one "
+            "reference image (Kontext), which accelerated attention does not support; "
+            "`dit_accel.disable(pipe)` for such calls"
         )
     return 1, height, width
 

@@ -37,13 +37,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Wan(Family):
+    """With VACE's control blocks, where there are any, as the layers `vace` after `blocks`."""
+
     name = "wan"
     transformer = "WanTransformer3DModel"
     originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
     processor = WanProcessor
 
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}
+        layers = {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}
+        control = enumerate(getattr(transformer, "vace_blocks", ()))
+        return layers | {f"vace.{i}": block.attn1 for i, block in control}
+
+    def matches(self, transformer: nn.Module) -> bool:
+        return super().matches(transformer) or type(transformer).__name__ == "WanVACETransformer3DModel"
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         shape, patch = inputs["hidden_states"].shape[2:], transformer.config.patch_size
@@ -54,6 +61,14 @@ class Wan(Family):
     ) -> dict:
         patch = transformer.config.patch_size
         changed = {"hidden_states": move_patches(inputs["hidden_states"], layout.grid, patch, permute)}
+        if (control := inputs.get("control_hidden_states")) is not None:
+            if control.shape[2:] != inputs["hidden_states"].shape[2:]:
+                raise ValueError(
+                    "VACE's `control_hidden_states` must, in accelerated calls, have the frames, rows and "
+                    f"columns of `hidden_states`, {tuple(inputs['hidden_states'].shape[2:])}, got "
+                    f"{tuple(control.shape[2:])}; pad them, or `dit_accel.disable` it for such calls"
+                )
+            changed["control_hidden_states"] = move_patches(control, layout.grid, patch, permute)
         if inputs["timestep"].ndim == 2:  # Wan 2.2 5B: a timestep per token
             changed["timestep"] = permute(inputs["timestep"], 1)
         return inputs | changed

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import orders
 from ..layout import TokenLayout
 from ..rules import Factor, FactorRule, Rule
 
@@ -20,8 +21,11 @@ Grid = tuple[int, int, int]
 class Pattern:
     """Base of all patterns. A new one states its `rule` and counts its `visual_pairs`.
 
-    Text and anchor tokens attend to everything, and everything attends to them.
+    Text and anchor tokens attend to everything, and everything attends to them; where `anchor_sees_visual` is
+    False, anchor tokens attend to anchor and text alone.
     """
+
+    anchor_sees_visual = True
 
     def rule(self, layout: TokenLayout) -> Rule:
         """Which visual tokens attend to which, on this layout.
@@ -39,10 +43,15 @@ class Pattern:
         """Tile shapes that suit this pattern in particular, tried beside the general ones."""
         return []
 
+    def natural_orders(self, layout: TokenLayout) -> list[torch.Tensor]:
+        """Orders of the visual tokens that suit this pattern, each a permutation, int64 (V,)."""
+        return [orders.tiles(layout.grid, tile) for tile in self.natural_tiles(layout)]
+
     def token_mask(self, layout: TokenLayout) -> torch.Tensor:
         """The exact definition: bool (S, S) in the model's token order, True = attend. Small sizes only."""
         mask = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
         mask[layout.visual_slice, layout.visual_slice] = self.rule(layout).mask()
+        mask[layout.anchor_slice, layout.visual_slice] = self.anchor_sees_visual
         return mask
 
     def block_mask(
@@ -71,6 +80,8 @@ class Pattern:
     def density(self, layout: TokenLayout) -> float:
         """Computed pairs / S^2, exact."""
         everywhere = layout.seq_len**2 - layout.visual_len**2
+        if not self.anchor_sees_visual:
+            everywhere -= layout.anchor_len * layout.visual_len
         return (self.visual_pairs(layout) + everywhere) / layout.seq_len**2
 
 

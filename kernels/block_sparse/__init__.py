@@ -11,7 +11,7 @@ import torch
 from dit_accel.blockmask import BlockMask
 from dit_accel.errors import UnavailableError
 
-from . import flex, gather, reference
+from . import flex, gather, opaque
 
 BACKENDS = ("triton", "gather", "flex", "reference")
 MAX_HEAD_DIM = 256
@@ -69,17 +69,20 @@ def block_sparse_attention(
     if reason is not None:
         raise UnavailableError(f"backend {backend!r} cannot run here: {reason}")
     chosen = backend
+    compiling = torch.compiler.is_compiling()
     if backend == "auto":
         chosen, why = automatic_backend(**inputs)
-        _log_choice(chosen, q.device.type, q.dtype, why)
+        if not compiling:
+            _log_choice(chosen, q.device.type, q.dtype, why)
     options = {"scale": q.shape[3] ** -0.5 if scale is None else float(scale), "text_valid": text_valid}
     if chosen == "triton":
         from . import triton
 
         out, lse = triton.attention(q, k, v, mask, **options)
-    else:
-        module = {"gather": gather, "flex": flex, "reference": reference}[chosen]
-        out, lse = module.attention(q, k, v, mask, return_lse=return_lse, **options)
+    elif compiling and opaque.is_announced(mask) and not inputs["requires_grad"]:
+        out, lse = opaque.attention(q, k, v, mask, backend=chosen, return_lse=return_lse, **options)
+    else:  # in compiled code, a graph break
+        out, lse = opaque.BACKENDS[chosen].attention(q, k, v, mask, return_lse=return_lse, **options)
     return (out, lse) if return_lse else out
 
 

@@ -64,12 +64,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _prepared(options: argparse.Namespace) -> tuple:
     """The pipeline and the settings that sheet and eval share."""
-    from diffusers import DiffusionPipeline
+    from dit_accel.pipelines import load
 
-    from .models import spec, weights_dir
+    from .models import spec
 
     model = spec(options.name)
-    pipe = DiffusionPipeline.from_pretrained(options.weights or weights_dir(options.name))
+    pipe = load(options.weights or options.name)
     pipe.set_progress_bar_config(disable=True)
     frames, height, width = model.demo if options.demo else model.native
     settings = {

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .hunyuan import standardise
 from .models import TEXT_LENGTH, Size, Spec
 
 
@@ -74,13 +75,10 @@ class Adapter(ABC):
         """Factor s by which the scheduler moves noise levels here: u becomes s u / (1 + (s - 1) u)."""
 
 
-class FluxAdapter(Adapter):
-    crop = (1, 64, 64)
-    text_encoders = ("text_encoder", "text_encoder_2")
+class ImageAdapter(Adapter):
+    """What FLUX and SD3 share: the autoencoder, and noise shifted by the number of tokens."""
 
-    @property
-    def landmark(self) -> nn.Module:
-        return self.pipe.transformer.transformer_blocks[-1]
+    crop = (1, 64, 64)
 
     def visual(self, output: Any) -> torch.Tensor:
         return output[1]
@@ -99,6 +97,22 @@ class FluxAdapter(Adapter):
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.pipe.vae.config
         return ((latents - config.shift_factor) * config.scaling_factor).unsqueeze(2)
+
+    def shift(self, latents: torch.Tensor) -> float:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipe.scheduler.config
+        tokens = latents.shape[-2] * latents.shape[-1] // 4
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        return math.exp(calculate_shift(tokens, *lengths, config.base_shift, config.max_shift))
+
+
+class FluxAdapter(ImageAdapter):
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    @property
+    def landmark(self) -> nn.Module:
+        return self.pipe.transformer.transformer_blocks[-1]
 
     def encode_text(self, captions: list[str], length: int) -> Any:
         return self.pipe.encode_prompt(captions, captions, max_sequence_length=length)
@@ -122,28 +136,50 @@ class FluxAdapter(Adapter):
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(output, height * scale, width * scale, scale).unsqueeze(2)
 
-    def shift(self, latents: torch.Tensor) -> float:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        config = self.pipe.scheduler.config
-        tokens = latents.shape[-2] * latents.shape[-1] // 4
-        lengths = (config.base_image_seq_len, config.max_image_seq_len)
-        return math.exp(calculate_shift(tokens, *lengths, config.base_shift, config.max_shift))
-
-
-class WanAdapter(Adapter):
-    crop = (9, 32, 32)
-    text_encoders = ("text_encoder",)
+class SD3Adapter(ImageAdapter):
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     @property
     def landmark(self) -> nn.Module:
-        return self.pipe.transformer.blocks[2]
+        return self.pipe.transformer.transformer_blocks[2]
+
+    def encode_text(self, captions: list[str], length: int) -> Any:
+        prompt, _, pooled, _ = self.pipe.encode_prompt(
+            captions, captions, captions, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return prompt, pooled
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
+        prompt, pooled = text
+        output = self.pipe.transformer(
+            hidden_states=noisy[:, :, 0],
+            timestep=sigma * self.pipe.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=prompt,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        return output.unsqueeze(2)
+
+
+class VideoAdapter(Adapter):
+    """What Wan and HunyuanVideo share: how their autoencoders are called."""
+
+    crop = (9, 32, 32)
 
     def posterior(self, pixels: torch.Tensor) -> Any:
         return self.pipe.vae.encode(pixels).latent_dist
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.pipe.vae.decode(latents).sample
+
+
+class WanAdapter(VideoAdapter):
+    text_encoders = ("text_encoder",)
+
+    @property
+    def landmark(self) -> nn.Module:
+        return self.pipe.transformer.blocks[2]
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         def rounded(values: torch.Tensor) -> list[float]:
@@ -172,7 +208,46 @@ class WanAdapter(Adapter):
         return self.pipe.scheduler.config.flow_shift
 
 
-ADAPTERS: dict[str, type[Adapter]] = {"flux": FluxAdapter, "wan": WanAdapter}
+class HunyuanVideoAdapter(VideoAdapter):
+    text_encoders = ("text_encoder", "text_encoder_2")
+
+    @property
+    def landmark(self) -> nn.Module:
+        return self.pipe.transformer.transformer_blocks[-1]
+
+    def visual(self, output: Any) -> torch.Tensor:
+        return output[0]
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        standardise(self.pipe.vae, mean, std)
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents * self.pipe.vae.config.scaling_factor
+
+    def encode_text(self, captions: list[str], length: int) -> Any:
+        return self.pipe.encode_prompt(captions, max_sequence_length=length)
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
+        prompt, pooled, mask = text
+        return self.pipe.transformer(
+            hidden_states=noisy,
+            timestep=sigma * self.pipe.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=prompt,
+            encoder_attention_mask=mask.to(noisy.dtype),
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+    def shift(self, latents: torch.Tensor) -> float:
+        return self.pipe.scheduler.config.shift
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "flux": FluxAdapter,
+    "sd3": SD3Adapter,
+    "wan": WanAdapter,
+    "hunyuan-video": HunyuanVideoAdapter,
+}
 
 
 def adapter(spec: Spec, pipe: Any) -> Adapter:

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .captions import SPECIAL_TOKENS, tokenizer, vocabulary
+from . import hunyuan
+from .captions import tokenizer
+from .text_encoders import TEXT_DIM, TEXT_LENGTH, clip, t5
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-TEXT_LENGTH = 24  # tokens a prompt is padded to; the longest caption has 17
-TEXT_DIM = 128
-PAD, END = SPECIAL_TOKENS.index("<pad>"), SPECIAL_TOKENS.index("</s>")
 
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
@@ -42,31 +40,11 @@ class Spec:
         return self.native[0] > 1
 
 
-def _t5(cls: type, config_cls: type, layers: int):
-    """A T5-style encoder of ``layers`` layers over the shared vocabulary."""
-    return cls(
-        config_cls(
-            vocab_size=len(vocabulary()),
-            d_model=TEXT_DIM,
-            d_kv=32,
-            d_ff=256,
-            num_layers=layers,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=PAD,
-            eos_token_id=END,
-            tie_word_embeddings=False,
-        )
-    )
+def _image_autoencoder():
+    """Autoencoder of the image models: 4x4 pixels per latent."""
+    from diffusers import AutoencoderKL
 
-
-def build_flux() -> DiffusionPipeline:
-    """tiny-flux with untrained weights: 8x8 pixels per token."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 32),
@@ -78,6 +56,29 @@ def build_flux() -> DiffusionPipeline:
         mid_block_add_attention=False,
         shift_factor=0.0,
     )
+
+
+def _image_scheduler():
+    """Scheduler of the image models, whose pipelines shift noise by the number of tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    # 64 tokens are shifted by e^0.5, 2304 by e^2.3: the noise that hides a scene's layout grows with the
+    # square root of the tokens it is drawn with, here by sqrt(2304 / 64) = 6 = e^1.8.
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=64,
+        max_image_seq_len=2304,
+        base_shift=0.5,
+        max_shift=2.3,
+    )
+
+
+def build_flux() -> DiffusionPipeline:
+    """tiny-flux with untrained weights: 8x8 pixels per token."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    vae = _image_autoencoder()
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -88,37 +89,53 @@ def build_flux() -> DiffusionPipeline:
         pooled_projection_dim=TEXT_DIM,
         axes_dims_rope=(8, 12, 12),
     )
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary()),
-            hidden_size=TEXT_DIM,
-            intermediate_size=256,
-            projection_dim=TEXT_DIM,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
-            pad_token_id=PAD,
-            bos_token_id=END,
-            eos_token_id=END,
-        )
-    )
-    # 64 tokens are shifted by e^0.5, 2304 by e^2.3: the noise that hides a scene's layout grows with the
-    # square root of the tokens it is drawn with, here by sqrt(2304 / 64) = 6 = e^1.8.
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_image_seq_len=64,
-        max_image_seq_len=2304,
-        base_shift=0.5,
-        max_shift=2.3,
-    )
     return FluxPipeline(
-        scheduler=scheduler,
+        scheduler=_image_scheduler(),
         vae=vae,
-        text_encoder=clip,
+        text_encoder=clip(CLIPTextModel),
         tokenizer=tokenizer(TEXT_LENGTH),
-        text_encoder_2=_t5(T5EncoderModel, T5Config, layers=1),
+        text_encoder_2=t5(T5EncoderModel, T5Config, layers=1),
         tokenizer_2=tokenizer(TEXT_LENGTH),
         transformer=transformer,
+    )
+
+
+def build_sd3() -> DiffusionPipeline:
+    """tiny-sd3 with untrained weights: 8x8 pixels per token, and SD3.5's norms and dual attention layers.
+
+    The table of positions, 64 x 64 tokens, is part of the weights: it and the 6 MB a model may have are why
+    blocks are narrower than tiny-flux's.
+    """
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    clip_widths, width = (32, 64), 96
+    vae = _image_autoencoder()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        caption_projection_dim=width,
+        joint_attention_dim=width,
+        pooled_projection_dim=sum(clip_widths),
+        pos_embed_max_size=64,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+    first, second = (clip(CLIPTextModelWithProjection, size) for size in clip_widths)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=_image_scheduler(),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer(TEXT_LENGTH),
+        text_encoder_2=second,
+        tokenizer_2=tokenizer(TEXT_LENGTH),
+        text_encoder_3=t5(T5EncoderModel, T5Config, layers=1, width=width),
+        tokenizer_3=tokenizer(TEXT_LENGTH),
     )
 
 
@@ -176,7 +193,7 @@ def build_wan() -> DiffusionPipeline:
     )
     return WanPipeline(
         tokenizer=tokenizer(TEXT_LENGTH),
-        text_encoder=_t5(UMT5EncoderModel, UMT5Config, layers=2),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config, layers=2),
         vae=vae,
         scheduler=scheduler,
         transformer=transformer,
@@ -197,6 +214,16 @@ SPECS: dict[str, Spec] = {
             build=build_flux,
         ),
         Spec(
+            name="tiny-sd3",
+            family="sd3",
+            description="SD3.5 in 2.5 M parameters: a coloured shape on a grey background",
+            native=(1, 64, 64),
+            demo=(1, 384, 384),
+            steps=20,
+            guidance=4.0,
+            build=build_sd3,
+        ),
+        Spec(
             name="tiny-wan",
             family="wan",
             description="Wan 2.1 in 2.5 M parameters: a coloured shape that moves over a grey background",
@@ -205,6 +232,16 @@ SPECS: dict[str, Spec] = {
             steps=12,
             guidance=3.0,
             build=build_wan,
+        ),
+        Spec(
+            name="tiny-hunyuan-video",
+            family="hunyuan-video",
+            description="HunyuanVideo in 2.9 M parameters: a coloured shape that moves over grey",
+            native=(17, 64, 64),
+            demo=(125, 128, 128),
+            steps=16,
+            guidance=3.0,
+            build=hunyuan.build,
         ),
     )
 }
@@ -218,5 +255,10 @@ def spec(name: str) -> Spec:
 
 
 def weights_dir(name: str) -> Path:
-    """The pipeline folder of bundled model ``name``."""
+    """The pipeline folder of bundled model ``name``; there is none before the model is trained."""
     return Path(__file__).parent / "weights" / spec(name).name
+
+
+def trained(name: str) -> bool:
+    """Whether bundled model ``name`` has weights."""
+    return (weights_dir(name) / "model_index.json").is_file()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dit_accel.patterns import Clear, Neighborhood, Radial
+
 from . import autoencoder
 from .adapters import Adapter, adapter
 from .flow import Diet, Flow, Whereabouts, set_statistics
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 class Plan:
     """How a model is trained: batches shrink with size, so that most steps cost about the same."""
 
-    autoencoder: Stage
+    autoencoder: Stage | str  # or the bundled model whose trained autoencoder is taken as it is
     crops: int
     flow: Stage
     diets: tuple[Diet, ...]
@@ -40,31 +42,75 @@ PLANS: dict[str, Plan] = {
     "tiny-flux": Plan(
         autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=5250, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=8200, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.5, 0.15))),
+            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.25, 0.12))),
             Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
             Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
-            Diet((1, 128, 128), 8, 1024, ((0.0, 0.12),)),
+            Diet((1, 128, 128), 8, 1024, ((0.0, 0.12), (0.5, 0.06))),
             Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
-            Diet((1, 256, 256), 3, 512, ((0.0, 0.3),)),
-            Diet((1, 384, 384), 1, 256, ((0.0, 0.22), (0.5, 0.32), (0.85, 0.8))),
+            Diet((1, 256, 256), 3, 512, ((0.0, 0.3), (0.5, 0.1))),
+            Diet((1, 256, 256), 4, 512, ((0.5, 0.08),), Clear(8)),
+            Diet((1, 384, 384), 1, 768, ((0.0, 0.25),)),
+            Diet((1, 384, 384), 2, 768, ((0.5, 0.2),), Clear(12)),
+            Diet((1, 384, 384), 2, 768, ((0.5, 0.1),), Neighborhood((20, 20), stride=(4, 4))),
+        ),
+    ),
+    "tiny-sd3": Plan(
+        autoencoder="tiny-flux",
+        crops=16,
+        flow=Stage("flow", steps=6000, rate=1e-3, averaging=0.998, muon=True),
+        diets=(
+            Diet((1, 64, 64), 32, 8192, ((0.0, 0.3), (0.3, 0.15))),
+            Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
+            Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
+            Diet((1, 128, 128), 8, 1024, ((0.0, 0.15), (0.6, 0.08))),
+            Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
+            Diet((1, 256, 256), 3, 512, ((0.0, 0.25), (0.6, 0.1))),
+            Diet((1, 256, 256), 4, 512, ((0.6, 0.08),), Clear(8)),
+            Diet((1, 384, 384), 1, 768, ((0.0, 0.2), (0.3, 0.25))),
+            Diet((1, 384, 384), 2, 768, ((0.6, 0.2),), Clear(12)),
+            Diet((1, 384, 384), 2, 768, ((0.6, 0.1),), Neighborhood((20, 20), stride=(4, 4))),
         ),
     ),
     "tiny-wan": Plan(
         autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=4400, rate=1e-3, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=5600, rate=1e-3, averaging=0.998, muon=True),
         diets=(
-            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.4, 0.04))),
-            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.4, 0.04))),
-            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.4, 0.3))),
-            Diet((17, 128, 128), 2, 256, ((0.25, 0.15), (0.4, 0.2))),
-            Diet((29, 128, 128), 1, 128, ((0.4, 0.25),)),
-            Diet((61, 128, 128), 1, 48, ((0.6, 0.1),)),
-            Diet((125, 128, 128), 1, 24, ((0.8, 0.03),)),
+            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
+            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
+            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.3), (0.6, 0.2))),
+            Diet((17, 128, 128), 2, 256, ((0.15, 0.15), (0.25, 0.2), (0.6, 0.12))),
+            Diet((29, 128, 128), 1, 128, ((0.25, 0.25), (0.6, 0.1))),
+            Diet((61, 64, 64), 2, 256, ((0.4, 0.1), (0.6, 0.13))),
+            Diet((125, 64, 64), 1, 256, ((0.6, 0.15),)),
+            Diet((61, 128, 128), 1, 96, ((0.4, 0.08),)),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.03),)),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.13),), Neighborhood((5, 16, 16))),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.06),), Radial(0.2, block_size=32)),
         ),
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
+        clips={17: 4, 29: 2, 61: 1, 125: 1},
+    ),
+    "tiny-hunyuan-video": Plan(
+        autoencoder=Stage("vae", steps=1200, rate=2e-3, decay=0.5, averaging=0.99),
+        crops=8,
+        flow=Stage("flow", steps=6000, rate=1e-3, averaging=0.998, muon=True),
+        diets=(
+            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
+            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
+            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.35), (0.6, 0.25))),
+            Diet((17, 128, 128), 2, 256, ((0.15, 0.15), (0.25, 0.2), (0.6, 0.12))),
+            Diet((29, 128, 128), 1, 128, ((0.25, 0.25), (0.6, 0.1))),
+            Diet((61, 64, 64), 2, 256, ((0.3, 0.12),)),
+            Diet((125, 64, 64), 1, 256, ((0.4, 0.12),)),
+            Diet((61, 128, 128), 1, 96, ((0.4, 0.08),)),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.03),)),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.13),), Neighborhood((5, 16, 16))),
+            Diet((125, 128, 128), 1, 96, ((0.5, 0.06),), Radial(0.2, block_size=32)),
+        ),
+        decoder=Stage("decoder", steps=1000, rate=1e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2, 61: 1, 125: 1},
     ),
 }
@@ -163,17 +209,23 @@ class Training:
 
     def _pipeline(self) -> DiffusionPipeline:
         """A pipeline to train: new, or the one to start from."""
-        if not self.start.exists():
-            return self.spec.build()
-        from diffusers import DiffusionPipeline
+        if self.start.exists():
+            from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(self.start)
-        pipe.vae.requires_grad_(False)
+            pipe = DiffusionPipeline.from_pretrained(self.start)
+            pipe.vae.requires_grad_(False)
+            return pipe
+        pipe = self.spec.build()
+        if isinstance(self.plan.autoencoder, str):
+            kept = self.run_folder / "vae"  # that of the bundled model may change before this run resumes
+            if not kept.exists():
+                shutil.copytree(weights_dir(self.plan.autoencoder) / "vae", kept)
+            pipe.vae = type(pipe.vae).from_pretrained(kept).requires_grad_(False)
         return pipe
 
     def run(self, minutes: float = math.inf, until: int | None = None) -> Loop:
         """Trains what is left, at most for ``minutes`` per stage; returns the last stage's loop."""
-        if self.start.exists():
+        if self.start.exists() or isinstance(self.plan.autoencoder, str):
             return self.flow(minutes, until)
         loop = self.autoencoder(minutes)
         if loop.done and self.plan.decoder is not None:
@@ -200,7 +252,7 @@ class Training:
         modules = {"decoder": self.pipe.vae.decoder, "post_quant_conv": self.pipe.vae.post_quant_conv}
         for module in modules.values():
             module.requires_grad_(True)
-        for attention in self.pipe.vae.decoder.mid_block.attentions:
+        for attention in filter(None, self.pipe.vae.decoder.mid_block.attentions):
             attention.requires_grad_(False)
         loop = self._loop(self.plan.decoder, modules)
         loop.run(

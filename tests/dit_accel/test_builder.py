@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel import TokenLayout
-from dit_accel.patterns import Clear, Dense, InwardWindow, Neighborhood, Radial, ShiftedWindow, SlidingTile
+from dit_accel.patterns import (
+    Clear,
+    Dense,
+    InwardWindow,
+    LocalGlobal,
+    Neighborhood,
+    Radial,
+    ShiftedWindow,
+    SlidingTile,
+)
 
 
 @st.composite
@@ -39,6 +48,7 @@ def cases(draw):
             st.builds(SlidingTile, window=st.tuples(side, side, side), tile=st.tuples(side, side, side)),
             st.builds(InwardWindow, st.tuples(side, side)),
             st.builds(ShiftedWindow, st.tuples(side, side), st.tuples(side, side)),
+            st.builds(LocalGlobal, st.tuples(side, side), st.tuples(side, side), flag),
             neighborhoods(layout),
         )
     )  # fmt: skip

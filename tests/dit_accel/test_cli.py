@@ -93,7 +93,8 @@ def test_models():
     assert {"tiny-flux", "tiny-wan"} <= {row["name"] for row in rows}
     for row in rows:
         assert row["demo"]["width"] >= row["native"]["width"]
-        assert 0 < row["megabytes"] <= 6
+        assert row["megabytes"] <= 6
+        assert (row["megabytes"] > 0) == row["trained"] == ("NOT TRAINED YET" not in row["description"])
     assert "tiny-wan" in run("models").stdout
 
 

@@ -235,8 +235,9 @@ def test_without_fast_low_precision_products_fp32_is_used(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
-def test_gradients(with_lse):
-    case = Case(100, torch.float64, batch=2, dim=16, text=10, text_valid=(4, 0), density=0.1)
+@pytest.mark.parametrize("text_valid", [(4, 0), None], ids=["padded", "all-valid"])
+def test_gradients(text_valid, with_lse):
+    case = Case(100, torch.float64, batch=2, dim=16, text=10, text_valid=text_valid, density=0.1)
     mask, weights = case.mask(), None
     with torch.inference_mode():  # plans made here must serve autograd later
         block_sparse_attention(*case.inputs(), mask, text_valid=case.valid())

@@ -2,10 +2,9 @@ import pytest
 import torch
 
 from dit_accel import TokenLayout
-from dit_accel.errors import UnavailableError
 from dit_accel.patterns import Clear, Dense, Neighborhood
 from dit_accel.pipelines import families, family_of, load
-from dit_accel.pipelines.flux import FAMILY, grid_of_ids
+from dit_accel.pipelines.flux import FAMILY, grids_of_ids
 from dit_accel.recipe import Recipe
 from dit_accel.switch import accelerated, enable
 
@@ -81,14 +80,6 @@ class TestMatchesMaskedDense:
             d = [p.density(layout()) for p in (Clear(3), other, Clear(2))]
             assert handle.run_density == pytest.approx((2 * d[0] + d[1] + (d[1] + d[2]) / 2) / 4)
 
-    def test_fused_projections(self, flux, masked):
-        expected = under_masks(flux, masked, Clear(3))
-        flux.pipe.transformer.fuse_qkv_projections()
-        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
-            close(flux.run(flux.pipe), expected)
-            flux.pipe.transformer.unfuse_qkv_projections()
-            close(flux.run(flux.pipe), expected)
-
     def test_controlnet_residuals(self, flux, masked):
         inputs = flux.inputs(flux.pipe)
         torch.manual_seed(0)
@@ -104,61 +95,6 @@ class TestMatchesMaskedDense:
             out = flux.pipe.transformer(positional, **inputs | {"return_dict": True})
             close(out.sample, ref(positional, **inputs)[0])
 
-    def test_bfloat16(self, flux, masked):
-        """In bf16 the two agree within a few roundings, and far better than dense and sparse do."""
-        half = lambda pipe: pipe.transformer.to(torch.bfloat16)  # noqa: E731
-        expected = under_masks(flux, masked, Clear(3), prepare=half)
-        half(flux.pipe)
-        dense = flux.run(flux.pipe)
-        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
-            error = (flux.run(flux.pipe) - expected).norm()
-        assert error < 0.2 * (dense - expected).norm()
-
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_lora(self, flux, masked, when):
-        peft = pytest.importorskip("peft")
-
-        def add_lora(pipe):
-            torch.manual_seed(5)
-            targets = ["to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "x_embedder", "proj_out"]
-            config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-            pipe.transformer.add_adapter(config)
-
-        if when == "before":
-            add_lora(flux.pipe)
-        with accelerated(flux.pipe, Recipe(Clear(3), order="hilbert")):
-            if when == "after":
-                add_lora(flux.pipe)
-            result = flux.run(flux.pipe)
-        close(result, under_masks(flux, masked, Clear(3), prepare=add_lora))
-        assert not torch.allclose(result, under_masks(flux, masked, Clear(3)))
-
-    def test_first_block_cache(self, flux, masked):
-        """Residuals that the cache carries from step to step keep one token order, dense steps included."""
-        from diffusers import FirstBlockCacheConfig
-
-        def cached(pipe):
-            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-
-        expected = under_masks(flux, masked, Clear(20), steps=6, prepare=cached)
-        plain = under_masks(flux, masked, Clear(20), steps=6)
-        assert not torch.allclose(expected, plain)
-        cached(flux.pipe)
-        with accelerated(flux.pipe, Recipe(Clear(20), order="hilbert", dense_steps={0, 3})):
-            close(flux.run(flux.pipe, steps=6), expected)
-
-    def test_caches_that_read_places_are_refused(self, flux):
-        import diffusers
-
-        if not hasattr(diffusers, "FasterCacheConfig"):
-            pytest.skip("this diffusers has no FasterCache")
-        flux.pipe.transformer._cache_config = diffusers.FasterCacheConfig()
-        enable(flux.pipe, Recipe(Clear(3), order="hilbert"))
-        with pytest.raises(UnavailableError, match=r"FasterCache reads the place .* order=\"raster\""):
-            flux.run(flux.pipe)
-        with accelerated(flux.pipe, Recipe(Clear(3), order="raster")):
-            flux.run(flux.pipe)
-
 
 class TestGrid:
     @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (5, 9), (3, 300), (300, 2)])
@@ -167,24 +103,34 @@ class TestGrid:
         from diffusers import FluxPipeline
 
         ids = FluxPipeline._prepare_latent_image_ids(1, *grid, "cpu", dtype)
-        assert grid_of_ids(ids) == (1, *grid)
-        assert grid_of_ids(ids[None].expand(2, -1, -1)) == (1, *grid)
+        assert grids_of_ids(ids) == ((1, *grid), None)
+        assert grids_of_ids(ids[None].expand(2, -1, -1)) == ((1, *grid), None)
 
-    @pytest.mark.parametrize("change", ["reference", "missing", "shuffled"])
+    @pytest.mark.parametrize("grid", [(1, 1), (5, 9)])
+    def test_reads_a_reference_image(self, grid):
+        from diffusers import FluxPipeline
+
+        ids, reference = (
+            FluxPipeline._prepare_latent_image_ids(1, *g, "cpu", torch.bfloat16) for g in ((4, 6), grid)
+        )
+        reference[:, 0] = 1
+        assert grids_of_ids(torch.cat([ids, reference])) == ((1, 4, 6), (1, *grid))
+
+    @pytest.mark.parametrize("change", ["references", "missing", "shuffled"])
     def test_refuses_what_is_not_a_grid(self, change):
         from diffusers import FluxPipeline
 
         ids = FluxPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
-        reference = ids + torch.tensor([1.0, 0.0, 0.0])
-        ids = {"reference": torch.cat([ids, reference]), "missing": ids[:-1], "shuffled": ids.flip(0)}[change]
-        with pytest.raises(ValueError, match=r"not one full grid of tokens .*Kontext"):
-            grid_of_ids(ids)
+        references = torch.cat([ids + torch.tensor([i, 0.0, 0.0]) for i in range(3)])
+        ids = {"references": references, "missing": ids[:-1], "shuffled": ids.flip(0)}[change]
+        with pytest.raises(ValueError, match=r"not one full grid of tokens, .*Kontext"):
+            grids_of_ids(ids)
 
     def test_ids_are_read_once_per_run(self, flux, monkeypatch):
         from dit_accel.pipelines import flux as module
 
         reads = []
-        monkeypatch.setattr(module, "grid_of_ids", lambda ids: reads.append(ids) or grid_of_ids(ids))
+        monkeypatch.setattr(module, "grids_of_ids", lambda ids: reads.append(ids) or grids_of_ids(ids))
         enable(flux.pipe, Clear(3))
         flux.run(flux.pipe, steps=4, cfg=2.0)
         flux.run(flux.pipe, steps=4)

@@ -112,50 +112,6 @@ class TestMatchesMaskedDense:
         video = {"hidden_states": torch.randn(1, 4, 3, 13, 17, generator=torch.Generator().manual_seed(0))}
         compare_calls(hunyuan, masked, video)
 
-    def test_bfloat16(self, hunyuan, masked):
-        """In bf16 the error is that of diffusers' own processor; most of it is common to both."""
-        ref, transformer = hunyuan.make().transformer, hunyuan.pipe.transformer
-        inputs = hunyuan.inputs(hunyuan.pipe)
-        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance")
-        low = inputs | {name: inputs[name].bfloat16() for name in names}
-        modules = FAMILY.layers(ref)
-        with torch.no_grad():
-            dense = ref(**inputs)[0]
-            masked(modules, dict.fromkeys(modules, NEAR.token_mask(TokenLayout((3, 6, 8), 7))))
-            exact = ref(**inputs)[0]
-            plain = ref.bfloat16()(**low)[0].float()
-            enable(transformer.bfloat16(), CURVE)
-            ours = transformer(**low)[0].float()
-        assert (ours - exact).norm() < 1.5 * (plain - exact).norm()
-        assert (ours - plain).norm() < 0.2 * (dense - exact).norm()
-
-    def test_lora_loaded_while_enabled(self, hunyuan, masked):
-        peft = pytest.importorskip("peft")
-
-        def add_lora(pipe):
-            torch.manual_seed(5)
-            targets = ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "x_embedder.proj", "proj_out"]
-            pipe.transformer.add_adapter(
-                peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-            )
-
-        with accelerated(hunyuan.pipe, CURVE):
-            add_lora(hunyuan.pipe)
-            close(hunyuan.run(hunyuan.pipe), under_masks(hunyuan, masked, NEAR, prepare=add_lora))
-
-    def test_first_block_cache(self, hunyuan, masked):
-        from diffusers import FirstBlockCacheConfig
-
-        def cached(pipe):
-            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-
-        run = {"steps": 6, "cfg": 2.0}
-        expected = under_masks(hunyuan, masked, Clear(20), prepare=cached, **run)
-        assert not torch.allclose(expected, under_masks(hunyuan, masked, Clear(20), **run))
-        cached(hunyuan.pipe)
-        with accelerated(hunyuan.pipe, Recipe(Clear(20), order="hilbert", dense_steps={0, 3})):
-            close(hunyuan.run(hunyuan.pipe, **run), expected)
-
 
 class TestFirstFrameReplaced:
     """`"token_replace"`: blocks modulate the first H * W tokens in another way."""
@@ -261,8 +217,9 @@ def test_family_of(hunyuan):
 
 
 def test_presets(hunyuan):
-    assert set(presets("hunyuan-video")) == {
-        "hunyuan-video-neighborhood", "hunyuan-video-radial", "hunyuan-video-sta"
+    names = {name for name in presets("hunyuan-video") if not name.startswith("tiny-")}
+    assert names == {
+        "hunyuan-video-neighborhood", "hunyuan-video-radial", "hunyuan-video-sta", "hunyuan-video-svg"
     }  # fmt: skip
     enable(hunyuan.pipe, "hunyuan-video-radial")
     with pytest.raises(ValueError, match="for the family 'wan', but this is a hunyuan-video transformer"):

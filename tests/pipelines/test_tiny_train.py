@@ -12,14 +12,19 @@ from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
 from dit_accel.pipelines.tiny.train import PLANS, Training
 
-SIZES = {"tiny-flux": (1, 32, 32), "tiny-wan": (5, 32, 32)}
+SIZES = {
+    "tiny-flux": (1, 32, 32),
+    "tiny-sd3": (1, 32, 32),
+    "tiny-wan": (5, 32, 32),
+    "tiny-hunyuan-video": (5, 32, 32),
+}
 
 
 def short_plan(name: str, steps: int):
     plan = PLANS[name]
     return replace(
         plan,
-        autoencoder=replace(plan.autoencoder, steps=1),
+        autoencoder=plan.autoencoder if name == "tiny-sd3" else replace(plan.autoencoder, steps=1),
         crops=1,
         flow=replace(plan.flow, steps=steps, warmup=1),
         diets=(Diet(SIZES[name], 2, 4, ((0.0, 1.0),)),),
@@ -103,23 +108,19 @@ def test_noise_levels_move_as_in_the_sampler(name):
     frames, height, width = spec(name).demo
     latents = torch.zeros(1, 1, (frames - 1) // 4 + 1, height // 4, width // 4)
     shift = family.shift(latents)
-    uniform = torch.linspace(1, 1 / 20, 20)
+    # SD3's pipeline leaves the levels to the scheduler, which ends them next to 0 before it shifts them.
+    uniform = torch.linspace(1, 1 / 1000 if name == "tiny-sd3" else 1 / 20, 20)
     expected = shift * uniform / (1 + (shift - 1) * uniform)
-    if name == "tiny-flux":
-        tokens = height * width // 64
+    levels = {"sigmas": uniform.tolist()}
+    if name == "tiny-wan":
+        levels = {"num_inference_steps": 20}
+    elif name in ("tiny-flux", "tiny-sd3"):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        config = pipe.scheduler.config
-        mu = calculate_shift(
-            tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-        pipe.scheduler.set_timesteps(sigmas=uniform.tolist(), mu=mu)
-    else:
-        pipe.scheduler.set_timesteps(20)
+        config, tokens = pipe.scheduler.config, height * width // 64
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        levels["mu"] = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+    pipe.scheduler.set_timesteps(**levels)
     # UniPC starts a thousandth below 1 and spaces its levels accordingly.
     assert torch.allclose(pipe.scheduler.sigmas[:20].float(), expected, atol=2e-2)
 

@@ -1,0 +1,67 @@
+"""Configurations of the bundled models' text encoders."""
+
+from __future__ import annotations
+
+from .captions import SPECIAL_TOKENS, vocabulary
+
+TEXT_LENGTH = 24  # tokens a prompt is padded to; the longest caption has 17
+TEXT_DIM = 128
+PAD, END = SPECIAL_TOKENS.index("<pad>"), SPECIAL_TOKENS.index("</s>")
+
+
+def t5(cls: type, config_cls: type, layers: int, width: int = TEXT_DIM):
+    """A T5-style encoder of ``layers`` layers over the shared vocabulary."""
+    return cls(
+        config_cls(
+            vocab_size=len(vocabulary()),
+            d_model=width,
+            d_kv=32,
+            d_ff=256,
+            num_layers=layers,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=PAD,
+            eos_token_id=END,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def clip(cls: type, width: int = TEXT_DIM, length: int = TEXT_LENGTH):
+    """A CLIP text encoder of one layer over the shared vocabulary, for texts of ``length`` tokens."""
+    from transformers import CLIPTextConfig
+
+    return cls(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary()),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=length,
+            pad_token_id=PAD,
+            bos_token_id=END,
+            eos_token_id=END,
+        )
+    )
+
+
+def llama(vocabulary_size: int, width: int):
+    """A Llama of three layers: the pipeline takes what the first returns, and the other two never matter."""
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            use_cache=False,
+        )
+    )

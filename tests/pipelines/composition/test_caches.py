@@ -1,0 +1,131 @@
+"""diffusers' `enable_cache`: hooks that skip blocks or attention and carry tokens from step to step.
+
+Caches change outputs by design, so the reference is the same cache over the same transformer under masks.
+"""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+
+from dit_accel.errors import UnavailableError
+from dit_accel.patterns import Clear
+from dit_accel.recipe import Recipe
+from dit_accel.switch import accelerated
+
+RUN = {"steps": 6, "cfg": 2.0}
+CACHING = ("flux", "wan", "hunyuan")
+
+
+def cache(config):
+    """Enables the cache that `config` makes for a pipeline."""
+    return lambda pipe: pipe.transformer.enable_cache(config(pipe))
+
+
+def works(case, enable_cache, **run):
+    """At sparse and dense steps: a pattern that covers all makes the two differ in token order only."""
+    case.pattern = Clear(20)
+    case.recipe = dataclasses.replace(case.recipe, attention=case.pattern, dense_steps={0, 3})
+    run = {**RUN, **run}
+    expected = case.run(case.untouched(enable_cache), **run)
+    assert not torch.allclose(expected, case.run(case.untouched(), **run))
+    for enabled_first in (False, True):
+        pipe = case.make()
+        if not enabled_first:
+            enable_cache(pipe)
+        with accelerated(pipe, case.recipe):
+            if enabled_first:
+                enable_cache(pipe)
+            torch.testing.assert_close(case.run(pipe, **run), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(case.run(pipe, **run), expected)
+
+
+@pytest.mark.feature("FirstBlockCache")
+def test_first_block_cache(case, cell):
+    if case.family == "sd3":
+        assert not hasattr(case.make().transformer, "enable_cache")
+        cell.no_such_thing("no `enable_cache` in diffusers")
+        return
+    works(case, cache(lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.5)))
+
+
+@pytest.mark.feature("PyramidAttentionBroadcast", families=CACHING)
+def test_pyramid_attention_broadcast(case):
+    works(
+        case,
+        cache(
+            lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(100, 950),
+                current_timestep_callback=lambda: pipe.current_timestep,
+            )
+        ),
+        cfg=1.0,
+    )
+
+
+@pytest.mark.feature("TaylorSeer", families=CACHING)
+def test_taylorseer(case):
+    layers = [r"(single_)?(transformer_)?blocks\.\d+\.attn1?"]
+    works(
+        case,
+        cache(
+            lambda pipe: diffusers.TaylorSeerCacheConfig(
+                cache_interval=2,
+                disable_cache_before_step=2,
+                taylor_factors_dtype=torch.float32,
+                cache_identifiers=layers,
+            )
+        ),
+    )
+
+
+@pytest.mark.feature("MagCache", families=CACHING)
+def test_mag_cache(case):
+    works(
+        case,
+        cache(
+            lambda pipe: diffusers.MagCacheConfig(
+                threshold=0.5, num_inference_steps=6, mag_ratios=[1.0, 0.9, 1.0, 1.0, 0.9, 1.0]
+            )
+        ),
+    )
+
+
+def reads_places(case, cell, config, name, cfg=2.0):
+    """Refused where tokens are reordered; in raster order it works."""
+    pipe, cached = case.make(), cache(config)
+    cached(pipe)
+    refused = cell.refused(
+        UnavailableError, rf"{name} reads the place .* order=\"raster\"", 'works with `order="raster"`'
+    )
+    with accelerated(pipe, case.recipe), refused:
+        case.run(pipe, steps=2)
+    run = {"steps": 6, "cfg": cfg}
+    expected = case.run(case.untouched(cached), **run)
+    with accelerated(pipe, Recipe(Clear(20), order="raster")):
+        torch.testing.assert_close(case.run(pipe, **run), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.feature("FasterCache", families=CACHING)
+def test_faster_cache(case, cell):
+    def config(pipe):
+        return diffusers.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            is_guidance_distilled=True,
+            current_timestep_callback=lambda: pipe.current_timestep,
+            tensor_format="BCFHW",
+        )
+
+    reads_places(case, cell, config, "FasterCache", cfg=1.0)  # it does not tell branches apart
+
+
+@pytest.mark.feature("SeaCache", families=("wan", "hunyuan"))
+def test_sea_cache(case, cell):
+    def config(pipe):
+        return diffusers.SeaCacheConfig(
+            raw_vision_callback=lambda module, args, kwargs: list(kwargs["hidden_states"])
+        )
+
+    reads_places(case, cell, config, "SeaCache")

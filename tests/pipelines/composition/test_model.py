@@ -1,0 +1,68 @@
+"""What is done with the transformer itself: saving it, its attention backend, gradients."""
+
+import pytest
+import torch
+
+from dit_accel.switch import accelerated, enable
+
+
+@pytest.mark.feature("`save_pretrained` while enabled")
+def test_save_pretrained(case, tmp_path):
+    pipe = case.make()
+    pipe.transformer.save_pretrained(tmp_path / "before")
+    enable(pipe, case.recipe)
+    case.run(pipe, steps=1)
+    pipe.transformer.save_pretrained(tmp_path / "enabled")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir()}
+    assert len(files) == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "enabled").iterdir()} == files
+    again = type(pipe.transformer).from_pretrained(tmp_path / "enabled")
+    assert all(map(torch.equal, again.state_dict().values(), pipe.transformer.state_dict().values()))
+
+
+@pytest.mark.feature("`set_attention_backend` while enabled")
+def test_attention_backend(case):
+    """It reaches dense layers and steps, and stays after `disable`."""
+
+    def math_backend(pipe):
+        pipe.transformer.set_attention_backend("_native_math")
+
+    pipe = case.make()
+    layers = case.layers(pipe.transformer).values()
+    with accelerated(pipe, case.recipe):
+        sparse = case.run(pipe)
+        math_backend(pipe)
+        assert torch.equal(case.run(pipe), sparse)
+    assert all(layer.processor._attention_backend == "_native_math" for layer in layers)
+    assert torch.equal(case.run(pipe), case.run(case.untouched(math_backend)))
+
+
+def gradient(case, pipe) -> torch.Tensor:
+    pipe.transformer.zero_grad()
+    pipe.transformer(**case.inputs())[0].square().sum().backward()
+    return next(iter(case.layers(pipe.transformer).values())).to_q.weight.grad.clone()
+
+
+@pytest.mark.feature("Backward pass")
+def test_backward(case):
+    pipe, expected = case.make(), gradient(case, case.masked())
+    untouched = gradient(case, pipe)
+    with accelerated(pipe, case.recipe):
+        torch.testing.assert_close(
+            gradient(case, pipe), expected, rtol=1e-3, atol=1e-3 * expected.abs().max()
+        )
+    assert torch.equal(gradient(case, pipe), untouched)
+
+
+@pytest.mark.feature("Gradient checkpointing")
+def test_gradient_checkpointing(case, cell):
+    pipe = case.make()
+    pipe.transformer.enable_gradient_checkpointing()
+    untouched = gradient(case, pipe)
+    match = r"gradient checkpointing .*disable_gradient_checkpointing\(\)`, or `dit_accel.disable` it first"
+    with accelerated(pipe, case.recipe):
+        with cell.refused(RuntimeError, match, "blocks are called a second time, outside the call"):
+            gradient(case, pipe)
+        with torch.no_grad():
+            pipe.transformer(**case.inputs())
+    assert torch.equal(gradient(case, pipe), untouched)

@@ -1,0 +1,103 @@
+"""Dtypes of the transformer: half precision, casting while enabled, quantized and layerwise-cast weights."""
+
+import pytest
+import torch
+
+from dit_accel.switch import accelerated, enable
+
+CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance")
+
+
+def in_dtype(inputs: dict, dtype: torch.dtype) -> dict:
+    return inputs | {name: inputs[name].to(dtype) for name in CAST if inputs.get(name) is not None}
+
+
+@torch.no_grad()
+def call(pipe, inputs: dict) -> torch.Tensor:
+    return pipe.transformer(**inputs)[0].float()
+
+
+def half_precision(case, dtype):
+    """The error against fp32 is at most twice that of diffusers' own attention in that dtype, plus eps."""
+    inputs = case.inputs()
+    low = in_dtype(inputs, dtype)
+    ref, pipe = case.masked(), case.make()
+    exact = call(ref, inputs)
+    ref.transformer.to(dtype)
+    pipe.transformer.to(dtype)
+    untouched = call(pipe, low)
+    plain = call(ref, low)
+    with accelerated(pipe, case.recipe):
+        ours = call(pipe, low)
+    largest = exact.abs().max() * torch.finfo(dtype).eps
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + largest
+    assert torch.equal(call(pipe, low), untouched)
+
+
+@pytest.mark.feature("bf16")
+def test_bfloat16(case):
+    half_precision(case, torch.bfloat16)
+
+
+@pytest.mark.feature("fp16")
+def test_float16(case):
+    half_precision(case, torch.float16)
+
+
+@pytest.mark.feature("`.to(dtype)` while enabled")
+def test_cast_while_enabled(case):
+    inputs, dtype = in_dtype(case.inputs(), torch.bfloat16), torch.bfloat16
+    pipe, cast_first = case.make(), case.make()
+    with accelerated(pipe, case.recipe):
+        call(pipe, case.inputs())
+        pipe.transformer.to(dtype)
+        result = call(pipe, inputs)
+    cast_first.transformer.to(dtype)
+    untouched = call(cast_first, inputs)
+    enable(cast_first, case.recipe)
+    assert torch.equal(result, call(cast_first, inputs))
+    assert torch.equal(call(pipe, inputs), untouched)
+
+
+@pytest.mark.feature("`.to(device)` while enabled")
+def test_moved_while_enabled(case):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    pipe, inputs = case.make(), case.inputs()
+    expected, untouched = call(case.masked(), inputs), call(pipe, inputs)
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    with accelerated(pipe, case.recipe):
+        call(pipe, inputs)
+        pipe.transformer.to("cuda")
+        torch.testing.assert_close(call(pipe, on_gpu).cpu(), expected, rtol=1e-3, atol=1e-3)
+        pipe.transformer.to("cpu")
+    assert torch.equal(call(pipe, inputs), untouched)
+
+
+@pytest.mark.feature("int8 weights (torchao), quantized before enable")
+def test_int8_weights(case):
+    case.works(int8_weights)
+
+
+@pytest.mark.feature("int8 weights (torchao), quantized while enabled")
+def test_int8_weights_while_enabled(case):
+    case.works(int8_weights, enabled_first=True)
+
+
+def int8_weights(pipe):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.feature("Layerwise casting, before enable")
+def test_layerwise_casting(case):
+    case.works(fp8_storage)
+
+
+@pytest.mark.feature("Layerwise casting, while enabled")
+def test_layerwise_casting_while_enabled(case):
+    case.works(fp8_storage, enabled_first=True)
+
+
+def fp8_storage(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)

@@ -1,0 +1,204 @@
+"""The bundled models with untrained weights: they are built, called, trained and saved as the real ones."""
+
+import json
+
+import pytest
+import torch
+
+from dit_accel import TokenLayout
+from dit_accel.errors import UnavailableError
+from dit_accel.patterns import Clear
+from dit_accel.pipelines import load
+from dit_accel.pipelines.tiny import INFO, models
+from dit_accel.pipelines.tiny.adapters import adapter
+from dit_accel.pipelines.tiny.captions import chat_tokenizer
+from dit_accel.pipelines.tiny.evaluate import generate
+from dit_accel.pipelines.tiny.flow import Diet, Flow, Whereabouts
+from dit_accel.pipelines.tiny.loop import Draw
+from dit_accel.pipelines.tiny.train import export
+
+PROMPT = "a red circle at the top left on a plain background"
+
+
+def build(name: str):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = INFO[name].build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, name: str, **options):
+    """Two steps at the native size, or what ``options`` say."""
+    frames, height, width = INFO[name].native
+    frames = frames if frames > 1 else None
+    return generate(pipe, [PROMPT], [0], **{"size": (height, width), "frames": frames, "steps": 2, **options})
+
+
+def flow(pipe, name: str, diet: Diet, folder) -> tuple[Flow, Whereabouts]:
+    family = adapter(INFO[name], pipe)
+    whereabouts = Whereabouts(family)
+    return Flow(family, (diet,), folder, 0, torch.device("cpu"), whereabouts), whereabouts
+
+
+@pytest.fixture(params=INFO)
+def model(request):
+    return request.param, build(request.param)
+
+
+def test_a_pipeline_draws_at_its_native_size(model):
+    name, pipe = model
+    frames, height, width = INFO[name].native
+    output = draw(pipe, name, guidance=INFO[name].guidance)
+    assert output.shape == ((1, frames) if frames > 1 else (1,)) + (height, width, 3)
+    assert output.std() > 0
+    assert output.min() >= 0
+    assert output.max() <= 1
+
+
+def test_guidance_changes_what_is_drawn(model):
+    name, pipe = model
+    size = {"size": (32, 32), "frames": 5 if INFO[name].video else None}
+    assert (draw(pipe, name, **size) != draw(pipe, name, guidance=3.0, **size)).any()
+
+
+def test_a_training_step_reaches_transformer_and_text_encoders(model, tmp_path):
+    name, pipe = model
+    size = (5, 32, 32) if INFO[name].video else (1, 32, 32)
+    loss, whereabouts = flow(pipe, name, Diet(size, 2, 4, ((0.0, 1.0),)), tmp_path)
+    value = loss(Draw(0, "step"), 0.0)
+    value.backward()
+    assert torch.isfinite(value)
+    for key, parameter in [*pipe.transformer.named_parameters(), *whereabouts.named_parameters()]:
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+    for part in loss.adapter.text_encoders:
+        gradients = [p.grad for p in getattr(pipe, part).parameters() if p.grad is not None]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        assert sum(gradient.abs().sum() for gradient in gradients) > 0, part
+
+
+def test_training_feeds_the_transformer_what_the_pipeline_does(model):
+    """At a pipeline's second step, of three."""
+    name, pipe = model
+    calls = []
+    hook = lambda module, arguments, named: calls.append(named)  # noqa: E731
+    pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    draw(pipe, name, steps=3)
+    expected = {key: value for key, value in calls[1].items() if isinstance(value, torch.Tensor)}
+    # `guidance` is for distilled transformers, which these are not
+    expected = {key: value for key, value in expected.items() if key != "guidance"}
+
+    noisy, level = expected["hidden_states"], expected["timestep"]
+    if INFO[name].family == "flux":
+        _, height, width = INFO[name].native
+        noisy = pipe._unpack_latents(noisy, height, width, pipe.vae_scale_factor)
+    sigma = level if INFO[name].family == "flux" else level / pipe.scheduler.config.num_train_timesteps
+    family = adapter(INFO[name], pipe)
+    with torch.no_grad():
+        text = family.encode_text([PROMPT], INFO[name].max_sequence_length)
+        family.velocity(noisy if INFO[name].video else noisy.unsqueeze(2), sigma, text)
+    actual = {key: value for key, value in calls[-1].items() if isinstance(value, torch.Tensor)}
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if key == "timestep":  # divided and multiplied by the number of training steps; whole numbers for Wan
+            torch.testing.assert_close(actual[key], value.float(), rtol=1e-6, atol=0)
+        else:
+            assert actual[key].dtype == value.dtype, key
+            assert torch.equal(actual[key], value), key
+
+
+def test_places_are_learned_in_the_models_own_token_order(tmp_path):
+    """Sparse attention may reorder tokens inside the transformer, but not under the loss on places."""
+    assert Clear(4).block_mask(TokenLayout((1, 24, 24), text_len=48), (64, 16)).order is not None
+    pipe, tokens = build("tiny-sd3"), []
+    for pattern in (None, Clear(4)):
+        diet = Diet((1, 192, 192), 1, 1, ((0.0, 1.0),), pattern)
+        loss, whereabouts = flow(pipe, "tiny-sd3", diet, tmp_path)
+        with torch.no_grad():
+            loss(Draw(0, "step"), 0.0)
+        tokens.append(whereabouts.tokens[0].float())
+    nearest = torch.cdist(*tokens).argmin(1)  # each token is still most like itself
+    assert torch.equal(nearest, torch.arange(576))
+
+
+def test_exports_load_and_fit_in_six_megabytes(model, tmp_path):
+    name, pipe = model
+    export(pipe, tmp_path / name)
+    files = [file for file in (tmp_path / name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 6_000_000
+    loaded = load(tmp_path / name)
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            weights = getattr(loaded, part).state_dict()
+            assert all(
+                torch.equal(value.half().float(), weights[key]) for key, value in module.state_dict().items()
+            )
+    template = "{}"
+    if INFO[name].family == "hunyuan-video":
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        template = DEFAULT_PROMPT_TEMPLATE["template"]
+    text = template.format(PROMPT)
+    assert loaded.tokenizer(text).input_ids == pipe.tokenizer(text).input_ids
+
+
+@pytest.fixture
+def hunyuan_video():
+    return build("tiny-hunyuan-video")
+
+
+def test_prompts_survive_the_template_of_hunyuan_video(hunyuan_video):
+    """The pipeline crops the first 95 tokens: what is left is the prompt's words and the end mark."""
+    prompts = ["red circle", "blue circle", "red square", ""]
+    embeddings, _, mask = hunyuan_video.encode_prompt(prompts, max_sequence_length=24)
+    assert embeddings.shape[:2] == mask.shape == (4, 24)
+    assert mask.sum(1).tolist() == [3, 3, 3, 1]
+    red, blue, square, empty = embeddings.unbind()
+    assert not torch.equal(red[0], blue[0])  # the first token left is the first word
+    torch.testing.assert_close(red[0], square[0])  # causal: the same words before it, none after
+    assert not torch.allclose(red[1], square[1])
+    assert not torch.allclose(red[0], empty[0])
+
+    words = hunyuan_video.tokenizer
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    ids = words(DEFAULT_PROMPT_TEMPLATE["template"].format("A red circle!")).input_ids
+    assert words.convert_ids_to_tokens(ids[95:]) == ["a", "red", "circle", "<|eot_id|>"]
+    _, _, mask = hunyuan_video.encode_prompt(["red " * 40], max_sequence_length=24)
+    assert mask.sum() == 24  # longer prompts are cut at their end
+
+
+def test_a_template_longer_than_its_crop_is_refused():
+    with pytest.raises(ValueError, match="leave room for a begin mark in 2 tokens, and has 3"):
+        chat_tokenizer(24, "one two three", 2)
+
+
+def test_latents_of_hunyuan_video_are_standard_and_decode_the_same(hunyuan_video):
+    family = adapter(INFO["tiny-hunyuan-video"], hunyuan_video)
+    hunyuan_video.vae.double()
+    pixels = torch.rand(2, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    with torch.no_grad():
+        before = family.posterior(pixels)
+        decoded = family.decode(before.mean)
+        axes = (0, 2, 3, 4)
+        mean, std = before.mean.mean(axes), before.mean.std(axes)
+        family.set_statistics(mean, std)
+        after = family.posterior(pixels)
+        latents = family.normalise(after.mean)
+        again = family.decode(after.mean)
+    torch.testing.assert_close(latents.mean(axes), torch.zeros_like(mean))
+    torch.testing.assert_close(latents.std(axes), torch.ones_like(std))
+    torch.testing.assert_close(after.std, before.std / std.view(-1, 1, 1, 1))
+    torch.testing.assert_close(again, decoded)
+
+
+def test_models_without_weights_say_so(monkeypatch, tmp_path, capsys):
+    from dit_accel.cli.listing import models as list_models
+
+    monkeypatch.setattr(models, "weights_dir", lambda name: tmp_path / name)
+    with pytest.raises(UnavailableError, match=r"tiny-sd3 has no weights yet.*tiny train tiny-sd3"):
+        load("tiny-sd3")
+    list_models(json=True)
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert all(not row["trained"] and "NOT TRAINED YET" in row["description"] for row in rows)
