@@ -1,8 +1,9 @@
 """What a bundled model draws, dense and under its presets: `python -m dit_accel.evals.sheets tiny-wan`.
 
-For every recipe the attribute accuracy on held-out captions, and a contact sheet of the first of them. Both
-go to `evals/results/sheets`: a picture per recipe, and one JSON and one Markdown file per model, written
-after every recipe. Recipes that are not asked for keep the results they have.
+For every recipe the attribute accuracy on held-out captions at the model's demo size, and a contact sheet of
+the first of them; `native` is dense attention at the native size. Both go to `evals/results/sheets`: a
+picture per recipe, and one JSON and one Markdown file per model, written after every recipe. Recipes that
+are not asked for keep the results they have.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ FOLDER = Path("evals/results/sheets")
 COLUMNS = 8  # samples on a sheet
 PIXELS = 128  # width of each
 FRAMES = 3  # of a video, below each other
-DENSE = "dense"
+NATIVE, DENSE = "native", "dense"
+SAMPLES = {NATIVE: 256}  # prompt-seed pairs; others take 16
 
 
 def contact_sheet(samples: np.ndarray) -> np.ndarray:
@@ -39,29 +41,29 @@ def contact_sheet(samples: np.ndarray) -> np.ndarray:
 
 
 def names(model: str) -> list[str]:
-    """Dense attention, then the presets made for a bundled model."""
+    """Dense attention at both sizes, then the presets made for a bundled model."""
     from ..recipe import presets
 
-    return [DENSE, *(name for name in presets() if name.startswith(f"{model}-"))]
+    return [NATIVE, DENSE, *(name for name in presets() if name.startswith(f"{model}-"))]
 
 
 def measure(pipe: Any, model: str, recipe: str, count: int) -> tuple[dict[str, Any], np.ndarray]:
-    """The scores of one recipe at the model's demo size, and its sheet."""
+    """The scores of one recipe, and its sheet."""
     from ..pipelines.tiny import INFO
     from ..recipe import resolve
     from .attributes import evaluate
 
     one, kept = INFO[model], []
-    frames, height, width = one.demo
+    frames, height, width = one.native if recipe == NATIVE else one.demo
     result = evaluate(
         pipe,
-        None if recipe == DENSE else resolve(recipe),
+        None if recipe in (NATIVE, DENSE) else resolve(recipe),
         n=count,
         size=(height, width),
         frames=frames if one.video else None,
         steps=one.steps,
         guidance=one.guidance,
-        batch=1,
+        batch=16 if recipe == NATIVE else 1,
         progress=sys.stdout.isatty(),
         seen=lambda outputs: kept.extend(outputs[: COLUMNS - len(kept)]),
     )
@@ -72,20 +74,21 @@ def markdown(model: str, rows: dict[str, dict[str, Any]]) -> str:
     """The model's table and sheets."""
     shown = next(iter(rows.values()))
     attributes = [name for name, value in shown.items() if isinstance(value, float) and name != "run_density"]
-    head = ["recipe", "samples", "pairs computed", *(name.replace("_", " ") for name in attributes)]
+    head = ["recipe", "size", "samples", "pairs computed", *(name.replace("_", " ") for name in attributes)]
     lines = [
         f"# {model}",
         "",
-        f"Share of attributes that are as the caption says, at {_size(shown['settings'])}, "
-        f"{shown['settings']['steps']} steps, guidance {shown['settings']['guidance']}. Captions are "
-        "held out from training; every row draws the same captions from the same noise.",
+        f"Share of attributes that are as the caption says, in {shown['settings']['steps']} steps at "
+        f"guidance {shown['settings']['guidance']}. Captions are held out from training; rows of one size "
+        "draw the same captions from the same noise.",
         "",
         f"| {' | '.join(head)} |",
-        f"|---|{'---:|' * (len(head) - 1)}",
+        f"|---|---|{'---:|' * (len(head) - 2)}",
     ]
     for recipe, row in rows.items():
         cells = [
             recipe,
+            _size(row["settings"]),
             str(row["n"]),
             f"{row['run_density']:.3f}",
             *(f"{row[name]:.3f}" for name in attributes),
@@ -104,7 +107,7 @@ def markdown(model: str, rows: dict[str, dict[str, Any]]) -> str:
 
 def _size(settings: dict[str, Any]) -> str:
     height, width = settings["size"]
-    return f"{width} x {height} px" + (f" and {settings['frames']} frames" if settings["frames"] else "")
+    return f"{width} x {height} px" + (f", {settings['frames']} frames" if settings["frames"] else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,9 +121,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("model", choices=NAMES)
     parser.add_argument(
-        "--recipe", action="append", help="`dense` or a preset of the model; all of them without"
+        "--recipe", action="append", help="`native`, `dense` or a preset of the model (default: all)"
     )
-    parser.add_argument("-n", "--samples", type=int, default=16, help="prompt-seed pairs (default 16)")
+    parser.add_argument("-n", "--samples", type=int, help="prompt-seed pairs (256 at native size, else 16)")
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     unknown = set(options.recipe or ()) - set(names(options.model))
@@ -128,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(
             f"{options.model} has {', '.join(names(options.model))}; got {', '.join(sorted(unknown))}"
         )
-    if options.samples < 1:
+    if options.samples is not None and options.samples < 1:
         parser.error(f"--samples must be at least 1, got {options.samples}")
 
     given = sys.argv[1:] if arguments is None else arguments
@@ -140,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     results = options.out / f"{options.model}.json"
     for recipe in options.recipe or names(options.model):
-        row, sheet = measure(pipe, options.model, recipe, options.samples)
+        row, sheet = measure(pipe, options.model, recipe, options.samples or SAMPLES.get(recipe, 16))
         row |= {"command": shlex.join(["python", "-m", "dit_accel.evals.sheets", *given]), "where": where}
         print(
             f"{options.model} {recipe}: mean {row['mean']:.3f} at density {row['run_density']:.3f}",

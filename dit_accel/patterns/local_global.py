@@ -30,7 +30,7 @@ class LocalGlobal(AxisWise):
     Raises:
         ValueError: windows that are not positive integers, offsets that are not integers.
 
-    Source: Zhang and Zhang, "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local
+    Source: Zhang and Tai, "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local
     Attention", 2025, and its released code (offset 1).
     """
 

@@ -37,7 +37,10 @@ def test_results_are_kept_per_recipe(tmp_path, monkeypatch):
     sheets.main(["tiny-flux", "--out", str(tmp_path), "--recipe", "dense", "-n", "4"])
     results = json.loads((tmp_path / "tiny-flux.json").read_text())
     assert [(name, row["n"]) for name, row in results.items()] == [("dense", 4), ("tiny-flux-clear", 3)]
-    assert "| tiny-flux-clear | 3 | 1.000 | 0.500 | 0.500 |" in (tmp_path / "tiny-flux.md").read_text()
+    assert (
+        "| tiny-flux-clear | 64 x 64 px | 3 | 1.000 | 0.500 | 0.500 |"
+        in (tmp_path / "tiny-flux.md").read_text()
+    )
     assert Image.open(tmp_path / "tiny-flux-dense.png").size == (8, 8)
 
 
@@ -47,6 +50,12 @@ def test_one_sample_is_measured(tmp_path, monkeypatch):
     assert row["n"] == 1
     assert 0 < row["run_density"] < 1
     assert sheet.shape == (128, 128, 3)
+
+
+def test_native_size():
+    row, sheet = sheets.measure(load("tiny-flux"), "tiny-flux", "native", 2)
+    assert row["settings"]["size"] == [64, 64]
+    assert sheet.shape == (128, 256, 3)
 
 
 @pytest.mark.parametrize(
