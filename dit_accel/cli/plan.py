@@ -1,0 +1,194 @@
+"""`dit-accel plan`: densities, speed-up and memory of a recipe at a size, before anything is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import reported
+from .options import DTYPES, DtypeOption, FramesOption, SizeOption, StepsOption, check_output, parse_size
+from .output import JsonOption, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..plan import Plan, Speedup
+
+SCHEMA = "dit-accel/plan/1"
+EXAMPLE = (
+    "Example: dit-accel plan --family wan --size 1280x720 --frames 81 --recipe wan-radial --plot mask.png"
+)
+
+
+@reported
+def plan(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset's name or a recipe file.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A bundled model or a local pipeline folder.")
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help="Instead of a model: flux, sd3, hunyuan-video or wan, as published."),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="A published model of the family, such as wan2.1-1.3b.")
+    ] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="What is planned for, cpu or cuda; need not be here. auto: what is."),
+    ] = "auto",
+    dtype: DtypeOption = "auto",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the mask of the first sparse layer into this PNG.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what a recipe would do to a model at a size: densities, speed-up, memory. Runs nothing.
+
+    Needs no weights and no GPU: the model is built from its configuration alone and its real forward is
+    counted. The masks are really built, so their block densities are what kernels will pay.
+    """
+    from rich.console import Console
+
+    from ..plan import plan as make
+
+    if plot is not None:
+        _check_plot(plot)
+    target, number = _target(device, dtype)
+    with Console(stderr=True).status("building masks and counting FLOPs"):
+        answer = make(
+            recipe,
+            model=model,
+            family=family,
+            variant=variant,
+            size=parse_size(size),
+            frames=frames,
+            steps=steps,
+            device=target,
+            dtype=number,
+        )
+    if plot is not None:
+        _draw(answer, plot)
+    if json:
+        return print_json({"schema": SCHEMA, "plot": plot, **answer.to_dict()})
+    _show(answer)
+    return None
+
+
+def _target(device: str, dtype: str):
+    """The device type and the torch dtype that are planned for."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"`--device` must be auto, cpu or cuda, got {device!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    automatic = "bfloat16" if target == "cuda" else "float32"
+    return target, getattr(torch, automatic if dtype == "auto" else dtype)
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"`--plot` must end in .png, got {path.name!r}")
+    check_output(path)
+
+
+def _draw(answer: Plan, path: Path) -> None:
+    from ..evals.media import atomic
+    from ..mask_plot import draw
+
+    if answer.mask is None:
+        raise ValueError(
+            f"recipe {answer.recipe} has no sparse layer on {answer.model}: there is no mask to draw"
+        )
+    with atomic(path) as temporary:
+        draw(answer.mask, f"{answer.recipe}, {answer.tokens} tokens").save(temporary, format="PNG")
+    note(f"mask: {path}")
+
+
+# -- for people ----------------------------------------------------------------------------------------------
+
+
+def _show(answer: Plan) -> None:
+    frames, height, width = answer.size
+    shape = f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
+    grid = " x ".join(map(str, answer.grid))
+    rows = [
+        ("model", f"{answer.model} ({answer.family}), {answer.heads} heads x {answer.head_dim}"),
+        ("size", f"{shape}: {grid} tokens, {answer.tokens} in an attention layer, {answer.text_tokens} text"),
+        ("planned for", f"{answer.device}, {answer.dtype}, blocks {'x'.join(map(str, answer.block_size))}"),
+        ("steps", f"{answer.steps}, of them {answer.dense_steps} dense"),
+        ("density", f"{answer.density:.4f} of all layers together, {answer.block_density:.4f} in blocks"),
+    ]
+    print_table(f"Plan of {answer.recipe}", ("", ""), rows)
+    print_table("Layers", ("layers", "pattern", "tokens", "density", "block density"), _layer_rows(answer))
+    orders = [(o.pattern, o.tokens, o.order, f"{o.block_density:.4f}", o.takes) for o in answer.orders]
+    print_table("Token orders", ("pattern", "tokens", "order", "block density", "takes"), orders)
+    print_table("One call of the transformer, dense", ("", "TFLOP", "share"), _flops_rows(answer))
+    columns = ("", "predicted", "from", "to", "ideal, with blocks at the cost of dense ones")
+    print_table("Times faster than dense", columns, _speedup_rows(answer))
+    memory = answer.memory
+    rows = [
+        ("weights", _size(memory.weights)),
+        ("q, k, v and output of one layer", _size(memory.qkv_and_output)),
+        ("all block masks", _size(memory.masks)),
+        ("scores of one layer, never made", _size(memory.scores_never_made)),
+    ]
+    print_table("Memory, batch of one", ("", ""), rows)
+    for line in answer.notes:
+        typer.echo(f"- {line}")
+
+
+def _layer_rows(answer: Plan) -> list[tuple]:
+    return [
+        (
+            group.names[0]
+            if len(group.names) == 1
+            else f"{group.names[0]} to {group.names[-1]} ({len(group.names)})",
+            group.pattern or f"model's own attention: {group.reason}",
+            group.tokens,
+            f"{group.density:.4f}",
+            f"{group.block_density:.4f}",
+        )
+        for group in answer.layers
+    ]
+
+
+def _flops_rows(answer: Plan) -> list[tuple]:
+    flops = answer.flops
+    parts = {
+        "attention that recipes change": flops.attention,
+        "other attention (cross-attention, text)": flops.other_attention,
+        "linear layers and convolutions, projections included": flops.rest - flops.other_attention,
+        "all": flops.total,
+    }
+    return [(name, f"{n / 1e12:.4g}", f"{n / flops.total:.1%}") for name, n in parts.items()]
+
+
+def _speedup_rows(answer: Plan) -> list[tuple]:
+    def cells(speedup: Speedup) -> list[str]:
+        found = (speedup.predicted, speedup.low, speedup.high, speedup.ideal)
+        return ["" if x is None else f"{x:.2f}" for x in found]
+
+    names = {
+        "attention, in sparse layers": answer.attention,
+        "a sparse step": answer.step,
+        f"a run of {answer.steps} steps": answer.run,
+    }
+    rows = [(name, *cells(speedup)) for name, speedup in names.items()]
+    return [(name, predicted or "not measured", *others) for name, predicted, *others in rows]
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EXAMPLE)(plan)

@@ -1,0 +1,31 @@
+"""Rates: read from result files, by dtype and nearest head_dim."""
+
+from __future__ import annotations
+
+import pytest
+
+from dit_accel.rates import RESULTS, Rates, measured
+
+
+def test_rates_are_read_from_the_nearest_head_dim(tmp_path):
+    header = "kernel,provider,metric,shape,median,p20,p80,device,versions,commit\n"
+    rows = [
+        ("efficiency", "B1-H4-N9-D64-float32 a", 0.6),
+        ("efficiency", "B1-H4-N9-D64-float32 b", 0.8),
+        ("efficiency", "B1-H4-N9-D32-float32 a", 0.3),
+        ("efficiency", "B1-H4-N9-D64-bfloat16 a", 1.0),
+        ("speedup", "B1-H4-N9-D64-float32 a", 9),
+        ("rest_rate", "m-float32", 0.4),
+    ]
+    rows = [f"k,p,{metric},{shape},{value},,,here,," for metric, shape, value in rows]
+    (tmp_path / "bench_cpu.csv").write_text(header + "\n".join(rows) + "\n")
+    rates = measured("cpu", "float32", 128, "m", tmp_path)
+    assert rates == Rates((0.6, pytest.approx(0.7), 0.8), 0.4, "2 cases with head_dim 64 on here")
+    assert measured("cpu", "float32", 40, "other", tmp_path).efficiency == (0.3, 0.3, 0.3)
+    assert measured("cpu", "float16", 64, "m", tmp_path).efficiency is None
+
+
+@pytest.mark.skipif(not (RESULTS / "bench_cpu.csv").is_file(), reason="no committed results here")
+def test_committed_results_are_found():
+    low, middle, high = measured("cpu", "float32", 64).efficiency
+    assert 0 < low <= middle <= high < 1.5
