@@ -15,6 +15,7 @@ from .blockmask import BlockMask
 from .choice import HeadChoice
 from .clock import Clock
 from .errors import UnavailableError
+from .guidance.branch import Branch, Call
 from .kernels.block_sparse import opaque
 from .layout import TokenLayout
 from .mixture import join_heads
@@ -101,6 +102,9 @@ class Binding:
         self.heads = transformer.config.num_attention_heads
         self.head_dim = transformer.config.attention_head_dim
         self.plans = plan_layers(recipe, list(self.modules), self.heads)
+        self.branch: Branch | None = None
+        if recipe.guidance is not None:
+            self.branch = Branch(recipe.guidance, family, transformer, self.heads)
         self.processors: dict[str, SparseProcessor] = {}
         self.geometry: Geometry | None = None  # of the latest call
         self.tally: Any = None  # called with each tick and geometry; set by the handle
@@ -118,6 +122,12 @@ class Binding:
     def sparse_layers(self) -> list[str]:
         return [plan.name for plan in self.plans if plan.heads]
 
+    @property
+    def patched_layers(self) -> list[str]:
+        """Layers with a processor of ours: sparse ones, and those that guidance perturbs."""
+        perturbed = {} if self.branch is None else self.branch.layers
+        return [plan.name for plan in self.plans if plan.heads or plan.name in perturbed]
+
     def temporal_heads(self) -> dict[str, float]:
         """By layer, the share of temporal heads of SparseVideoGen when they last chose in the latest run."""
         choices = {plan.name: mask for plan, mask in zip(self.plans, self.geometry.masks, strict=True)}
@@ -134,7 +144,7 @@ class Binding:
         return f"auto: {chosen}"
 
     def _check(self, device: torch.device) -> None:
-        for name in self.sparse_layers:
+        for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
             if reason is not None:
                 raise UnavailableError(f"layer {name} of this {self.family.name} transformer {reason}")
@@ -147,11 +157,15 @@ class Binding:
             if reason is not None:
                 raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
 
+    def adopt(self, other: Binding) -> None:
+        """Go on with the clock and the masks of a binding of the same transformer and patterns."""
+        self.clock, self._geometries = other.clock, other._geometries
+
     # -- patching ------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Install processors and hooks on this transformer instance."""
-        for name in self.sparse_layers:
+        for name in self.patched_layers:
             module = self.modules[name]
             self.processors[name] = self.family.processor(module.processor, self.recipe.backend)
             module.set_processor(self.processors[name])
@@ -161,6 +175,8 @@ class Binding:
         ]
         for module, dim in self.family.placed_outputs(self.transformer).items():
             self._hooks.append(module.register_forward_hook(partial(self._after_placed, dim)))
+        if self.branch is not None:
+            self.branch.attach()
 
     def detach(self) -> None:
         """Put the original processors back and remove the hooks."""
@@ -170,6 +186,8 @@ class Binding:
                 self.modules[name].set_processor(processor.original)
         for hook in self._hooks:
             hook.remove()
+        if self.branch is not None:
+            self.branch.detach()
         self.processors, self._hooks = {}, []
 
     # -- one call of the transformer -----------------------------------------------------------------------
@@ -190,33 +208,60 @@ class Binding:
             samples = {} if dense else {choice: choice.sample(tick.step) for choice in choices}
             self._temporal = {} if tick.new_run else self._temporal
             for plan, mask, own in zip(self.plans, geometry.masks, geometry.layouts, strict=True):
-                if mask is not None:
+                if plan.name in self.processors:
                     processor = self.processors[plan.name]
                     processor.layout, processor.text_valid = own, text_valid
-                    processor.route, processor.sample = DENSE if dense else mask, samples.get(mask)
-                    processor.temporal = None
+                    processor.route = DENSE if dense or mask is None else mask
+                    processor.sample, processor.temporal = samples.get(mask), None
+                if mask is not None:
                     opaque.announce(mask.mask if isinstance(mask, HeadChoice) else mask)
             if self.geometry.permutation is not None and (not dense or self._keeps_tokens()):
                 self._check_cache()
                 self._moved = self.geometry
                 inputs = self.family.enter(self.transformer, inputs, layout, self._permute)
-        self.tally(tick, dense, self.geometry)
+        self.tally(tick, dense or not self.sparse_layers, self.geometry)
+        if self.branch is not None:
+            self.branch.begin(tick, self.clock, inputs, self._perturb)
         return (), inputs
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        try:
+            return None if output is None else self._finished(output)  # None: the call raised
+        finally:
+            self._moved = None
+            for processor in self.processors.values():
+                processor.route = processor.perturb = None
+
+    def _finished(self, output: Any) -> Any:
+        """The forward's output in the model's own token order, with guidance; None: as it is."""
         for name, processor in self.processors.items():
-            processor.route = None
             if processor.temporal is not None:
                 self._temporal[name] = processor.temporal
-        moved = self._moved
-        if moved is None or output is None:  # None: the call raised
-            self._moved = None
+        sample = restored = self._restored(output)
+        if self.branch is not None:
+            sample = self.branch.guide(restored, self._perturbed)
+        if self._moved is None and sample is restored:
             return None
-        sample = output[0] if isinstance(output, tuple) else output.sample
-        sample = self.family.leave(self.transformer, sample, moved.layout, self._restore)
-        self._moved = None
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+    def _restored(self, output: Any) -> torch.Tensor:
+        """The sample of a forward's output, in the model's own token order."""
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        if self._moved is None:
+            return sample
+        return self.family.leave(self.transformer, sample, self._moved.layout, self._restore)
+
+    def _perturbed(self, call: Call) -> torch.Tensor:
+        """The prediction of the perturbed branch of a call that has just been made."""
+        self._perturb(call.strength)
+        return self._restored(self.branch.perturbed(call))
+
+    def _perturb(self, strength: float) -> None:
+        """Perturb, until the call in progress ends."""
+        places = None if self._moved is None else self._moved.permutation
+        for name, perturb in self.branch.layer_perturbations(strength, places).items():
+            self.processors[name].perturb = perturb
 
     def _after_placed(self, dim: int, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._moved is None:

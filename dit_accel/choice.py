@@ -105,20 +105,24 @@ class HeadChoice:
         sample: Sample,
         text_valid: torch.Tensor | None = None,
         backend: str = "auto",
+        scale: float | None = None,
+        temporal: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention's output, like q, and which heads were temporal, bool (B, H).
 
-        q, k, v (B, H, S, D) are in the transformer's order, visual tokens first; `text_valid` and `backend`
-        are those of `block_sparse_attention`, where errors are listed.
+        q, k, v (B, H, S, D) are in the transformer's order, visual tokens first; `temporal` is what heads
+        have chosen, where they have; the others are those of `block_sparse_attention`, where errors are
+        listed.
         """
         hidden = None
         if text_valid is not None:
             position = torch.arange(q.shape[2], device=q.device)
             hidden = position >= self.mask.text[0] + text_valid[:, None]
-        temporal = self.pattern.are_temporal(q, k, v, *sample, hidden) & self.chooses
+        if temporal is None:
+            temporal = self.pattern.are_temporal(q, k, v, *sample, hidden) & self.chooses
         kind = self.chooses + temporal.long()
         q, k, v = (_lay_out(x, self.order[kind]) for x in (q, k, v))
-        out = block_sparse_attention(q, k, v, self.mask, text_valid=text_valid, backend=backend)
+        out = block_sparse_attention(q, k, v, self.mask, text_valid=text_valid, backend=backend, scale=scale)
         return _lay_out(out, self.places[kind]), temporal
 
     def temporal_share(self, temporal: torch.Tensor) -> float:

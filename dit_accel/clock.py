@@ -35,6 +35,12 @@ class Clock:
         self._step = -1
         self._value = -math.inf
         self._total: int | None = None
+        self.evaluation: int | None = None  # of the run, from 0, in the latest tick; None: not known
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline, or None for a bare transformer or a pipeline that is gone."""
+        return self._pipeline()
 
     def __deepcopy__(self, memo: dict) -> Clock:
         return Clock()  # the copy of a transformer belongs to no pipeline yet
@@ -54,7 +60,7 @@ class Clock:
         return self._from_scheduler() or self._from_value(timestep)
 
     def _from_scheduler(self) -> Tick | None:
-        if (pipeline := self._pipeline()) is not None:
+        if (pipeline := self.pipeline) is not None:
             self._scheduler = getattr(pipeline, "scheduler", None)
         scheduler = self._scheduler  # outlives its pipeline: `from_pipe` shares it
         timesteps = getattr(scheduler, "timesteps", None)
@@ -68,7 +74,7 @@ class Clock:
         if not 0 <= step < total:
             return None
         new_run = timesteps is not self._run or step < self._step
-        self._run, self._step = timesteps, step
+        self._run, self._step, self.evaluation = timesteps, step, calls
         return Tick(step, total, new_run)
 
     def _from_value(self, timestep: torch.Tensor | float) -> Tick:
@@ -78,5 +84,5 @@ class Clock:
             self._run, self._step = None, 0
         elif value < self._value:
             self._step += 1
-        self._value = value
+        self._value, self.evaluation = value, None
         return Tick(self._step, self._total, new_run)

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import patterns
 from .blockmask import check_block_size
+from .guidance import HeadPerturbation
 from .patterns import Pattern
 
 PRESETS = Path(__file__).parent / "recipes"
@@ -35,7 +36,7 @@ class Recipe:
         dense_steps: sampler steps at which all layers do, in the same two forms, or a float: the first
             fraction of the steps, rounded up.
         quantization: reserved; must be None in this version.
-        guidance: reserved; must be None in this version.
+        guidance: a `HeadPerturbation` of `dit_accel.guidance`, or None.
         backend: kernel of `dit_accel.kernels.block_sparse_attention`.
         block_size: (query, key) block sizes; None takes the default of the device.
         order: token order, see `Pattern.block_mask`.
@@ -50,7 +51,7 @@ class Recipe:
     dense_layers: int | Iterable[int] = 0
     dense_steps: int | float | Iterable[int] = 0
     quantization: str | None = None
-    guidance: Any = None
+    guidance: HeadPerturbation | None = None
     backend: str = "auto"
     block_size: tuple[int, int] | None = None
     order: str = "auto"
@@ -72,6 +73,11 @@ class Recipe:
         if self.block_size is not None:
             object.__setattr__(self, "block_size", tuple(self.block_size))
             check_block_size(self.block_size)
+        if self.guidance is not None and not isinstance(self.guidance, HeadPerturbation):
+            raise TypeError(
+                "`guidance` must be a `HeadPerturbation` of `dit_accel.guidance` or None, got "
+                f"{self.guidance!r}"
+            )
         if self.order not in _ORDERS:
             raise ValueError(f"`order` must be one of {', '.join(map(repr, _ORDERS))}, got {self.order!r}")
         for name in ("backend", "name", "source"):
@@ -96,7 +102,11 @@ class Recipe:
         if not label:
             chosen = self.attention.values() if isinstance(self.attention, dict) else [self.attention]
             label = "+".join(dict.fromkeys(_slug(p) for p in chosen))
-        content = {k: v for k, v in self.to_dict().items() if k not in ("name", "source")}
+            label += f"+{self.guidance.kind}" if self.guidance else ""
+        plain = dataclasses.replace(self, guidance=None).to_dict()
+        content = {k: v for k, v in plain.items() if k not in ("name", "source")}
+        if self.guidance is not None:
+            content["guidance"] = repr(self.guidance)
         digest = hashlib.sha1(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)[:48]}-{digest[:6]}"
 
@@ -147,10 +157,8 @@ class Recipe:
         """Plain data for YAML or JSON; fields at their defaults are left out.
 
         Raises:
-            ValueError: a `guidance` object, which has no plain form.
+            ValueError: a `guidance` with a schedule, which has no plain form.
         """
-        if self.guidance is not None:
-            raise ValueError("a recipe with `guidance` cannot be written to a file in this version")
         order = ("name", "family", "source", "attention")
         fields = sorted(
             dataclasses.fields(self), key=lambda f: order.index(f.name) if f.name in order else len(order)
@@ -160,6 +168,8 @@ class Recipe:
             data["attention"] = {selector: _pattern_to_dict(p) for selector, p in self.attention.items()}
         else:
             data["attention"] = _pattern_to_dict(self.attention)
+        if self.guidance is not None:
+            data["guidance"] = self.guidance.to_dict()
         return {key: _plain(value) for key, value in data.items()}
 
     @classmethod
@@ -180,7 +190,10 @@ class Recipe:
             attention = {str(selector): _pattern_from_dict(p) for selector, p in attention.items()}
         else:
             attention = _pattern_from_dict(attention)
-        return cls(**{**data, "attention": attention})
+        guidance = data.get("guidance")
+        if guidance is not None:
+            guidance = HeadPerturbation.from_dict(guidance)
+        return cls(**{**data, "attention": attention, "guidance": guidance})
 
     def to_yaml(self) -> str:
         """This recipe as YAML text."""

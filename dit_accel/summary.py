@@ -68,6 +68,8 @@ def _titles(handle: Handle) -> list[str]:
                 ", tokens in model order" if binding.geometry.permutation is None else ", tokens reordered"
             )
         titles.append(line)
+        if binding.branch is not None:
+            titles.append(binding.branch.describe())
     if handle.run_density is not None:
         stats = handle.stats()
         steps = f"{len(stats['dense_steps'])} of {stats['steps'] or 'unknown'} steps dense"
@@ -89,6 +91,8 @@ def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
         if plan.name in temporal:
             row["note"] = f"{temporal[plan.name]:.0%} temporal heads in the latest call"
+        if binding.branch is not None and (perturbed := binding.branch.layers.get(plan.name)):
+            row["note"] = "; ".join(filter(None, [row["note"], f"guidance perturbs {len(perturbed)} heads"]))
         rows.append(row)
     return rows
 

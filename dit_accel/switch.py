@@ -56,7 +56,8 @@ class Handle:
     def stats(self) -> dict[str, Any]:
         """What the latest run did, as plain data.
 
-        `temporal_heads` is what heads of `SparseVideoGen` last chose, the share of temporal ones by layer.
+        `temporal_heads` is what heads of `SparseVideoGen` last chose, the share of temporal ones by layer;
+        `guidance` what the perturbed branch ran, by transformer.
         """
         bindings = {name: b for name, b in self.bindings.items() if b.geometry is not None}
         temporal = {name: b.temporal_heads() for name, b in bindings.items()}
@@ -69,6 +70,11 @@ class Handle:
             "block_density": self.run_block_density,
             "grids": {name: b.geometry.layout.grid for name, b in bindings.items()},
             "temporal_heads": {name: shares for name, shares in temporal.items() if shares},
+            "guidance": {
+                name: {"forwards": b.branch.calls, "blocks": b.branch.blocks, "cost": b.branch.cost}
+                for name, b in self.bindings.items()
+                if b.branch is not None
+            },
         }
 
     def begin(self, steps: int) -> None:
@@ -123,12 +129,11 @@ def enable(target: Any, recipe: Recipe | Pattern | str | Path) -> Handle:
         TypeError: a target that is not a supported pipeline or transformer.
     """
     recipe = resolve(recipe)
-    for option in ("quantization", "guidance"):
-        if getattr(recipe, option) is not None:
-            raise UnavailableError(
-                f"`{option}` is not available in this version, got {getattr(recipe, option)!r}; "
-                f"use {option}=None"
-            )
+    if recipe.quantization is not None:
+        raise UnavailableError(
+            f"`quantization` is not available in this version, got {recipe.quantization!r}; "
+            "use quantization=None"
+        )
     transformers = _transformers(target)
     clock = Clock(None if isinstance(target, nn.Module) else target)
     previous = {id(h): h for t in transformers.values() if (h := getattr(t, _HANDLE, None)) is not None}

@@ -99,10 +99,14 @@ def markdown(model: str, rows: dict[str, dict[str, Any]]) -> str:
         lines += [
             f"**{recipe}** (`{row['command']}`, {row['where']})",
             "",
-            f"![{recipe}]({model}-{recipe}.png)",
+            f"![{recipe}]({_file(model, recipe)})",
             "",
         ]
     return "\n".join(lines)
+
+
+def _file(model: str, recipe: str) -> str:
+    return f"{model}-{recipe.removeprefix(model + '-')}.png"
 
 
 def _size(settings: dict[str, Any]) -> str:
@@ -149,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{options.model} {recipe}: mean {row['mean']:.3f} at density {row['run_density']:.3f}",
             flush=True,
         )
-        media.save(options.out / f"{options.model}-{recipe}.png", sheet[None])
+        media.save(options.out / _file(options.model, recipe), sheet[None])
         rows = {**(json.loads(results.read_text()) if results.exists() else {}), recipe: row}
         rows = {name: rows[name] for name in names(options.model) if name in rows}
         _write(results, json.dumps(rows, indent=2))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dit_accel.blockmask import BlockMask
 from dit_accel.choice import HeadChoice, Sample
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from dit_accel.guidance.branch import LayerPerturbation
 
 DENSE = "dense"
 _TENSORS_KEPT = 4
@@ -25,6 +29,7 @@ class SparseProcessor:
 
     A family fills in `project` and `output`. `route` says what this forward does: a `BlockMask`, a
     `HeadChoice` (by `sample`; `temporal` then tells what was chosen), `DENSE`, or None between forwards.
+    `perturb` stands for the perturbed branch of guidance: it changes the output of some heads.
     `text_valid` (B,) stands for the `attention_mask` of families with padded text: how many text tokens of
     each sample are valid. Projections go through the layer's own modules, so LoRA and quantized weights take
     part. Everything stays in *kernel order*: visual tokens (already permuted where they entered the
@@ -39,6 +44,7 @@ class SparseProcessor:
         self.temporal: torch.Tensor | None = None
         self.layout: TokenLayout | None = None
         self.text_valid: torch.Tensor | None = None
+        self.perturb: LayerPerturbation | None = None
 
     def __call__(
         self,
@@ -54,7 +60,7 @@ class SparseProcessor:
                 "transformer itself (not its `forward`, its blocks, or a backward pass with gradient "
                 "checkpointing, which calls them again), or `dit_accel.disable` it first"
             )
-        if isinstance(self.route, str):
+        if isinstance(self.route, str) and self.perturb is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None and self.text_valid is None:
             raise ValueError(
@@ -69,12 +75,45 @@ class SparseProcessor:
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):  # as PyTorch's attention; norms give q and k in float32
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-        options = {"text_valid": self.text_valid, "backend": self.backend}
-        if isinstance(self.route, HeadChoice):
-            out, self.temporal = self.route.attend(q, k, v, self.sample, **options)
-        else:
-            out = block_sparse_attention(q, k, v, self.route, **options)
+        out = self.attend(q, k, v) if self.perturb is None else self.perturb(self, q, k, v)
         return self.output(attn, out.transpose(1, 2).flatten(2), encoder_hidden_states)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        heads: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Attention as `route` says, (B, H, S, D) like q, k and v in kernel order; or of some `heads` alone.
+
+        Those are attended once more in a call: where heads choose by content, they keep their choice.
+        """
+        options = {"text_valid": self.text_valid, "backend": self.backend}
+        if isinstance(self.route, HeadChoice) and heads is None:
+            out, self.temporal = self.route.attend(q, k, v, self.sample, **options)
+            return out
+        if isinstance(self.route, HeadChoice):
+            options |= {"scale": scale, "temporal": self.temporal}
+            return self.route.attend(q, k, v, self.sample, **options)[0][:, heads]
+        differ = isinstance(self.route, BlockMask) and self.route.head_groups is not None
+        if heads is not None and differ:
+            return self.attend(q, k, v, scale)[:, heads]
+        if heads is not None:
+            q, k, v = (x[:, heads] for x in (q, k, v))
+        if isinstance(self.route, BlockMask):
+            return block_sparse_attention(q, k, v, self.route, scale=scale, **options)
+        hidden = self.hidden_keys()
+        mask = None if hidden is None else ~hidden[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    def hidden_keys(self) -> torch.Tensor | None:
+        """Which keys are padding, bool (B, S) in kernel order; None where none is."""
+        if self.text_valid is None:
+            return None
+        position = torch.arange(self.layout.seq_len, device=self.text_valid.device)
+        return position >= self.layout.seq_len - self.layout.text_len + self.text_valid[:, None]
 
     def project(
         self,
@@ -130,6 +169,14 @@ class Family:
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Attention modules by layer name, in flat order."""
         raise NotImplementedError
+
+    def blocks(self, transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+        """The lists of blocks, in the order in which they run; those of `layers`, each the next ones."""
+        raise NotImplementedError
+
+    def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
+        """Which samples of a conditional call of `pipeline` (None: not known) are conditional."""
+        return slice(0, len(inputs["hidden_states"]))
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         """The geometry of a call, from the inputs of the transformer's forward.
@@ -193,6 +240,11 @@ def double_and_single(transformer: nn.Module) -> dict[str, nn.Module]:
     double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
     single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
     return double | single
+
+
+def double_and_single_blocks(transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+    """The blocks of the same."""
+    return transformer.transformer_blocks, transformer.single_transformer_blocks
 
 
 def move_patches(

@@ -17,6 +17,7 @@ from .attention import (
     Permute,
     SparseProcessor,
     double_and_single,
+    double_and_single_blocks,
     project_qkv,
     project_text_qkv,
     read_once,
@@ -66,6 +67,9 @@ class Flux(Family):
 
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
         return double_and_single(transformer)
+
+    def blocks(self, transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+        return double_and_single_blocks(transformer)
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         grid, reference = read_once(memo, inputs["img_ids"], grids_of_ids)

@@ -14,7 +14,15 @@ from torch import nn
 
 from dit_accel.layout import TokenLayout
 
-from .attention import Family, Permute, SparseProcessor, double_and_single, move_patches, read_once
+from .attention import (
+    Family,
+    Permute,
+    SparseProcessor,
+    double_and_single,
+    double_and_single_blocks,
+    move_patches,
+    read_once,
+)
 
 
 class HunyuanVideoProcessor(SparseProcessor):
@@ -54,6 +62,9 @@ class HunyuanVideo(Family):
 
     def layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
         return double_and_single(transformer)
+
+    def blocks(self, transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+        return double_and_single_blocks(transformer)
 
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         shape, patch = inputs["hidden_states"].shape[2:], _patch(transformer)

@@ -58,6 +58,22 @@ class SD3(Family):
         joint = {f"blocks.{i}": block.attn for i, block in blocks}
         return joint | {f"blocks.{i}.attn2": block.attn2 for i, block in blocks if block.attn2 is not None}
 
+    def blocks(self, transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+        return (transformer.transformer_blocks,)
+
+    def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
+        """With classifier-free guidance the second half: pipelines batch it with the unconditional half.
+
+        Both halves then hold the same latents. A loop of one's own is taken at that, a pipeline that runs
+        without guidance is not.
+        """
+        latents = inputs["hidden_states"]
+        half = len(latents) // 2
+        batched = getattr(pipeline, "do_classifier_free_guidance", True) and len(latents) == 2 * half
+        if batched and torch.equal(latents[:half], latents[half:]):
+            return slice(half, 2 * half)
+        return super().conditional(pipeline, inputs)
+
     def layout(self, transformer: nn.Module, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         (height, width), patch = inputs["hidden_states"].shape[-2:], transformer.config.patch_size
         return TokenLayout(

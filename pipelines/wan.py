@@ -49,6 +49,9 @@ class Wan(Family):
         control = enumerate(getattr(transformer, "vace_blocks", ()))
         return layers | {f"vace.{i}": block.attn1 for i, block in control}
 
+    def blocks(self, transformer: nn.Module) -> tuple[nn.ModuleList, ...]:
+        return (transformer.blocks,)
+
     def matches(self, transformer: nn.Module) -> bool:
         return super().matches(transformer) or type(transformer).__name__ == "WanVACETransformer3DModel"
 

@@ -239,11 +239,6 @@ class TestErrors:
                 UnavailableError,
                 "`quantization` is not available in this version",
             ),
-            (
-                Recipe(Clear(3), guidance=object()),
-                UnavailableError,
-                "`guidance` is not available in this version",
-            ),
             (42, TypeError, "expected a Recipe"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
