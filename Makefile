@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# torchao is for tests alone: wherever it is installed, diffusers loads it and its complaints are printed
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,train]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/tests torchao
 	touch $@
 
 FLUX := --model tiny-flux --seed 1 --prompt 'a red circle at the top left on a striped background'
@@ -30,7 +32,7 @@ readme: demo ## measure the demo and write its table and picture into the README
 	$(BIN)/python -m dit_accel.evals.readme outputs/demo/wan.json outputs/demo/flux.json
 
 test: env ## all tests, on both cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10
+	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10
 
 lint: env ## what CI checks of style
 	$(BIN)/ruff check .
