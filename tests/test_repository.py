@@ -39,11 +39,14 @@ def test_contributing_example_runs():
 
 
 @pytest.mark.slow
-def test_readme_snippet_runs(tmp_path, monkeypatch):
+def test_readme_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = snippets("README.md")
-    exec(compile(block, "README.md", "exec"), {})
+    first, second = snippets("README.md")
+    namespace = {}
+    exec(compile(first, "README.md", "exec"), namespace)
     assert list(tmp_path.glob("*.png"))
+    exec(compile(second, "README.md", "exec"), namespace)
+    assert "perturbs 1 heads" in str(namespace["dit_accel"].summary(namespace["pipe"]))
 
 
 def test_readme_pictures_and_links_exist():
