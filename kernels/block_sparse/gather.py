@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ _CHUNK_BYTES_CPU = 4 << 20  # scores and gathered keys or values of one chunk
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 _PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
+_KEYS_BYTES = 64 << 20  # lists of key blocks beyond this are made when they are needed
 _LOG2_E = math.log2(math.e)
 _BOUND = 60.0  # of scores in base 2 that need no shift
 
@@ -93,20 +95,14 @@ class _Job:
         index lists made beforehand and views that are kept.
         """
         bias = _tile_bias(chunk, self.table, workspace) if chunk.tiles.numel() else None
-        for first_key, row in zip(chunk.first_key, chunk.query_blocks, strict=True):
-            space = workspace.views(len(first_key), *chunk.cols.shape, chunk.first_masked)
-            self._compute(chunk, first_key, row, bias, space)
+        for part in chunk.rounds:
+            space = workspace.views(len(part.first_key), *chunk.cols.shape, chunk.first_masked)
+            self._compute(chunk, part, bias, space)
 
-    def _compute(
-        self,
-        chunk: _Chunk,
-        first_key: torch.Tensor,
-        row: torch.Tensor,
-        bias: torch.Tensor | None,
-        space: _Views,
-    ) -> None:
-        dtype = self.q.dtype
-        key = torch.add(first_key, chunk.cols.view(-1)).view(-1)
+    def _compute(self, chunk: _Chunk, part: _Round, bias: torch.Tensor | None, space: _Views) -> None:
+        dtype, row, key = self.q.dtype, part.query_blocks, part.keys
+        if key is None:
+            key = torch.add(part.first_key, chunk.cols.view(-1)).view(-1)
         q = self.q.index_select(0, row).view(space.q_shape)
         k = space.keys(self.k, key)
         factor = self.scale * _LOG2_E if _in_base_2(dtype, self.grad) else self.scale
@@ -118,7 +114,7 @@ class _Job:
             masked.add_(bias)
         hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
-            heads = first_key[:, 0] // self.mask.num_cols
+            heads = part.first_key[:, 0] // self.mask.num_cols
             valid = self.text_valid.index_select(0, heads // self.heads)
             masked.add_(_text_bias(chunk, self.mask, valid, dtype))
         dead = None
@@ -267,19 +263,28 @@ class _Views:
 # -- what depends on the mask alone --------------------------------------------------------------------------
 
 
+class _Round(NamedTuple):
+    """n heads of a chunk, counted through batch and heads, in blocks of all of them.
+
+    `first_key` is where their key blocks start: int32 (n, 1). `query_blocks` are their query blocks, int64
+    (n * r,), and `keys` the listed key blocks, int32 (n * r * l,), or None where lists would take too much.
+    """
+
+    first_key: torch.Tensor
+    query_blocks: torch.Tensor
+    keys: torch.Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class _Chunk:
     """Query blocks computed together; their lists of key blocks are padded to one length.
 
-    `rows` are query blocks: int64 (r,). Each round computes n heads, counted through batch and heads:
-    `first_key` is where their key blocks start, int32 (n, 1), and `query_blocks` which blocks their queries
-    are, int64 (n * r,).
+    `rows` are query blocks: int64 (r,). Each round computes some heads.
     `cols` are key blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from
     `first_masked` on: int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
     """
 
-    first_key: tuple[torch.Tensor, ...]
-    query_blocks: tuple[torch.Tensor, ...]
+    rounds: tuple[_Round, ...]
     rows: torch.Tensor
     cols: torch.Tensor
     tiles: torch.Tensor
@@ -296,6 +301,7 @@ def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype)
         limit = _CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR
         limit_in_blocks = limit // (mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize)
         lists, group_of_head = _BlockLists(mask), mask.group_of_heads(heads).to(mask.device)
+        listed = len(lists.cols) // mask.num_groups * heads * batch * 4 <= _KEYS_BYTES
         chunks = []
         for group in range(mask.num_groups):
             in_group = (group_of_head == group).nonzero()[:, 0]
@@ -303,12 +309,16 @@ def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype)
             for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
                 chunk = lists.chunk(group, rows)
                 at_once = max(1, limit_in_blocks // chunk.cols.numel())
-                rounds = places[:, None].split(at_once)
-                first_key = tuple(heads * mask.num_cols for heads in rounds)
-                query_blocks = tuple((heads * mask.num_rows + rows).view(-1) for heads in rounds)
-                chunks.append(replace(chunk, first_key=first_key, query_blocks=query_blocks))
+                rounds = (_round(mask, chunk, heads, listed) for heads in places[:, None].split(at_once))
+                chunks.append(replace(chunk, rounds=tuple(rounds)))
         mask.cache[name] = chunks
     return mask.cache[name]
+
+
+def _round(mask: BlockMask, chunk: _Chunk, heads: torch.Tensor, listed: bool) -> _Round:
+    first_key = heads * mask.num_cols
+    query_blocks = (heads * mask.num_rows + chunk.rows).view(-1)
+    return _Round(first_key, query_blocks, (first_key + chunk.cols.view(-1)).view(-1) if listed else None)
 
 
 class _BlockLists:
@@ -356,8 +366,7 @@ class _BlockLists:
         in_text = listed & (cols * bk < text_stop) & (cols * bk + bk > text_start)
         attends = self.attends[tiles.long()].any(1) | self.outside[rows]
         return _Chunk(
-            first_key=(),
-            query_blocks=(),
+            rounds=(),
             rows=rows,
             cols=cols,
             tiles=tiles[:, first_masked:].contiguous(),

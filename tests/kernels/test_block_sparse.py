@@ -205,6 +205,11 @@ def test_many_tiles_stay_packed(monkeypatch):
     check(Case(300, batch=2, text=20, text_valid=(20, 3)), "gather")
 
 
+def test_key_lists_can_be_made_when_needed(monkeypatch):
+    monkeypatch.setattr(gather, "_KEYS_BYTES", 0)
+    check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
+
+
 @pytest.mark.parametrize("size", [1.0, 7.0, 1e4, -1e4])
 def test_scores_of_any_size(size):
     """Small ones are exponentiated as they are, large ones shifted by the largest of their row."""
