@@ -213,8 +213,8 @@ class Binding:
                     processor.layout, processor.text_valid = own, text_valid
                     processor.route = DENSE if dense or mask is None else mask
                     processor.sample, processor.temporal = samples.get(mask), None
-                if mask is not None:
-                    opaque.announce(mask.mask if isinstance(mask, HeadChoice) else mask)
+            for mask in set(geometry.masks) - {None}:
+                opaque.announce(mask.mask if isinstance(mask, HeadChoice) else mask)
             if self.geometry.permutation is not None and (not dense or self._keeps_tokens()):
                 self._check_cache()
                 self._moved = self.geometry

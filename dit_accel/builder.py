@@ -13,7 +13,7 @@ from .blockmask import BlockMask, check_block_size, pack_bits, unmaskable
 from .layout import TokenLayout
 from .rules import Rule, first_of_each, hash_rows
 
-_HILBERT_UP_TO = 65_536  # tokens; beyond, the curve takes longer to draw than it has ever saved
+HILBERT_UP_TO = 65_536  # tokens; beyond, the curve takes longer to draw than it has ever saved
 _SAMPLED_ROWS = 48
 _PAIRS_AT_ONCE = 8_192
 
@@ -191,7 +191,7 @@ def resolve_order(
         (_tile_cost(rule, layout, tile, block_size), tile) for tile in tile_shapes(layout.grid, block_size[0])
     )
     others = list(natural_orders)
-    if order == "auto" and layout.visual_len <= _HILBERT_UP_TO:
+    if order == "auto" and layout.visual_len <= HILBERT_UP_TO:
         others.append(orders.hilbert(layout.grid))
     costs = [_cost(rule, layout, permutation, block_size) for permutation in others]
     least = min([cost, *costs])

@@ -114,10 +114,7 @@ class HeadChoice:
         have chosen, where they have; the others are those of `block_sparse_attention`, where errors are
         listed.
         """
-        hidden = None
-        if text_valid is not None:
-            position = torch.arange(q.shape[2], device=q.device)
-            hidden = position >= self.mask.text[0] + text_valid[:, None]
+        hidden = None if text_valid is None else self.layout.padding(text_valid)
         if temporal is None:
             temporal = self.pattern.are_temporal(q, k, v, *sample, hidden) & self.chooses
         kind = self.chooses + temporal.long()

@@ -74,6 +74,15 @@ class TokenLayout:
         start = 0 if self.text_first else self.visual_len + self.anchor_len
         return slice(start, start + self.text_len)
 
+    def padding(self, text_valid: torch.Tensor) -> torch.Tensor:
+        """Which tokens are padded text, bool (B, S), where text stands last.
+
+        Args:
+            text_valid: how many text tokens of each sample are real, integers (B,).
+        """
+        position = torch.arange(self.seq_len, device=text_valid.device)
+        return position >= self.seq_len - self.text_len + text_valid[:, None]
+
     @cached_property
     def coordinates(self) -> torch.Tensor:
         """(f, h, w) of every visual token in row-major order: int32 of shape (visual_len, 3), on the CPU."""

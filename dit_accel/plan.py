@@ -18,6 +18,7 @@ import torch
 from .binding import Binding, Geometry, block_size, visual_permutation
 from .blockmask import BlockMask
 from .blueprint import Blueprint, Flops, Size, of_model, published
+from .builder import HILBERT_UP_TO
 from .choice import HeadChoice
 from .clock import Clock
 from .layout import TokenLayout
@@ -25,7 +26,6 @@ from .patterns import Dense, Pattern, SparseVideoGen
 from .rates import Rates, measured
 from .recipe import Recipe, resolve
 
-HILBERT_UP_TO = 65_536  # tokens; the builder tries the curve no further either
 ASSUMED_REST = 1.0
 
 
@@ -160,7 +160,8 @@ def plan(
         UnavailableError: a bundled model that is not trained yet.
     """
     blueprint = _blueprint(model, family, variant)
-    recipe = _checked(resolve(recipe), blueprint)
+    recipe = resolve(recipe)
+    recipe.check_family(blueprint.family, f"{blueprint.name} is of {blueprint.family!r}")
     pixels = _pixels(blueprint, size, frames)
     steps = blueprint.steps if steps is None else steps
     if steps < 1:
@@ -223,15 +224,6 @@ def _blueprint(model: str | Blueprint | None, family: str | None, variant: str |
     if variant is not None:
         raise ValueError(f"`variant` goes with `family`, got {variant!r} with `model`")
     return model if isinstance(model, Blueprint) else of_model(model)
-
-
-def _checked(recipe: Recipe, blueprint: Blueprint) -> Recipe:
-    if recipe.family not in (None, blueprint.family):
-        what = f"preset {recipe.name!r}" if recipe.name else "recipe"
-        raise ValueError(
-            f"{what} is for the family {recipe.family!r}, but {blueprint.name} is of {blueprint.family!r}"
-        )
-    return recipe
 
 
 def _pixels(blueprint: Blueprint, size: tuple[int, int] | None, frames: int | None) -> Size:

@@ -95,6 +95,12 @@ class Recipe:
         ]
         return f"Recipe({', '.join(shown)})"
 
+    def check_family(self, family: str, found: str) -> None:
+        """Raises ValueError if this recipe is for another family than `family`; `found` ends the message."""
+        if self.family not in (None, family):
+            what = f"preset {self.name!r}" if self.name else "recipe"
+            raise ValueError(f"{what} is for the family {self.family!r}, but {found}")
+
     @property
     def tag(self) -> str:
         """A short name for file names and CSV rows, the same for equal recipes: `"clear-16-0c1d9e"`."""

@@ -180,11 +180,7 @@ def handle_of(target: Any) -> Handle | None:
 
 def _bind(target: Any, transformer: nn.Module, recipe: Recipe, clock: Clock) -> Binding:
     family = family_of(transformer)
-    if recipe.family not in (None, family.name):
-        what = f"preset {recipe.name!r}" if recipe.name else "recipe"
-        raise ValueError(
-            f"{what} is for the family {recipe.family!r}, but this is a {family.name} transformer"
-        )
+    recipe.check_family(family.name, f"this is a {family.name} transformer")
     # where it runs, which differs from where its weights are while they are offloaded
     device = getattr(target, "_execution_device", None)
     device = device if isinstance(device, torch.device) else transformer.device

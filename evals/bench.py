@@ -10,7 +10,6 @@ times, and writes nothing without `--out`. Exits with 1 if a check or a goal fai
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -27,11 +26,11 @@ from ..kernels import block_sparse_attention, default_block_size
 from ..layout import TokenLayout
 from ..patterns import Clear, Neighborhood, Pattern, Radial
 from .bench_masks import GIBIBYTES, SECONDS, measure_masks
+from .table import RESULTS, append, markdown, row
 
-RESULTS = Path("evals/results")
+CSV = "bench_cpu.csv"
 HEADS, HEAD_DIM = 4, 64
 DTYPES = (torch.float32, torch.bfloat16)
-COLUMNS = ("kernel", "provider", "metric", "shape", "median", "p20", "p80", "device", "versions", "commit")
 EFFICIENCY = 0.7  # least speed-up x block density
 PADDING = {0.1: 2.2, 0.25: 1.6, 0.5: 1.3}  # most block density / density
 SPEEDUP = {0.1: 3.5, 0.25: 2.0}  # least speed-up at LONG tokens
@@ -191,62 +190,35 @@ def measure(case: Case, dtype: torch.dtype, mask: BlockMask, repeats: int) -> Re
 # -- writing -------------------------------------------------------------------------------------------------
 
 
-def csv_rows(results: list[Result], masks: list[dict], here: dict) -> Iterator[dict]:
+def result_rows(result: Result, here: dict) -> Iterator[dict]:
+    """Rows of `bench_cpu.csv`."""
+    dtype = str(result.dtype).removeprefix("torch.")
+    shape = f"B1-H{HEADS}-N{result.case.layout.seq_len}-D{HEAD_DIM}-{dtype} {result.case.name}"
+    yield row("block_sparse", "sdpa", "ms", shape, result.dense, here)
+    yield row("block_sparse", "auto", "ms", shape, result.sparse, here)
+    for metric in ("density", "block_density", "speedup", "efficiency"):
+        yield row("block_sparse", "auto", metric, shape, getattr(result, metric), here)
+
+
+def mask_rows(mask: dict, here: dict) -> Iterator[dict]:
     """Rows of `bench_cpu.csv`; a metric measured once has equal quantiles."""
-    packages = here["packages"]
-    origin = {
-        "device": f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads",
-        "versions": f"dit-accel {packages['dit-accel']}, torch {packages['torch']}, python {here['python']}",
-        "commit": here["commit"] or "",
-    }
-
-    def row(kernel, provider, metric, shape, values):
-        low, middle, high = values if isinstance(values, tuple) else (values,) * 3
-        numbers = {"median": f"{middle:.4g}", "p20": f"{low:.4g}", "p80": f"{high:.4g}"}
-        return {"kernel": kernel, "provider": provider, "metric": metric, "shape": shape, **numbers, **origin}
-
-    for r in results:
-        dtype = str(r.dtype).removeprefix("torch.")
-        shape = f"B1-H{HEADS}-N{r.case.layout.seq_len}-D{HEAD_DIM}-{dtype} {r.case.name}"
-        yield row("block_sparse", "sdpa", "ms", shape, r.dense)
-        yield row("block_sparse", "auto", "ms", shape, r.sparse)
-        for metric in ("density", "block_density", "speedup", "efficiency"):
-            yield row("block_sparse", "auto", metric, shape, getattr(r, metric))
-    for m in masks:
-        shape = f"{m['case'].name} {'x'.join(map(str, m['block_size']))} {m['case'].pattern}"
-        for metric in ("seconds", "gib"):
-            yield row("block_mask", "builder", metric, shape, m[metric])
+    shape = f"{mask['case'].name} {'x'.join(map(str, mask['block_size']))} {mask['case'].pattern}"
+    for metric in ("seconds", "gib"):
+        yield row("block_mask", "builder", metric, shape, mask[metric], here)
 
 
-def mask_cells(row: dict) -> list[str]:
+def mask_cells(mask: dict) -> list[str]:
     """The row of the table of masks."""
     return [
-        f"{row['case'].name}, {row['case'].layout.seq_len} tokens",
-        str(row["case"].pattern),
-        "x".join(map(str, row["block_size"])),
-        f"{row['density']:.4f}",
-        f"{row['block_density']:.4f}",
-        f"{row['seconds']:.2f}",
-        f"{row['gib']:.2f}",
-        "pass" if row["passed"] else f"> {SECONDS:g} s or {GIBIBYTES:g} GiB",
+        f"{mask['case'].name}, {mask['case'].layout.seq_len} tokens",
+        str(mask["case"].pattern),
+        "x".join(map(str, mask["block_size"])),
+        f"{mask['density']:.4f}",
+        f"{mask['block_density']:.4f}",
+        f"{mask['seconds']:.2f}",
+        f"{mask['gib']:.2f}",
+        "pass" if mask["passed"] else f"> {SECONDS:g} s or {GIBIBYTES:g} GiB",
     ]
-
-
-def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def append(out: Path, results: list[Result], masks: list[dict], here: dict) -> None:
-    """Append to `bench_cpu.csv`."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "bench_cpu.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(csv_rows(results, masks, here))
 
 
 def write_table(out: Path, results: list[Result], masks: list[dict], here: dict) -> None:
@@ -267,8 +239,8 @@ def show(title: str, headings: tuple[str, ...], rows: list[list[str]]) -> None:
     from rich.table import Table
 
     table = Table(*headings, title=title)
-    for row in rows:
-        table.add_row(*row, style=None if row[-1] == "pass" else "red")
+    for cells in rows:
+        table.add_row(*cells, style=None if cells[-1] == "pass" else "red")
     Console().print(table)
 
 
@@ -301,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 print("  ".join(results[-1].cells()), flush=True)
                 if out is not None:
-                    append(out, results[-1:], [], here)
+                    append(out / CSV, result_rows(results[-1], here))
     masks = [] if options.no_masks or options.quick else measure_masks()
     show(
         f"{HEADS} heads x {HEAD_DIM}, {torch.get_num_threads()} threads",
@@ -311,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     if masks:
         show("Building masks, order='auto'", MASK_HEADINGS, [mask_cells(m) for m in masks])
     if out is not None:
-        append(out, [], masks, here)
+        append(out / CSV, (line for mask in masks for line in mask_rows(mask, here)))
         write_table(out, results, masks, here)
     return int(wrong > 0 or any(r.missed() for r in results) or not all(m["passed"] for m in masks))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from ..cli.environment import environment
 from ..plan import Plan, plan
 from ..rates import Rates, measured
 from ..recipe import resolve
-from .bench import COLUMNS, RESULTS, interleaved, markdown
+from .bench import interleaved
+from .table import RESULTS, append, markdown, row
 
 ALLOWED = 0.25
 HEADINGS = ("model", "size", "recipe", "tokens", "block density", "attention predicted", "measured", "error",
@@ -154,8 +154,8 @@ def calibrate(case: Case, repeats: int, here: dict) -> Iterator[dict]:
     rest = planned.flops.rest / (times.step[0] - attention) / (layer / times.attention[0])
     efficiency = times.speedups[0] * planned.mask.block_density
     shape = f"B1-H{planned.heads}-N{planned.layout.seq_len}-D{planned.head_dim}-{planned.dtype}"
-    yield _row("block_sparse", "auto", "efficiency", f"{shape} {case.recipe}", efficiency, here)
-    yield _row("step", case.model, "rest_rate", f"{case.model}-{planned.dtype}", rest, here)
+    yield row("block_sparse", "auto", "efficiency", f"{shape} {case.recipe}", efficiency, here)
+    yield row("step", case.model, "rest_rate", f"{case.model}-{planned.dtype}", rest, here)
 
 
 def check(case: Case, folder: Path, repeats: int) -> Result:
@@ -169,34 +169,11 @@ def check(case: Case, folder: Path, repeats: int) -> Result:
 # -- writing -------------------------------------------------------------------------------------------------
 
 
-def _row(kernel: str, provider: str, metric: str, shape: str, value: float, here: dict) -> dict:
-    packages, number = here["packages"], f"{value:.4g}"
-    return {
-        "kernel": kernel,
-        "provider": provider,
-        "metric": metric,
-        "shape": shape,
-        **dict.fromkeys(("median", "p20", "p80"), number),
-        "device": f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads",
-        "versions": f"dit-accel {packages['dit-accel']}, torch {packages['torch']}, python {here['python']}",
-        "commit": here["commit"] or "",
-    }
-
-
 def result_rows(result: Result, here: dict) -> Iterator[dict]:
     shape = f"{result.case.model} {result.case.size} {result.case.recipe} {result.plan.dtype}"
     for what, pair in zip(("attention", "step"), result.pairs, strict=True):
         for provider, value in zip(("plan", "measured"), pair, strict=True):
-            yield _row("plan", provider, f"{what}_speedup", shape, value, here)
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+            yield row("plan", provider, f"{what}_speedup", shape, value, here)
 
 
 def run(calibration: tuple[Case, ...], cases: tuple[Case, ...], out: Path, repeats: int) -> list[Result]:
@@ -210,7 +187,7 @@ def run(calibration: tuple[Case, ...], cases: tuple[Case, ...], out: Path, repea
         rates = Path(folder) / path.name  # those of this run alone
         for case in calibration:
             rows = list(calibrate(case, repeats, here))
-            print(*(f"{case.model} {row['metric']} {row['median']}" for row in rows), sep="\n", flush=True)
+            print(*(f"{case.model} {r['metric']} {r['median']}" for r in rows), sep="\n", flush=True)
             append(rates, rows)
             append(path, rows)
         for case in cases:

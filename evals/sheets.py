@@ -18,26 +18,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..pipelines.tiny.evaluate import beside
 from . import media
 
 FOLDER = Path("evals/results/sheets")
 COLUMNS = 8  # samples on a sheet
 PIXELS = 128  # width of each
-FRAMES = 3  # of a video, below each other
 NATIVE, DENSE = "native", "dense"
 SAMPLES = {NATIVE: 256}  # prompt-seed pairs; others take 16
 
 
 def contact_sheet(samples: np.ndarray) -> np.ndarray:
     """Pictures (n, H, W, 3) or videos (n, T, H, W, 3) of floats in a row, a video as a column of frames."""
-    columns = []
-    for sample in media.to_uint8(samples):
-        frames = sample if sample.ndim == 4 else sample[None]
-        picks = np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int)
-        columns.append(np.concatenate(list(frames[picks])))
-    sheet = Image.fromarray(np.concatenate(columns, axis=1))
-    height = round(PIXELS * len(columns) * sheet.height / sheet.width)
-    return np.asarray(sheet.resize((PIXELS * len(columns), height), Image.Resampling.LANCZOS))
+    sheet, width = Image.fromarray(beside(media.to_uint8(samples))), PIXELS * len(samples)
+    return np.asarray(
+        sheet.resize((width, round(width * sheet.height / sheet.width)), Image.Resampling.LANCZOS)
+    )
 
 
 def names(model: str) -> list[str]:

@@ -110,10 +110,7 @@ class SparseProcessor:
 
     def hidden_keys(self) -> torch.Tensor | None:
         """Which keys are padding, bool (B, S) in kernel order; None where none is."""
-        if self.text_valid is None:
-            return None
-        position = torch.arange(self.layout.seq_len, device=self.text_valid.device)
-        return position >= self.layout.seq_len - self.layout.text_len + self.text_valid[:, None]
+        return None if self.text_valid is None else self.layout.padding(self.text_valid)
 
     def project(
         self,

@@ -15,6 +15,7 @@ from .models import TEXT_LENGTH
 from .scenes import Scene, sample
 
 NEGATIVE_PROMPT = ""
+SHOWN = 3  # frames of a video on a sheet: the first, middle and last
 
 
 def held_out_scenes(n: int, seed: int = 0, video: bool = False) -> list[Scene]:
@@ -129,6 +130,15 @@ def attribute_accuracy(
     return {**score(predictions, scenes), "settings": settings}
 
 
+def beside(samples: np.ndarray) -> np.ndarray:
+    """Samples (B, H, W, 3) in a row, (H, B * W, 3); a video (T, H, W, 3) is a column of ``SHOWN`` frames."""
+    if samples.ndim == 5:
+        last = samples.shape[1] - 1
+        picks = np.linspace(0, last, min(last + 1, SHOWN)).round().astype(int)
+        samples = np.concatenate([samples[:, frame] for frame in picks], axis=1)
+    return np.concatenate(list(samples), axis=1)
+
+
 def sheet(
     pipe: Any,
     *,
@@ -138,16 +148,12 @@ def sheet(
     size: tuple[int, int] = (64, 64),
     **options: Any,
 ) -> np.ndarray:
-    """Held-out scenes side by side, videos as their first, middle and last frame: uint8 (H, W, 3)."""
-    video = is_video(pipe)
-    scenes = held_out_scenes(rows * columns, seed, video)
+    """Held-out scenes in rows, each as ``beside`` arranges it: uint8 (H, W, 3)."""
+    scenes = held_out_scenes(rows * columns, seed, is_video(pipe))
     tiles = []
     for row in range(rows):
         chosen = scenes[row * columns : (row + 1) * columns]
         seeds = [1000 * seed + row * columns + index for index in range(columns)]
-        outputs = generate(pipe, [caption(scene) for scene in chosen], seeds, size=size, **options)
-        if video:
-            last = outputs.shape[1] - 1
-            outputs = np.concatenate([outputs[:, frame] for frame in (0, last // 2, last)], axis=1)
-        tiles.append(np.concatenate(list(outputs), axis=1))
+        prompts = [caption(scene) for scene in chosen]
+        tiles.append(beside(generate(pipe, prompts, seeds, size=size, **options)))
     return (np.concatenate(tiles) * 255).round().astype(np.uint8)

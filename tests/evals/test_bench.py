@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_accel.evals import bench, bench_masks
+from dit_accel.evals.table import COLUMNS
 from dit_accel.patterns import Clear
 
 SMALL = bench.Case(0.25, Clear(5), (1, 16, 24))
@@ -48,7 +49,7 @@ def test_files(tmp_path, monkeypatch, capsys):
         bench.main(["--repeats", "2", "--out", str(tmp_path)])
     with (tmp_path / "bench_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) == set(bench.COLUMNS)
+    assert set(rows[0]) == set(COLUMNS)
     assert len(rows) == 2 * (
         2 * 6 + 2
     )  # appended: two runs of two dtypes with six rows each, and a mask with two
