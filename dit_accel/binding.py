@@ -75,12 +75,19 @@ class Geometry:
     """What depends on the token geometry: the visual tokens' permutation, each layer's layout and mask."""
 
     layout: TokenLayout
+    block_size: tuple[int, int]
     permutation: torch.Tensor | None
     inverse: torch.Tensor | None
     layouts: list[TokenLayout]
     masks: list[BlockMask | HeadChoice | None]
     densities: list[float]
     block_densities: list[float]
+
+    @property
+    def sparse_pairs(self) -> float:
+        """Pairs that sparse layers compute for one head, in whole blocks."""
+        layers = zip(self.masks, self.block_densities, self.layouts, strict=True)
+        return sum(blocks * own.seq_len**2 for mask, blocks, own in layers if mask is not None)
 
     def over_layers(self, densities: list[float]) -> float:
         """The density of all layers together, from one per layer."""
@@ -139,7 +146,7 @@ class Binding:
         if self.recipe.backend != "auto":
             return self.recipe.backend
         device, dtype = self.transformer.device, self.transformer.dtype
-        size = block_size(self.recipe, device)
+        size = next(iter(block_sizes(self.recipe, device)))
         chosen, _ = kernels.automatic_backend(device, dtype, head_dim=self.head_dim, block_size=size)
         return f"auto: {chosen}"
 
@@ -150,7 +157,7 @@ class Binding:
                 raise UnavailableError(f"layer {name} of this {self.family.name} transformer {reason}")
         if self.sparse_layers:
             dtype = self.transformer.dtype
-            size = block_size(self.recipe, device)
+            size = next(iter(block_sizes(self.recipe, device)))
             reason = kernels.can_run(
                 self.recipe.backend, device=device, dtype=dtype, head_dim=self.head_dim, block_size=size
             )
@@ -320,15 +327,20 @@ class Binding:
         if key not in self._geometries:
             while len(self._geometries) >= _GEOMETRIES_KEPT:
                 del self._geometries[next(iter(self._geometries))]
-            self._geometries[key] = self._build_geometry(layout, device)
+            self._geometries[key] = self._cheapest_geometry(layout, device)
         return self._geometries[key]
 
-    def _build_geometry(self, layout: TokenLayout, device: torch.device) -> Geometry:
+    def _cheapest_geometry(self, layout: TokenLayout, device: torch.device) -> Geometry:
+        """Masks of all layers in the block size that is expected to take the least time."""
+        sizes = block_sizes(self.recipe, device)
+        built = (self._build_geometry(layout, device, size) for size in sizes)
+        return min(built, key=lambda geometry: geometry.sparse_pairs * sizes[geometry.block_size])
+
+    def _build_geometry(self, layout: TokenLayout, device: torch.device, size: tuple[int, int]) -> Geometry:
         """Masks of all layers, in the order that suits the first sparse pattern.
 
         Heads of SparseVideoGen have orders of their own.
         """
-        size = block_size(self.recipe, device)
         order: Any = self.recipe.order
         leading = self.family.leading(self.transformer, layout)
         layouts = [self.family.layer_layout(plan.name, layout) for plan in self.plans]
@@ -360,6 +372,7 @@ class Binding:
         in_place = torch.equal(order, torch.arange(layout.visual_len))
         return Geometry(
             layout=layout,
+            block_size=size,
             permutation=None if in_place else order.to(device),
             inverse=None if in_place else torch.argsort(order).to(device),
             layouts=layouts,
@@ -369,9 +382,9 @@ class Binding:
         )
 
 
-def block_size(recipe: Recipe, device: torch.device) -> tuple[int, int]:
-    """The recipe's block size, or the default of the device."""
-    return recipe.block_size or kernels.default_block_size(device)
+def block_sizes(recipe: Recipe, device: torch.device | str) -> dict[tuple[int, int], float]:
+    """The recipe's block size, or those worth trying on the device, with the relative time of a pair."""
+    return {recipe.block_size: 1.0} if recipe.block_size else kernels.block_sizes(device)
 
 
 def visual_permutation(mask: BlockMask, layout: TokenLayout) -> torch.Tensor:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from .binding import Binding, Geometry, block_size, visual_permutation
+from .binding import Binding, Geometry, visual_permutation
 from .blockmask import BlockMask
 from .blueprint import Blueprint, Flops, Size, of_model, published
 from .builder import HILBERT_UP_TO
 from .choice import HeadChoice
 from .clock import Clock
+from .kernels import default_block_size
 from .layout import TokenLayout
 from .patterns import Dense, Pattern, SparseVideoGen
 from .rates import Rates, measured
@@ -169,9 +170,9 @@ def plan(
     transformer = blueprint.transformer()
     grid = blueprint.grid(transformer, pixels)
     layout = blueprint.layout(grid)
-    blocks = block_size(recipe, torch.device(device))
     # masks are built here, whatever they are for, and a backend of another machine is as good as any
-    built = dataclasses.replace(recipe, block_size=blocks, backend="auto")
+    blocks = None if device == "cpu" else default_block_size(device)
+    built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
     binding = Binding(transformer, blueprint.description, built, Clock(), torch.device("cpu"))
     geometry = binding.geometry_of(layout, torch.device("cpu"))
     flops = blueprint.flops(transformer, grid)
@@ -194,13 +195,13 @@ def plan(
         head_dim=head_dim,
         device=device,
         dtype=number,
-        block_size=blocks,
+        block_size=geometry.block_size,
         steps=steps,
         dense_steps=dense_steps,
         density=geometry.over_layers(geometry.densities),
         block_density=geometry.over_layers(geometry.block_densities),
         layers=_layers(binding, geometry),
-        orders=_orders(binding, geometry, blocks),
+        orders=_orders(binding, geometry),
         flops=flops,
         **_speedups(binding, geometry, flops, rates, dense_steps / steps),
         memory=_memory(binding, geometry, dtype),
@@ -249,7 +250,7 @@ def _layers(binding: Binding, geometry: Geometry) -> tuple[Layers, ...]:
     return tuple(Layers(tuple(names), *key) for key, names in groups.items())
 
 
-def _orders(binding: Binding, geometry: Geometry, blocks: tuple[int, int]) -> tuple[Order, ...]:
+def _orders(binding: Binding, geometry: Geometry) -> tuple[Order, ...]:
     """Every pattern of the recipe under every order worth trying on its layout."""
     used = dict.fromkeys(
         (pattern, layout)
@@ -257,7 +258,7 @@ def _orders(binding: Binding, geometry: Geometry, blocks: tuple[int, int]) -> tu
         for pattern in layer.patterns
         if not isinstance(pattern, Dense)
     )
-    return tuple(order for pattern, layout in used for order in _orders_of(pattern, layout, blocks))
+    return tuple(order for key in used for order in _orders_of(*key, geometry.block_size))
 
 
 def _orders_of(pattern: Pattern, layout: TokenLayout, blocks: tuple[int, int]) -> list[Order]:

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..blockmask import BlockMask
 from ..cli.environment import environment
-from ..kernels import block_sparse_attention, default_block_size
+from ..kernels import block_sizes, block_sparse_attention
 from ..layout import TokenLayout
 from ..patterns import Clear, Neighborhood, Pattern, Radial
 from .bench_masks import GIBIBYTES, SECONDS, measure_masks
@@ -89,6 +89,7 @@ class Result:
 
     case: Case
     dtype: torch.dtype
+    block_size: tuple[int, int]
     density: float
     block_density: float
     dense: tuple[float, float, float]
@@ -125,6 +126,7 @@ class Result:
             self.case.name,
             str(self.case.layout.seq_len),
             str(self.dtype).removeprefix("torch."),
+            "x".join(map(str, self.block_size)),
             f"{self.density:.3f}",
             f"{self.block_density:.3f}",
             f"{self.padding:.2f}",
@@ -136,8 +138,8 @@ class Result:
         ]
 
 
-HEADINGS = ("pattern", "S", "dtype", "density", "block density", "ratio", "SDPA ms", "sparse ms", "speed-up",
-            "speed-up x block density", "goals")  # fmt: skip
+HEADINGS = ("pattern", "S", "dtype", "blocks", "density", "block density", "ratio", "SDPA ms", "sparse ms",
+            "speed-up", "speed-up x block density", "goals")  # fmt: skip
 MASK_HEADINGS = ("mask", "pattern", "block size", "density", "block density", "seconds", "GiB", "goals")
 
 
@@ -171,6 +173,13 @@ def interleaved(first: Callable, second: Callable, repeats: int) -> list[tuple[f
     return [tuple(torch.tensor(t).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()) for t in taken]
 
 
+def cheapest_mask(pattern: Pattern, layout: TokenLayout) -> BlockMask:
+    """The mask that a layer with this pattern would have on a CPU."""
+    sizes = block_sizes("cpu")
+    masks = (pattern.block_mask(layout, size) for size in sizes)
+    return min(masks, key=lambda mask: mask.block_density * sizes[mask.block_size])
+
+
 def measure(case: Case, dtype: torch.dtype, mask: BlockMask, repeats: int) -> Result:
     """Check, then time. Raises AssertionError for a wrong kernel or a mask of the wrong density."""
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +193,7 @@ def measure(case: Case, dtype: torch.dtype, mask: BlockMask, repeats: int) -> Re
     dense, sparse = interleaved(
         lambda: scaled_dot_product_attention(q, k, v), lambda: block_sparse_attention(q, k, v, mask), repeats
     )
-    return Result(case, dtype, density, mask.block_density, dense, sparse)
+    return Result(case, dtype, mask.block_size, density, mask.block_density, dense, sparse)
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -223,11 +232,10 @@ def mask_cells(mask: dict) -> list[str]:
 
 def write_table(out: Path, results: list[Result], masks: list[dict], here: dict) -> None:
     """Write `bench_cpu.md` anew."""
-    size = "x".join(map(str, default_block_size("cpu")))
     intro = (
         f"# Block-sparse attention on a CPU\n\n{here['cpu']['name']}, {torch.get_num_threads()} threads, "
         f"torch {here['packages']['torch']}, commit {here['commit']}; "
-        f"{HEADS} heads x {HEAD_DIM}, blocks {size}, interleaved medians. Written by `make bench`.\n\n"
+        f"{HEADS} heads x {HEAD_DIM}, interleaved medians. Written by `make bench`.\n\n"
     )
     tables = markdown(HEADINGS, [r.cells() for r in results])
     tables += "\n" + markdown(MASK_HEADINGS, [mask_cells(m) for m in masks]) if masks else ""
@@ -263,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     results, wrong = [], 0
     with torch.inference_mode():
         for case in cases:
-            mask = case.pattern.block_mask(case.layout, default_block_size("cpu"))
+            mask = cheapest_mask(case.pattern, case.layout)
             for dtype in DTYPES:
                 try:
                     results.append(measure(case, dtype, mask, repeats))

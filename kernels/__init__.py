@@ -7,6 +7,7 @@ if __name__ == "kernels":
 else:
     from .block_sparse import (
         automatic_backend,
+        block_sizes,
         block_sparse_attention,
         can_run,
         default_block_size,
@@ -15,6 +16,7 @@ else:
 
     __all__ = [
         "automatic_backend",
+        "block_sizes",
         "block_sparse_attention",
         "can_run",
         "default_block_size",

@@ -23,7 +23,7 @@ from dit_accel.blockmask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_BYTES_CPU = 4 << 20  # scores and gathered keys or values of one chunk
+_CHUNK_BYTES_CPU = 3 << 20  # scores and gathered keys or values of one chunk
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 _PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
@@ -62,7 +62,8 @@ def attention(
         table = _tile_table(mask, dtype)
     q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
     bounded = _in_base_2(dtype, grad) and _are_bounded(q, k, scale)
-    out = torch.zeros_like(q_blocks)
+    written = sum(len(part.query_blocks) for chunk in chunks for part in chunk.rounds)
+    out = torch.empty_like(q_blocks) if written == len(q_blocks) else torch.zeros_like(q_blocks)
     lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
     job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, bounded, table, out, lse)
     _run(job, chunks)
@@ -306,7 +307,7 @@ def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype)
         for group in range(mask.num_groups):
             in_group = (group_of_head == group).nonzero()[:, 0]
             places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1).int()
-            for rows in lists.similar_rows(group, limit_in_blocks // max(1, len(places))):
+            for rows in lists.similar_rows(group, limit_in_blocks):
                 chunk = lists.chunk(group, rows)
                 at_once = max(1, limit_in_blocks // chunk.cols.numel())
                 rounds = (_round(mask, chunk, heads, listed) for heads in places[:, None].split(at_once))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_accel import Recipe, TokenLayout, UnavailableError, accelerated, presets
-from dit_accel.binding import block_size
+from dit_accel.binding import block_sizes
 from dit_accel.blueprint import PUBLISHED, Blueprint, of_model, published
 from dit_accel.cli.runs import Request, build_masks, load
 from dit_accel.patterns import Clear, Dense, InwardWindow, Neighborhood, Radial, SlidingTile, SparseVideoGen
@@ -151,8 +151,8 @@ class TestDensities:
     def test_are_those_of_the_pattern_and_the_mask(self, blueprint, device):
         recipe = Recipe(NEAR, dense_layers=1, order="tile")
         answer = plan(recipe, model=blueprint, device=device)
-        blocks = block_size(recipe, torch.device(device))
-        assert answer.block_size == blocks
+        blocks = answer.block_size
+        assert blocks in block_sizes(recipe, device)
         found = {name: group for group in answer.layers for name in group.names}
         family = blueprint.description
         assert list(found) == list(dict.fromkeys(sum((g.names for g in answer.layers), ())))
@@ -172,7 +172,7 @@ class TestDensities:
         layout = blueprint.layout(answer.grid)
         assert [row.order for row in answer.orders] == ["raster", "tile", "hilbert", "auto"]
         for row in answer.orders:
-            assert row.block_density == NEAR.block_mask(layout, (64, 16), row.order).block_density
+            assert row.block_density == NEAR.block_mask(layout, answer.block_size, row.order).block_density
         *others, auto = answer.orders
         assert auto.takes in [row.order for row in others]
         assert auto.block_density == next(r.block_density for r in others if r.order == auto.takes)
@@ -181,7 +181,7 @@ class TestDensities:
     def test_heads_that_choose_have_orders_of_their_own(self):
         pattern = SparseVideoGen(keep=0.5, block_size=16)
         answer = plan(pattern, model=WAN)
-        mask = pattern.head_mask(WAN.layout(answer.grid), (64, 16))
+        mask = pattern.head_mask(WAN.layout(answer.grid), answer.block_size)
         assert [(row.order, row.block_density) for row in answer.orders] == [
             ("of each head", mask.block_density)
         ]
