@@ -59,8 +59,8 @@ class Case:
 CALIBRATION = (
     Case("tiny-flux", 448, 448, None, "tiny-flux-clear"),
     Case("tiny-sd3", 448, 448, None, "tiny-sd3-clear"),
-    Case("tiny-wan", 128, 128, 93, "tiny-wan-neighborhood"),
-    Case("tiny-hunyuan-video", 128, 128, 93, "tiny-hunyuan-video-neighborhood"),
+    Case("tiny-wan", 176, 176, 49, "tiny-wan-neighborhood"),
+    Case("tiny-hunyuan-video", 176, 176, 49, "tiny-hunyuan-video-neighborhood"),
 )
 CASES = (
     Case("tiny-flux", 384, 384, None, "tiny-flux-clear"),
@@ -68,11 +68,11 @@ CASES = (
     Case("tiny-flux", 640, 512, None, "tiny-flux-clear"),
     Case("tiny-sd3", 384, 384, None, "tiny-sd3-neighborhood"),
     Case("tiny-sd3", 512, 512, None, "tiny-sd3-clear"),
-    Case("tiny-wan", 128, 128, 125, "tiny-wan-neighborhood"),
-    Case("tiny-wan", 128, 128, 125, "tiny-wan-radial"),
-    Case("tiny-wan", 192, 128, 77, "tiny-wan-neighborhood"),
-    Case("tiny-hunyuan-video", 128, 128, 125, "tiny-hunyuan-video-neighborhood"),
-    Case("tiny-hunyuan-video", 128, 128, 125, "tiny-hunyuan-video-radial"),
+    Case("tiny-wan", 176, 176, 65, "tiny-wan-neighborhood"),
+    Case("tiny-wan", 176, 176, 65, "tiny-wan-radial"),
+    Case("tiny-wan", 192, 176, 77, "tiny-wan-neighborhood"),
+    Case("tiny-hunyuan-video", 176, 176, 65, "tiny-hunyuan-video-neighborhood"),
+    Case("tiny-hunyuan-video", 176, 176, 65, "tiny-hunyuan-video-radial"),
 )
 
 
