@@ -212,38 +212,48 @@ class MaskedJointProcessor(MaskedProcessor):
             return self.original(attn, hidden_states, encoder_hidden_states)
 
 
-@pytest.fixture
-def flux():
-    return SimpleNamespace(
-        make=make_flux, run=run_flux, pipe=make_flux(), inputs=lambda pipe: transformer_inputs(pipe, run_flux)
-    )
+FAMILIES = {
+    "flux": (make_flux, run_flux),
+    "wan": (make_wan, run_wan),
+    "hunyuan": (make_hunyuan, run_hunyuan),
+    "sd3": (make_sd3, run_sd3),
+}
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, SimpleNamespace]:
+    """By family, how to `make` and `run` a pipeline, and the `inputs` that it passes to its transformer."""
+    return {
+        name: SimpleNamespace(make=make, run=run, inputs=partial(transformer_inputs, run=run))
+        for name, (make, run) in FAMILIES.items()
+    }
+
+
+def _with_pipeline(tools: SimpleNamespace) -> SimpleNamespace:
+    return SimpleNamespace(**vars(tools), pipe=tools.make())
 
 
 @pytest.fixture
-def wan():
-    return SimpleNamespace(
-        make=make_wan, run=run_wan, pipe=make_wan(), inputs=lambda pipe: transformer_inputs(pipe, run_wan)
-    )
+def flux(families):
+    return _with_pipeline(families["flux"])
 
 
 @pytest.fixture
-def hunyuan():
-    return SimpleNamespace(
-        make=make_hunyuan,
-        run=run_hunyuan,
-        pipe=make_hunyuan(),
-        inputs=lambda pipe: transformer_inputs(pipe, run_hunyuan),
-    )
+def wan(families):
+    return _with_pipeline(families["wan"])
 
 
 @pytest.fixture
-def sd3():
-    return SimpleNamespace(
-        make=make_sd3, run=run_sd3, pipe=make_sd3(), inputs=lambda pipe: transformer_inputs(pipe, run_sd3)
-    )
+def hunyuan(families):
+    return _with_pipeline(families["hunyuan"])
 
 
 @pytest.fixture
+def sd3(families):
+    return _with_pipeline(families["sd3"])
+
+
+@pytest.fixture(scope="session")
 def masked():
     """Puts token masks (S, S) or (heads, S, S), given by layer, under a transformer's processors."""
 

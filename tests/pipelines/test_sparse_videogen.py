@@ -19,13 +19,6 @@ SVG = {
     "hunyuan": SparseVideoGen(0.5, block_size=8, profile_frames=1.5),
 }
 NEAR = Neighborhood((3, 3, 3))
-RUNS = {
-    "plain": {},
-    "batch": {"batch": 2},
-    "cfg": {"cfg": 3.0},
-    "cfg-batch": {"cfg": 3.0, "batch": 2},
-    "another-size": {"grid": (3, 5, 7)},
-}
 
 
 @pytest.fixture(params=SVG)
@@ -66,31 +59,6 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def chosen_mask(layout: TokenLayout, heads, temporal: torch.Tensor) -> torch.Tensor:
-    """Bool (B, H, S, S): the token masks of what was chosen."""
-
-    def mask(pattern, is_temporal):
-        if isinstance(pattern, SparseVideoGen):
-            pattern = pattern.temporal if is_temporal else pattern.spatial
-        return pattern.token_mask(layout)
-
-    rows = [[mask(p, t) for p, t in zip(heads, row, strict=True)] for row in temporal.tolist()]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-def under_chosen_masks(models, masked, records, heads, **run) -> torch.Tensor:
-    """The untouched pipeline's output when diffusers' own attention gets the masks that were chosen."""
-    pipe = make(models)
-    modules = family_of(pipe.transformer).layers(pipe.transformer)
-    masked(modules, dict.fromkeys(modules, torch.ones(1, 1, dtype=torch.bool)))
-    masks = (chosen_mask(choice.layout, heads, temporal) for choice, *_, temporal in records)
-    for module in modules.values():
-        module.register_forward_pre_hook(lambda m, args: setattr(m.processor, "mask", next(masks)))
-    out = models.run(pipe, **run)
-    assert next(masks, None) is None
-    return out
-
-
 def smallest_error(choice, tensors, sample, text_valid) -> tuple[torch.Tensor, float]:
     """The definition in float64, for one layer; and how far from equal the closest two errors are."""
     q, k, v = (x.double() for x in tensors)
@@ -116,13 +84,6 @@ def smallest_error(choice, tensors, sample, text_valid) -> tuple[torch.Tensor, f
 
 
 class TestChoice:
-    @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-    def test_matches_dense_attention_under_the_chosen_masks(self, models, family, masked, attended, run):
-        pipe, run = make(models), {"grid": GRID, "steps": 2, **run}
-        with accelerated(pipe, Recipe(SVG[family], order="hilbert", block_size=(16, 8))):
-            ours = models.run(pipe, **run)
-        close(ours, under_chosen_masks(models, masked, attended, [SVG[family]] * 2, **run))
-
     def test_is_the_smaller_error_in_float64(self, models, family, attended):
         pipe = make(models)
         with accelerated(pipe, SVG[family]):
@@ -164,14 +125,6 @@ class TestChoice:
         layers = len(attended)
         for i, record in enumerate(attended):
             assert torch.equal(record[4], torch.cat([one_by_one[i][4], one_by_one[layers + i][4]]))
-
-    def test_some_heads_beside_another_pattern(self, models, family, masked, attended):
-        recipe = Recipe({"all": NEAR, "heads.1": SVG[family]}, order="hilbert", block_size=(16, 8))
-        pipe, run = make(models), {"grid": GRID, "steps": 2, "batch": 2}
-        with accelerated(pipe, recipe) as handle:
-            ours = models.run(pipe, **run)
-        assert handle.bindings["transformer"].geometry.permutation is not None
-        close(ours, under_chosen_masks(models, masked, attended, [NEAR, SVG[family]], **run))
 
     def test_compiled_blocks_are_whole_graphs(self, wan):
         pipe = make(wan)

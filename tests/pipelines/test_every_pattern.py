@@ -1,0 +1,372 @@
+"""Every pattern in every family, in every form of call, against the same transformer under dense masks.
+
+Each call that an accelerated transformer gets is repeated by diffusers' own attention under token masks, in
+fp32 and in fp64. The fp64 rule: the error against fp64 is at most twice that of fp32, plus a rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dit_accel import TokenLayout, patterns, pipelines
+from dit_accel.patterns import (
+    AxisWise,
+    Clear,
+    Dense,
+    InwardWindow,
+    LocalGlobal,
+    Neighborhood,
+    Pattern,
+    Radial,
+    ShiftedWindow,
+    SlidingTile,
+    SparseVideoGen,
+    SpatialHead,
+    TemporalHead,
+)
+from dit_accel.pipelines import family_of, load, tiny
+from dit_accel.recipe import Recipe, presets
+from dit_accel.selectors import flat_indices
+from dit_accel.switch import accelerated
+
+MODELS = {  # family, configuration, what it makes
+    "flux": ("flux", {}, "image"),
+    "sd3": ("sd3", {}, "image"),
+    "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
+    "wan": ("wan", {}, "video"),
+    "hunyuan": ("hunyuan", {}, "video"),
+}
+SIZES = {"image": ((8, 12), (6, 14)), "video": ((4, 4, 6), (3, 5, 7))}  # in tokens
+PatternOf = Callable[[int, int], Pattern]  # by layer (flat index) and head
+
+
+class Mixture(NamedTuple):
+    """A recipe's selectors, and what they are to mean."""
+
+    attention: dict[str, Pattern]
+    pattern_of: PatternOf
+
+
+def mixtures(a: Pattern, b: Pattern) -> dict[str, Mixture]:
+    def some_heads(layer: int, head: int) -> Pattern:
+        return a if layer == 0 else b if (layer, head) == (1, 0) else Dense()
+
+    return {
+        "layers": Mixture({"all": a, "1": b}, lambda layer, head: b if layer == 1 else a),
+        "heads": Mixture({"all": a, "heads.1": b}, lambda layer, head: b if head == 1 else a),
+        "heads-of-a-layer": Mixture({"0": a, "1/heads.0": b, "2": Dense()}, some_heads),
+    }
+
+
+BOTH = {
+    "clear": Clear(3),
+    "inward-window": InwardWindow((1, 2)),
+    "shifted-window": ShiftedWindow((2, 2), shift=(1, 2)),
+    "local-global": LocalGlobal((3, 4)),
+    "local-global-sliding": LocalGlobal(3, sliding=True),
+    "neighborhood": Neighborhood((3, 5)),
+    "neighborhood-stride": Neighborhood(3, stride=2),
+    "spatial-head": SpatialHead(0.5, block_size=8),
+}
+ADAPTIVE = SparseVideoGen(0.5, block_size=8)
+CASES: dict[str, dict[str, Pattern | Mixture]] = {
+    "image": {
+        **BOTH,
+        "neighborhood-dilation": Neighborhood((3, 4), dilation=(2, 3)),
+        "neighborhood-causal": Neighborhood((3, 5), is_causal=(True, False)),
+        "sliding-tile": SlidingTile((1, 1, 3), (1, 2, 3)),
+        **mixtures(Clear(3), Neighborhood((3, 5))),
+    },
+    "video": {
+        **BOTH,
+        "neighborhood-dilation": Neighborhood((3, 2, 3), dilation=(1, 2, 2)),
+        "neighborhood-causal": Neighborhood((2, 3, 3), is_causal=(True, False, False)),
+        "sliding-tile": SlidingTile((1, 3, 1), (2, 2, 2)),
+        "radial": Radial(0.2, block_size=16),
+        "radial-exact-sink": Radial(0.2, block_size=4, first_frame_sink=True, exact=True),
+        "spatial-head-sink": SpatialHead(0.5, True, True, block_size=8),
+        "temporal-head": TemporalHead(0.5, block_size=8),
+        "temporal-head-sink": TemporalHead(0.5, True, True, block_size=8),
+        "sparse-videogen": ADAPTIVE,
+        "sparse-videogen-sink": SparseVideoGen(0.5, True, True, block_size=8, profile_frames=2),
+        **mixtures(Neighborhood((3, 3, 3)), Radial(0.2, block_size=16)),
+        "heads-that-choose": Mixture(
+            {"all": Neighborhood((3, 3, 3)), "heads.1": ADAPTIVE},
+            lambda layer, head: ADAPTIVE if head == 1 else Neighborhood((3, 3, 3)),
+        ),
+    },
+}
+EXCLUDED = {
+    ("image", Radial): "in one frame everything is near: it is dense",
+    ("image", TemporalHead): "in one frame places are raster order: it is SpatialHead",
+    ("image", SparseVideoGen): "refuses one frame, as there would be nothing to choose",
+}
+
+
+class Call(NamedTuple):
+    """One call of an accelerated transformer: its sampler step, its inputs, the sample it returned.
+
+    `temporal` is what heads chose, bool (B, H), by layer.
+    """
+
+    step: int
+    inputs: dict
+    output: torch.Tensor
+    temporal: dict[str, torch.Tensor | None]
+
+
+def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
+    """The calls that the transformer gets while `drive(pipe)` runs under a recipe."""
+    inputs, calls = [], []
+
+    def before(module, args, kwargs):
+        inputs.append(kwargs)
+
+    def after(module, args, output):
+        processors = handle.bindings["transformer"].processors
+        temporal = {name: processor.temporal for name, processor in processors.items()}
+        calls.append(Call(handle.step, inputs[-1], output[0], temporal))
+
+    with (
+        accelerated(pipe, recipe) as handle,
+        pipe.transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        pipe.transformer.register_forward_hook(after),
+        torch.no_grad(),
+    ):
+        drive(pipe)
+    return calls
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return (actual - exact).abs().max().item()
+
+
+class Oracle:
+    """The same transformer with diffusers' own attention under dense masks, in fp32 and in fp64."""
+
+    def __init__(self, transformer, masked):
+        self.family = family_of(transformer)
+        self.plain, self.exact = copy.deepcopy(transformer), copy.deepcopy(transformer).double()
+        for model in (self.plain, self.exact):
+            layers = self.family.layers(model)
+            masked(layers, dict.fromkeys(layers, torch.ones(1, 1, 1, 1, dtype=torch.bool)))
+
+    def check(self, call: Call, grid: tuple[int, ...], pattern_of: PatternOf, anchor=None) -> None:
+        """The fp64 rule; and that a call without the masks would break it."""
+        masks = self._masks(call, grid, pattern_of, anchor)
+        exact, plain = (self._predict(model, call.inputs, masks) for model in (self.exact, self.plain))
+        everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
+        dense = self._predict(self.plain, call.inputs, everything)
+        tolerance = 2 * error(plain, exact) + torch.finfo(plain.dtype).eps * exact.abs().max().item()
+        assert error(call.output, exact) <= tolerance
+        assert error(dense, exact) > 100 * tolerance
+
+    def _masks(self, call: Call, grid, pattern_of: PatternOf, anchor) -> dict[str, torch.Tensor]:
+        """Token masks by layer, bool (B or 1, H, S, S)."""
+        text_len = 0 if self.family.name == "wan" else call.inputs["encoder_hidden_states"].shape[1]
+        layout = TokenLayout((1, *grid)[-3:], text_len, self.family.name == "flux", anchor)
+        names, heads = list(self.family.layers(self.plain)), range(self.plain.config.num_attention_heads)
+        masks = {}
+        for name, index in zip(names, flat_indices(names), strict=True):
+            own = dataclasses.replace(layout, text_len=0) if name.endswith("attn2") else layout
+            temporal = call.temporal.get(name)
+            samples = [[None] * len(heads)] if temporal is None else temporal.tolist()
+            rows = [[token_mask(pattern_of(index, h), own, sample[h]) for h in heads] for sample in samples]
+            masks[name] = torch.stack([torch.stack(row) for row in rows])
+        return masks
+
+    @torch.no_grad()
+    def _predict(self, model, inputs: dict, masks: dict[str, torch.Tensor]) -> torch.Tensor:
+        for name, layer in self.family.layers(model).items():
+            layer.processor.mask = masks[name]
+        cast = {
+            name: x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for name, x in inputs.items()
+        }
+        return model(**cast)[0]
+
+
+def token_mask(pattern: Pattern, layout: TokenLayout, temporal: bool | None) -> torch.Tensor:
+    """Of one head, `temporal` being what it chose if it did."""
+    if isinstance(pattern, SparseVideoGen):
+        pattern = pattern.temporal if temporal else pattern.spatial
+    return pattern.token_mask(layout)
+
+
+class Model:
+    """A tiny random pipeline, its oracle, and the forms in which its transformer may be called."""
+
+    def __init__(self, name: str, families, masked):
+        family, config, self.kind = MODELS[name]
+        self.pipe, self.sizes = families[family].make(**config), SIZES[self.kind]
+        self._run = families[family].run
+        generator = torch.Generator().manual_seed(3)
+        for layer in family_of(self.pipe.transformer).layers(self.pipe.transformer).values():
+            for norm in filter(None, (layer.norm_q, layer.norm_k)):  # so that heads choose differently
+                norm.weight.data.normal_(std=2, generator=generator)
+        self.oracle = Oracle(self.pipe.transformer, masked)
+        guided = recorded(self.pipe, Recipe(Dense()), lambda pipe: self.run(pipe, cfg=3.0))
+        self.branches = [call.inputs for call in guided]  # of guidance, or both in one
+
+    def run(self, pipe, size: int = 0, **run) -> None:
+        self._run(pipe, grid=self.sizes[size], text_len=7 + 2 * size, steps=1, **run)
+
+    def cfg_in_one_batch(self, pipe) -> None:
+        if len(self.branches) == 1:
+            self.run(pipe, cfg=3.0)
+        else:
+            pipe.transformer(**joined(*self.branches))
+
+    def cfg_in_two_calls(self, pipe) -> None:
+        if len(self.branches) == 2:
+            self.run(pipe, cfg=3.0)
+        else:
+            for half in halves(*self.branches):
+                pipe.transformer(**half)
+
+    def batch(self, pipe) -> None:
+        self.run(pipe, batch=2)
+
+    def changed_size(self, pipe) -> None:
+        for size in (0, 1, 0):
+            self.run(pipe, size)
+
+
+def joined(a: dict, b: dict) -> dict:
+    """The inputs of two calls in one batch; text of different lengths, which has a mask, is padded."""
+
+    def join(name: str):
+        if not isinstance(a[name], torch.Tensor) or name.endswith("_ids"):  # FLUX's, without a batch
+            return a[name]
+        parts = [a[name], b[name]]
+        if name in ("encoder_hidden_states", "encoder_attention_mask"):
+            longest = max(part.shape[1] for part in parts)
+            parts = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in parts]
+        return torch.cat(parts)
+
+    return {name: join(name) for name in a}
+
+
+def halves(inputs: dict) -> list[dict]:
+    """The inputs of a call of two samples as those of two calls."""
+    return [
+        {name: x.chunk(2)[i] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        for i in range(2)
+    ]
+
+
+FORMS = {  # samples of each call
+    "cfg_in_one_batch": [2],
+    "cfg_in_two_calls": [1, 1],
+    "batch": [2],
+    "changed_size": [1, 1, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def models(families, masked) -> Callable[[str], Model]:
+    """By name, each made once."""
+    return cache(lambda name: Model(name, families, masked))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, (*_, kind) in MODELS.items() for case in CASES[kind]]
+)
+def test_matches_dense_attention_under_masks(models, name, case, form):
+    """In an order that moves the tokens."""
+    model = models(name)
+    case = CASES[model.kind][case]
+    attention, pattern_of = case if isinstance(case, Mixture) else (case, lambda layer, head: case)
+    recipe = Recipe(attention, order="hilbert", block_size=(16, 16))
+    calls = recorded(model.pipe, recipe, getattr(model, form))
+    assert [len(call.output) for call in calls] == FORMS[form]
+    sizes = [model.sizes[0]] * len(calls)
+    if form == "changed_size":
+        assert torch.equal(calls.pop().output, calls[0].output)  # back at the first size
+        sizes = model.sizes
+    for call, grid in zip(calls, sizes, strict=True):
+        model.oracle.check(call, grid, pattern_of)
+
+
+@pytest.mark.parametrize("reference", [(3, 5)], ids=str)
+def test_local_windows_beside_an_anchor(models, reference):
+    """Kontext's reference image is the anchor, which attends to itself and to text alone."""
+    model = models("flux")
+    inputs = dict(model.branches[0])
+    ids = torch.cartesian_prod(torch.tensor([1]), *(torch.arange(n) for n in reference))
+    tokens = torch.randn(1, len(ids), 16, generator=torch.Generator().manual_seed(0))
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], ids])
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], tokens], dim=1)
+    pattern = LocalGlobal((3, 4))
+    recipe = Recipe(pattern, order="hilbert", block_size=(16, 16))
+    (call,) = recorded(model.pipe, recipe, lambda pipe: pipe.transformer(**inputs))
+    model.oracle.check(call, model.sizes[0], lambda layer, head: pattern, anchor=(1, *reference))
+
+
+def small_grid(pattern: Pattern, video: bool) -> tuple[int, ...]:
+    """In tokens: hardly more than its windows for a pattern that insists on them."""
+    if isinstance(pattern, Neighborhood):
+        return (pattern.window[0] + 1, *pattern.window[1:])
+    return (4, 8, 8) if video else (20, 24)
+
+
+def preset_cases() -> list:
+    """Each bundled model, each of its presets, and the grid; in thousands of tokens it is slow."""
+    cases = []
+    for name, info in tiny.INFO.items():
+        for preset, recipe in presets(info.family).items():
+            if preset.startswith(f"{name}-"):
+                grid = small_grid(recipe.attention, info.video)
+                marks = [pytest.mark.slow] if math.prod(grid) > 1000 else []
+                cases.append(pytest.param(name, preset, grid, id=preset, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "preset", "grid"), preset_cases())
+def test_bundled_models_with_their_presets(masked, name, preset, grid):
+    """The pipeline up to its first sparse step, whose call is compared."""
+    if not tiny.trained(name):
+        pytest.skip(f"{name} has no weights yet")
+    pipe, info, recipe = load(name), tiny.INFO[name], presets()[preset]
+    pipe.set_progress_bar_config(disable=True)
+    steps = recipe.dense_steps + 1
+    options = {
+        "height": 8 * grid[-2], "width": 8 * grid[-1], "num_inference_steps": steps, "guidance_scale": 1.0,
+        "max_sequence_length": info.max_sequence_length, "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+    }  # fmt: skip
+    if info.video:
+        options["num_frames"] = 4 * grid[0] - 3
+    calls = recorded(pipe, recipe, lambda pipe: pipe("a red circle", **options))
+    assert [call.step for call in calls] == list(range(steps))
+    Oracle(pipe.transformer, masked).check(calls[-1], grid, lambda layer, head: recipe.attention)
+
+
+def test_every_pattern_and_family_is_in_the_tables(models):
+    public = {getattr(patterns, name) for name in patterns.__all__} - {Pattern, AxisWise}
+    for kind, cases in CASES.items():
+        some = [case.attention.values() if isinstance(case, Mixture) else [case] for case in cases.values()]
+        used = {type(pattern) for chosen in some for pattern in chosen}
+        excluded = {pattern for of, pattern in EXCLUDED if of == kind}
+        assert used | excluded == public
+        assert not used & excluded
+    assert {models(name).oracle.family for name in MODELS} == set(pipelines.families())
+
+
+def test_excluded_patterns_are_what_is_said_of_them():
+    layout = TokenLayout((1, 8, 12), 7)
+    assert Radial(0.2, block_size=16).token_mask(layout).all()
+    spatial, temporal = SpatialHead(0.5, block_size=8), TemporalHead(0.5, block_size=8)
+    assert torch.equal(temporal.token_mask(layout), spatial.token_mask(layout))
+    with pytest.raises(ValueError, match="has one frame; use another pattern"):
+        ADAPTIVE.density(layout)
