@@ -114,7 +114,8 @@ def load(path: str | Path) -> np.ndarray:
         options = {} if plugin == "FFMPEG" else {"mode": "RGB"}
         frames = np.stack(list(imageio.imiter(path, plugin=plugin, **options)))
     except (OSError, ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as an image or a video: {error}") from error
+        reason = str(error).partition("\n")[0]  # the rest is what ffmpeg says of itself
+        raise ValueError(f"{path} cannot be read as an image or a video: {reason}") from error
     return frames
 
 

@@ -1,12 +1,14 @@
-"""`dit-accel eval`: quality of what a model generates."""
+"""`dit-accel eval`: quality of what a model generates, or has generated."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from . import evaluate_files
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -14,13 +16,16 @@ from .options import (
     FramesOption,
     SizeOption,
     StepsOption,
+    check_output,
     parse_size,
     pick_device,
     pick_dtype,
 )
 from .output import JsonOption, note, print_json, print_table
+from .results import WeightsOption, head, pick_sources
 from .runs import Request, check_request, load
 
+LIST_SCHEMA = "dit-accel/eval-list/1"
 EXAMPLE = "Example: dit-accel eval attributes --model tiny-flux -n 32 --json"
 
 evaluations = typer.Typer(no_args_is_help=True, help="Measure the quality of what a model generates.")
@@ -76,16 +81,64 @@ def attributes(
         batch=batch,
         progress=sys.stdout.isatty() and not json,
     )
-    result = {"model": model, "recipe": chosen and chosen.to_dict(), "samples": samples, **result}
+    density = result.pop("run_density")
+    shares = {name: value for name, value in result.items() if isinstance(value, float)}
     if json:
-        return print_json(result)
-    rows = [(name, f"{value:.1%}") for name, value in result.items() if isinstance(value, float)]
-    print_table(
-        f"{model}, {samples} samples", ("", "accuracy"), [row for row in rows if row[0] != "run_density"]
-    )
-    typer.echo(f"density of the run: {result['run_density']:.3f}")
+        settings = {"model": model, "recipe": chosen and chosen.to_dict(), "samples": samples}
+        metrics = {name: {"value": value, "better": "higher"} for name, value in shares.items()}
+        fields = {**settings, "run_density": density, **result, "metrics": metrics}
+        return print_json(head("attributes", None) | fields)
+    rows = [(name, f"{value:.1%}") for name, value in shares.items()]
+    print_table(f"{model}, {samples} samples", ("", "accuracy"), rows)
+    typer.echo(f"density of the run: {density:.3f}")
+    return None
+
+
+@evaluations.command("list", epilog="Example: dit-accel eval list --json")
+@reported
+def list_metrics(weights: WeightsOption = None, json: JsonOption = False) -> None:
+    """List every metric: whether it can run here, and if not why and what to do about it."""
+    from ..evals.metrics import METRICS, by_reason
+
+    sources = pick_sources(weights, download=False)
+    rows = [metric.describe(sources) for metric in METRICS.values()]
+    if json:
+        return print_json({"schema": LIST_SCHEMA, "metrics": rows})
+    table = [(r["name"], r["command"], r["description"], "yes" if r["available"] else "no") for r in rows]
+    print_table("Metrics", ("metric", "eval ...", "what it is", "runs here"), table)
+    for reason, names in by_reason({row["name"]: row["reason"] for row in rows if row["reason"]}).items():
+        typer.echo(f"{', '.join(names)}: {reason}")
+    return None
+
+
+@evaluations.command(epilog="Example: dit-accel eval report clear.json neighborhood.json --md --out table.md")
+@reported
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files of `dit-accel eval`.")],
+    md: Annotated[bool, typer.Option("--md", help="As Markdown, with the commands they are from.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file to write.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Put several results into one table, a row each."""
+    from ..evals import report as reports
+    from ..evals.media import atomic
+
+    if out is not None:
+        check_output(out)
+    results = reports.load_all(files)
+    if out is not None:
+        with atomic(out) as temporary:
+            temporary.write_text(reports.markdown(results) + "\n")
+    if json:
+        return print_json({"schema": reports.SCHEMA, "kind": "report", "results": results})
+    if md:
+        return typer.echo(reports.markdown(results))
+    print_table("", *reports.table(results))
+    for line in reports.notes(results):
+        typer.echo(line)
     return None
 
 
 def register(app: typer.Typer) -> None:
+    evaluate_files.register(evaluations)
     app.add_typer(evaluations, name="eval")

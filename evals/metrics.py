@@ -1,0 +1,149 @@
+"""The metrics of `dit-accel eval` by name: what each measures, and whether it can run here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UnavailableError
+from . import pretrained
+from .features import EXTRACTORS
+from .pretrained import Sources
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, and what it needs beyond the core dependencies.
+
+    `extra` brings its packages. `kind` and `extractor` are for metrics of sets: the statistic, and whose
+    features it is of.
+    """
+
+    name: str
+    command: Literal["pairs", "dist", "attributes"]
+    description: str
+    better: Better = "higher"
+    packages: tuple[str, ...] = ()
+    extra: str = "eval"
+    weights: pretrained.WeightsFile | pretrained.HubModel | None = None
+    kind: str | None = None
+    extractor: str | None = None
+
+    def missing(self, sources: Sources) -> str | None:
+        """Why the metric cannot run here, and the remedy; None if it can."""
+        reason = self.missing_package()
+        return reason or (self.weights.missing(sources) if self.weights else None)
+
+    def missing_package(self) -> str | None:
+        """Which package cannot be used, why, and the remedy; None if all can.
+
+        They are imported, not looked up: torchvision is often there for another build of torch.
+        """
+        for name in self.packages:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                return f"{error.name} is not installed: pip install 'dit-accel[{self.extra}]'"
+            except Exception as error:  # whatever goes wrong in there
+                return f"{name} cannot be imported ({error}): install its build for the torch that is here"
+        return None
+
+    def describe(self, sources: Sources) -> dict[str, Any]:
+        """The metric and its status, in JSON's terms."""
+        reason = self.missing(sources)
+        return {
+            "name": self.name,
+            "command": self.command,
+            "description": self.description,
+            "better": self.better,
+            "available": reason is None,
+            "reason": reason,
+            "packages": list(self.packages),
+            "weights": self.weights and self.weights.describe(),
+        }
+
+
+STATISTICS = {  # what a metric of sets computes from features, and what is better
+    "frechet": ("Fréchet distance", "lower"),
+    "kid": ("kernel distance (unbiased MMD, cubic kernel)", "lower"),
+    "mmd": ("MMD under an RBF kernel", "lower"),
+    "prdc": ("precision, recall, density and coverage", "higher"),
+}
+PUBLISHED = {  # the names that papers use
+    ("frechet", "inception"): "fid",
+    ("kid", "inception"): "kid",
+    ("prdc", "inception"): "prdc",
+    ("mmd", "clip"): "cmmd",
+}
+
+
+def set_metric(kind: str, extractor: str) -> str:
+    """The name of a statistic of an extractor's features: the published one, or both parts."""
+    return PUBLISHED.get((kind, extractor), f"{kind}-{extractor}")
+
+
+def _set_metrics() -> list[Metric]:
+    return [
+        Metric(
+            set_metric(kind, name),
+            "dist",
+            f"{description}, features of {extractor.title}",
+            better,
+            weights=extractor.weights,
+            kind=kind,
+            extractor=name,
+        )
+        for name, extractor in EXTRACTORS.items()
+        for kind, (description, better) in STATISTICS.items()
+    ]
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in [
+        Metric("psnr", "pairs", "peak signal-to-noise ratio in dB, from the error over all frames"),
+        Metric("ssim", "pairs", "structural similarity, Gaussian window of sigma 1.5, mean over frames"),
+        Metric("ms_ssim", "pairs", "SSIM on five scales, mean over frames", packages=("torchmetrics",)),
+        Metric(
+            "lpips",
+            "pairs",
+            "learned perceptual distance, AlexNet, mean over frames",
+            "lower",
+            packages=("torchmetrics", "torchvision"),
+            extra="eval-full",
+            weights=pretrained.ALEXNET,
+        ),
+        *_set_metrics(),
+        Metric("attributes", "attributes", "what the bundled models draw, read back from pixels by rule"),
+    ]
+}
+
+
+def of_command(command: str) -> dict[str, Metric]:
+    return {name: metric for name, metric in METRICS.items() if metric.command == command}
+
+
+def by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Metrics by what keeps them from running, which several may share."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return groups
+
+
+def available(names: list[str], sources: Sources, allow_skipped: bool) -> tuple[list[str], dict[str, str]]:
+    """Splits names into those that can run here, and the others with their reasons.
+
+    Raises:
+        UnavailableError: one that cannot run and may not be skipped, or none that can.
+    """
+    skipped = {name: reason for name in names if (reason := METRICS[name].missing(sources)) is not None}
+    if skipped and not allow_skipped:
+        reasons = "; ".join(f"{', '.join(group)}: {reason}" for reason, group in by_reason(skipped).items())
+        raise UnavailableError(f"{reasons}; --allow-skipped goes on without")
+    if len(skipped) == len(names):
+        raise UnavailableError(f"none of {', '.join(names)} can run here; `dit-accel eval list` says why")
+    return [name for name in names if name not in skipped], skipped

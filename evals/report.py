@@ -1,0 +1,85 @@
+"""Result files of `dit-accel eval`, and one table of several of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "dit-accel/eval/1"
+ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        ValueError: a file that is missing, no JSON, or of another schema.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a result of `dit-accel eval`: {error}") from error
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != SCHEMA or not isinstance(result.get("metrics"), dict):
+        raise ValueError(f"{path} is no result of `dit-accel eval`: its schema is {schema!r}, not {SCHEMA!r}")
+    return result
+
+
+def load_all(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Result files under the labels they were made with, else their file names; equal ones get their path."""
+    results = [load(path) for path in paths]
+    labels = [result.get("label") or path.stem for result, path in zip(results, paths, strict=True)]
+    names = [
+        label if labels.count(label) == 1 else f"{label} ({path})"
+        for label, path in zip(labels, paths, strict=True)
+    ]
+    return dict(zip(names, results, strict=True))
+
+
+def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, a row per result; a metric that a result lacks is an empty cell."""
+    quantities: dict[str, str] = {}
+    for result in results.values():
+        for name, quantity in result["metrics"].items():
+            quantities.setdefault(name, f"{name} {ARROWS[quantity['better']]}")
+    rows = [
+        [label, *(_cell(result["metrics"].get(name)) for name in quantities)]
+        for label, result in results.items()
+    ]
+    return ["result", *quantities.values()], rows
+
+
+def _cell(quantity: dict[str, Any] | None) -> str:
+    if quantity is None:
+        return ""
+    if quantity["value"] is None:
+        return "identical" if quantity.get("identical") else "none"
+    return f"{quantity['value']:.4g}"
+
+
+def notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of the table has to know: whose features, warnings, and what was skipped."""
+    lines = {}  # in order, each once
+    for label, result in results.items():
+        if any(name.endswith("-scenes") for name in result["metrics"]):
+            lines["`-scenes`: features of the bundled scene encoder; not comparable with FID or KID."] = None
+        for line in result.get("warnings", ()):
+            lines[f"{label}: {line}."] = None
+        for name, reason in result.get("skipped", {}).items():
+            lines[f"{label}: {name} skipped: {reason}."] = None
+    return list(lines)
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The table and its notes, with the commands that made the results."""
+    columns, rows = table(results)
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)]), *map(_row, rows), ""]
+    lines += [f"- {line}" for line in notes(results)]
+    lines += [f"- {label}: `{result['command']}`" for label, result in results.items()]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
