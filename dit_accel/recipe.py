@@ -179,8 +179,8 @@ class Recipe:
         return {key: _plain(value) for key, value in data.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_dict`.
+    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+        """The inverse of `to_dict`; `guidance` may also name a JSON file, relative to `folder`.
 
         Raises:
             ValueError: something that is not a recipe, an unknown key or an unknown pattern.
@@ -197,6 +197,8 @@ class Recipe:
         else:
             attention = _pattern_from_dict(attention)
         guidance = data.get("guidance")
+        if isinstance(guidance, str):
+            guidance = _read_json(Path(folder) / guidance)
         if guidance is not None:
             guidance = HeadPerturbation.from_dict(guidance)
         return cls(**{**data, "attention": attention, "guidance": guidance})
@@ -208,8 +210,8 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110)
 
     @classmethod
-    def from_yaml(cls, text: str) -> Recipe:
-        """A recipe from YAML or JSON text.
+    def from_yaml(cls, text: str, folder: str | Path = ".") -> Recipe:
+        """A recipe from YAML or JSON text; what it names is relative to `folder`.
 
         Raises:
             ValueError: text that is not YAML, or not a recipe.
@@ -220,7 +222,7 @@ class Recipe:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"a recipe must be YAML or JSON: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(data, folder)
 
     def save(self, path: str | Path) -> None:
         """Write to a `.yaml`, `.yml` or `.json` file."""
@@ -242,7 +244,7 @@ class Recipe:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no recipe file at {path}")
         try:
-            return cls.from_yaml(Path(path).read_text())
+            return cls.from_yaml(Path(path).read_text(), Path(path).parent)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -301,6 +303,12 @@ def _index_spec(name: str, value, fraction: bool = False):
     if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise TypeError(f"`{name}` must be {forms}, got {value!r}")
     return tuple(sorted(set(indices)))
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"`guidance` names {path}, and there is no such file")
+    return json.loads(path.read_text())
 
 
 def _pattern_to_dict(pattern: Pattern) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import compare, evaluate, generate, listing, plan
+from . import compare, evaluate, generate, hunt, listing, plan
 from .errors import set_debug
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def _options(
     set_debug(debug)
 
 
-for module in (generate, compare, plan, listing, evaluate):
+for module in (generate, compare, plan, hunt, listing, evaluate):
     module.register(app)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from .perturbation import HeadPerturbation
 
-__all__ = ["HeadPerturbation", "HeadPerturbationGuidance"]
+__all__ = ["HeadHunter", "HeadPerturbation", "HeadPerturbationGuidance"]
 
 
 def __getattr__(name: str) -> Any:
@@ -12,4 +12,8 @@ def __getattr__(name: str) -> Any:
         from .guider import HeadPerturbationGuidance
 
         return HeadPerturbationGuidance
+    if name == "HeadHunter":  # imports recipes, which import this package
+        from .hunter import HeadHunter
+
+        return HeadHunter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

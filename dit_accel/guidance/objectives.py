@@ -1,0 +1,141 @@
+"""What a head search maximises: callables of images and prompts that give one score per sample.
+
+    objective(images, prompts) -> floats
+
+`images` are floats in [0, 1], (B, H, W, 3), or (B, T, H, W, 3) for videos; `prompts` a list of B texts. Any
+such callable will do. It is known by its attribute `name`, else by its own name, in logs and caches: give it
+another one whenever it computes something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Objective = Callable[[np.ndarray, list[str]], Sequence[float]]
+NAMES = ("attributes", "clip", "pickscore", "aesthetics", "hpsv2")
+
+
+def named(text: str, device: str | torch.device = "cpu", allow_download: bool = False) -> Objective:
+    """A built-in objective.
+
+    Args:
+        text: one of `NAMES`, or a name and a folder with its weights, as in `"clip:/models/clip"`.
+        device: where a trained scorer runs.
+        allow_download: whether its weights may be fetched from the Hugging Face hub; if not, they must be in
+            the folder or in the local cache.
+
+    Raises:
+        ValueError: an unknown name.
+        UnavailableError: weights that are not there.
+    """
+    name, _, folder = text.partition(":")
+    if name not in NAMES or (folder and name == "attributes"):
+        raise ValueError(
+            f"an objective must be one of {', '.join(NAMES)}, or, for all but the first, a name and a folder "
+            f"such as clip:/models/clip; got {text!r}"
+        )
+    if name == "attributes":
+        return attributes
+    from .scorers import load
+
+    return load(name, folder or None, device, allow_download)
+
+
+def name_of(objective: Objective) -> str:
+    """What an objective is called.
+
+    Raises:
+        TypeError: it has no name, or one that says nothing.
+    """
+    name = getattr(objective, "name", None) or getattr(objective, "__qualname__", None)
+    if not isinstance(name, str) or "<lambda>" in name:
+        raise TypeError(
+            f"logs and caches know an objective by its name; give {objective!r} an attribute `name`"
+        )
+    return name
+
+
+def attributes(images: np.ndarray, prompts: list[str]) -> list[float]:
+    """The share of captioned attributes that a rule-based checker finds right; for bundled models.
+
+    Raises:
+        ValueError: a prompt that is not a caption of a bundled scene, see `read_caption`.
+    """
+    from ..pipelines.tiny import check
+
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        seen = check(image)
+        scores.append(fmean(seen.get(name) == value for name, value in read_caption(prompt).items()))
+    return scores
+
+
+class HarmonicMean:
+    """The harmonic mean of several objectives, sample by sample, on their raw scores.
+
+    Raises:
+        ValueError: fewer than two objectives, or a score that is not positive.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]):
+        if len(objectives) < 2:
+            raise ValueError(f"a harmonic mean needs at least two objectives, got {len(objectives)}")
+        self.objectives = tuple(objectives)
+        self.name = f"harmonic mean of {', '.join(map(name_of, objectives))}"
+
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
+        scores = [objective(images, prompts) for objective in self.objectives]
+        for objective, row in zip(self.objectives, scores, strict=True):
+            if min(row) <= 0:
+                raise ValueError(
+                    f"a harmonic mean needs positive scores, and {name_of(objective)} gave {min(row)}"
+                )
+        return [len(row) / sum(1 / score for score in row) for row in zip(*scores, strict=True)]
+
+
+def read_caption(prompt: str) -> dict[str, str]:
+    """The attributes that a caption of a bundled scene names, in canonical words: the inverse of `caption`.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    from ..pipelines.tiny.captions import SYNONYMS
+
+    canonical = {other: word for word, other in SYNONYMS.items()}
+    for form in _forms():
+        if match := form.fullmatch(" ".join(prompt.lower().split())):
+            found = {name: word for name, word in match.groupdict().items() if word is not None}
+            return {name: canonical.get(word, word) for name, word in found.items()}
+    raise ValueError(
+        "attributes are read from captions such as 'a red circle at the top left on a striped background' "
+        f"(of videos: 'a red circle moving up at ...'), got {prompt!r}"
+    )
+
+
+@cache
+def _forms() -> tuple[re.Pattern, ...]:
+    """The captions' templates with a group for each attribute."""
+    from ..pipelines.tiny import captions, scenes
+
+    values = {
+        "colour": scenes.COLOURS,
+        "shape": scenes.SHAPES,
+        "position": scenes.POSITIONS,
+        "background": scenes.BACKGROUNDS,
+        "motion": scenes.MOTIONS,
+    }
+    groups = {}
+    for name, words in values.items():
+        known = [*words, *(captions.SYNONYMS[word] for word in words if word in captions.SYNONYMS)]
+        groups[name] = f"(?P<{name}>{'|'.join(known)})"
+    groups["motion"] = f"(?: moving {groups['motion']})?"
+    return tuple(re.compile(template.format(**groups)) for template in captions.TEMPLATES)

@@ -1,0 +1,110 @@
+"""Trained scorers of images through `transformers`: CLIP, PickScore, HPSv2 and LAION aesthetics.
+
+The first three are CLIP models: exp(logit scale) x the cosine of image and prompt. Aesthetics (version 2,
+linear, on CLIP ViT-L/14) does not look at the prompt. A video scores the mean of a few of its frames.
+
+Source: CLIP (arXiv 2103.00020), PickScore (arXiv 2305.01569), HPSv2 (arXiv 2306.09341),
+https://github.com/christophschuhmann/improved-aesthetic-predictor.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+
+from ..errors import UnavailableError
+
+FRAMES = 8  # of a video that are scored
+_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_CLIP_L = "openai/clip-vit-large-patch14"
+SOURCES = {  # hub ids: of the weights, and of the image processor and tokenizer
+    "clip": (_CLIP_L, _CLIP_L),
+    "pickscore": ("yuvalkirstain/PickScore_v1", _CLIP_H),
+    "hpsv2": ("adams-story/HPSv2-hf", "adams-story/HPSv2-hf"),
+    "aesthetics": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", _CLIP_L),
+}
+
+
+class AestheticsModel(CLIPVisionModelWithProjection):
+    """A CLIP image encoder and five linear layers; module names are those of the published weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths = (config.projection_dim, 1024, 128, 64, 16, 1)
+        first, second, third, fourth, last = (nn.Linear(*pair) for pair in pairwise(widths))
+        dropout = nn.Identity()  # of training, which counts in the names
+        self.layers = nn.Sequential(first, dropout, second, dropout, third, dropout, fourth, last)
+        self.post_init()
+
+
+class Scorer:
+    """A trained scorer as an objective, see `dit_accel.guidance.objectives`."""
+
+    def __init__(self, name: str, model: nn.Module, images: object, tokenizer: object | None):
+        self.name, self.model, self.images, self.tokenizer = name, model.eval(), images, tokenizer
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
+        videos = images if images.ndim == 5 else images[:, None]
+        picks = np.linspace(0, videos.shape[1] - 1, min(FRAMES, videos.shape[1])).round().astype(int)
+        frames = (videos[:, picks].reshape(-1, *videos.shape[2:]).clip(0, 1) * 255).round().astype(np.uint8)
+        pixels = self.images(images=list(frames), return_tensors="pt")["pixel_values"].to(self.model.device)
+        scores = self._aesthetics(pixels) if self.tokenizer is None else self._match(pixels, prompts)
+        return scores.double().view(len(videos), -1).mean(1).tolist()
+
+    def _aesthetics(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.layers(
+            nn.functional.normalize(self.model(pixel_values=pixels).image_embeds, dim=-1)
+        )
+
+    def _match(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        text = self.tokenizer(prompts, **options).to(self.model.device)
+        out = self.model(pixel_values=pixels, **text)
+        each = out.text_embeds.repeat_interleave(len(pixels) // len(prompts), 0)
+        return self.model.logit_scale.exp() * (out.image_embeds * each).sum(-1)
+
+
+def load(
+    name: str, folder: str | None = None, device: str | torch.device = "cpu", allow_download: bool = False
+) -> Scorer:
+    """The scorer called `name`, from a folder or from the Hugging Face cache (or hub, if that is allowed).
+
+    Raises:
+        UnavailableError: its files are not there.
+    """
+    weights, processor = (folder, folder) if folder else SOURCES[name]
+    kind = AestheticsModel if name == "aesthetics" else CLIPModel
+    options = {"local_files_only": not allow_download}
+    try:
+        images = AutoImageProcessor.from_pretrained(processor, **options)
+        tokenizer = None if name == "aesthetics" else AutoTokenizer.from_pretrained(processor, **options)
+        model, info = kind.from_pretrained(weights, output_loading_info=True, **options)
+        if info["missing_keys"]:  # transformers would leave these random
+            raise ValueError(f"the weights lack {min(info['missing_keys'])}")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnavailableError(_missing(name, folder, allow_download, reason)) from error
+    return Scorer(name, model.to(device), images, tokenizer)
+
+
+def _missing(name: str, folder: str | None, allow_download: bool, reason: str) -> str:
+    if folder:
+        state = "is no such folder" if not Path(folder).is_dir() else "does not hold them"
+        return (
+            f"objective {name!r} needs weights, image processor and tokenizer in the format of transformers, "
+            f"and {folder} {state}: {reason}"
+        )
+    repositories = " and ".join(dict.fromkeys(SOURCES[name]))
+    downloads = "; ".join(f"hf download {source}" for source in dict.fromkeys(SOURCES[name]))
+    remedy = "" if allow_download else ", allow the download (--allow-download)"
+    return (
+        f"objective {name!r} needs {repositories}, which the Hugging Face cache here does not hold: fetch it "
+        f"({downloads}){remedy}, or name a folder that holds its files ({name}:FOLDER); {reason}"
+    )

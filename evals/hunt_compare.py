@@ -1,0 +1,273 @@
+"""What a head search is worth: `python -m dit_accel.evals.hunt_compare tiny-flux outputs/hunt`.
+
+On prompt-seed pairs that the search did not use, with the pipeline's arguments of the search: no guidance,
+guidance by the heads that were found, and PAG of a whole layer, over one grid of scales w. A layer's PAG runs
+as many blocks more as guidance by any heads from that layer on, so PAG of the first layer with a found head
+costs the same; calls of blocks are counted. Per row the share of right attributes, and the Fréchet distance
+to drawings of the same scenes in the features of the bundled scene encoder, with 95% bootstrap intervals of
+the mean and of the changes from no guidance on the same pairs.
+
+The rows go to `evals/results/hunt-MODEL.csv` and `.md`; images and scores are kept in the search's folder,
+so a comparison that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..guidance import HeadPerturbation
+from ..guidance.hunter import FOUND, LOG
+from ..guidance.objectives import attributes
+from ..guidance.trials import Pair, Trials
+from . import media, table
+from .distribution import frechet
+from .features import Scenes
+from .pretrained import Sources
+
+SCALES = (1.0, 2.0, 4.0, 8.0)
+NONE, HUNTED = "none", "found heads"
+KEPT = "compare"  # folder of images and scores, in the search's
+BOOTSTRAP = {"resamples": 2000, "interval": (2.5, 97.5), "seed": 0}
+FRECHET_RESAMPLES = 200
+Features = Callable[[Sequence[np.ndarray]], torch.Tensor]  # of uint8 pictures
+
+
+def methods(
+    found: HeadPerturbation, layers: Sequence[int], scales: Sequence[float]
+) -> list[tuple[str, HeadPerturbation | None]]:
+    """What is compared: (name, guidance)."""
+    rows: list[tuple[str, HeadPerturbation | None]] = [(NONE, None)]
+    rows += [(HUNTED, replace(found, scale=scale)) for scale in scales]
+    for layer in layers:
+        whole = HeadPerturbation([layer], kind="pag", tokens=found.tokens)
+        rows += [(f"PAG layer {layer}", replace(whole, scale=scale)) for scale in scales]
+    return rows
+
+
+def first_layer(found: HeadPerturbation) -> int:
+    """The first layer that is perturbed, which decides the cost."""
+    return min(entry if isinstance(entry, int) else entry[0] for entry in found.heads)
+
+
+def block_calls(trials: Trials, guidance: HeadPerturbation | None, pair: Pair) -> int:
+    """How many calls of transformer blocks one sample takes."""
+    from ..pipelines import family_of
+
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    transformer = trials.pipe.transformer
+    blocks = [block for blocks in family_of(transformer).blocks(transformer) for block in blocks]
+    hooks = [block.register_forward_pre_hook(count) for block in blocks]
+    try:
+        trials.generate(guidance, [pair])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def resamples(n: int, count: int) -> np.ndarray:
+    """Indices (count, n) of bootstrap resamples, the same for every method: comparisons are paired."""
+    return np.random.default_rng(BOOTSTRAP["seed"]).integers(0, n, (count, n))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, BOOTSTRAP["interval"])
+    return float(low), float(high)
+
+
+def accuracy(scores: np.ndarray, plain: np.ndarray) -> dict[str, float]:
+    """Mean of per-sample scores (n,), and its change from `plain` (n,) on the same pairs."""
+    picks = resamples(len(scores), BOOTSTRAP["resamples"])
+    low, high = interval(scores[picks].mean(1))
+    gain_low, gain_high = interval((scores - plain)[picks].mean(1))
+    return {
+        "accuracy": scores.mean(),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "gain": (scores - plain).mean(),
+        "gain_low": gain_low,
+        "gain_high": gain_high,
+    }
+
+
+def distance(features: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Fréchet distance of features (n, d) to `reference`, and its change from that of `plain`.
+
+    Resampling adds to a Fréchet distance, and much the same to both: intervals are of the change alone.
+    """
+    value, before = frechet(features, reference), frechet(plain, reference)
+    picks = torch.from_numpy(resamples(len(features), FRECHET_RESAMPLES))
+    changes = [frechet(features[p], reference) - frechet(plain[p], reference) for p in picks]
+    low, high = interval(np.array(changes))
+    return {"frechet": value, "frechet_change": value - before, "frechet_low": low, "frechet_high": high}
+
+
+def compare(
+    trials: Trials,
+    rows: Sequence[tuple[str, HeadPerturbation | None]],
+    pairs: Sequence[Pair],
+    features: Features,
+    reference: torch.Tensor,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """One row per method.
+
+    Args:
+        trials: with one objective.
+        rows: of `methods`; the first is without guidance.
+        pairs: prompts and seeds.
+        features: of pictures.
+        reference: features of the reference pictures.
+        progress: whether to show a bar on stderr.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    (objective,) = trials.objectives
+    plain: dict[str, Any] = {}
+    answer = []
+    for name, guidance in rows:
+        label = name if guidance is None else f"{name}, w = {guidance.scale:g}"
+        batches = track(trials.batches(pairs), label, console=Console(stderr=True), disable=not progress)
+        scores = np.array([row[objective] for batch in batches for row in trials.score(guidance, batch)])
+        calls = block_calls(trials, guidance, pairs[0])
+        found = features([trials.image(guidance, pair) for pair in pairs])
+        plain = plain or {"scores": scores, "calls": calls, "features": found}
+        row = {
+            "method": name,
+            "scale": 0.0 if guidance is None else guidance.scale,
+            "n": len(pairs),
+            "block_calls": calls,
+            "extra_cost": calls / plain["calls"] - 1,
+            **accuracy(scores, plain["scores"]),
+            **distance(found, plain["features"], reference),
+        }
+        answer.append(row)
+    return answer
+
+
+def markdown(model: str, rows: Sequence[dict[str, Any]], about: str) -> str:
+    """The table of a model."""
+
+    def cell(row: dict[str, Any], name: str, low: str, high: str) -> str:
+        return f"{row[name]:.3f} [{row[low]:.3f}, {row[high]:.3f}]"
+
+    headings = ["guidance", "w", "extra cost", "right attributes", "change", "Fréchet distance", "change"]
+    lines = [
+        [
+            row["method"],
+            f"{row['scale']:g}",
+            f"{row['extra_cost']:.3f}",
+            cell(row, "accuracy", "accuracy_low", "accuracy_high"),
+            cell(row, "gain", "gain_low", "gain_high"),
+            f"{row['frechet']:.3f}",
+            cell(row, "frechet_change", "frechet_low", "frechet_high"),
+        ]
+        for row in rows
+    ]
+    return f"# Head search on {model}\n\n{about}\n\n{table.markdown(headings, lines)}"
+
+
+def held_out_pairs(n: int, seed: int, used: Sequence[Sequence[Any]], video: bool) -> tuple[list[Pair], list]:
+    """Captions of held-out scenes with seeds of their own, and the scenes.
+
+    Raises:
+        ValueError: a pair that the search used.
+    """
+    from ..pipelines.tiny import caption
+    from ..pipelines.tiny.evaluate import held_out_scenes
+
+    scenes = held_out_scenes(n, seed, video)
+    pairs = [Pair(caption(scene), 1000 * seed + i) for i, scene in enumerate(scenes)]
+    shared = {tuple(pair) for pair in used} & set(pairs)
+    if shared:
+        raise ValueError(f"the search used {len(shared)} of these pairs; take another --seed, got {seed}")
+    return pairs, scenes
+
+
+def drawings(scenes: Sequence[Any], height: int, width: int) -> list[np.ndarray]:
+    """The scenes as they are meant to look, uint8 (height, width, 3) each."""
+    from ..pipelines.tiny import render
+
+    return [media.to_uint8(render(scene, height, width)[0]) for scene in scenes]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from ..cli.environment import environment
+    from ..pipelines import load, tiny
+
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.evals.hunt_compare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("model", choices=[name for name, info in tiny.INFO.items() if not info.video])
+    parser.add_argument("hunt", type=Path, help=f"folder of a search, with {LOG} and {FOUND}")
+    parser.add_argument("--strength", type=float, help="of the found heads, in place of the search's")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="the grid of w")
+    parser.add_argument(
+        "--pag-layers", type=int, nargs="+", help="layers for PAG (default: the first with a found head)"
+    )
+    parser.add_argument("-n", "--samples", type=int, default=256, help="prompt-seed pairs")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts and noise")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=table.RESULTS)
+    options = parser.parse_args(arguments)
+    if options.samples < 2:
+        parser.error(f"--samples must be at least 2, got {options.samples}")
+    for name in (LOG, FOUND):
+        if not (options.hunt / name).is_file():
+            parser.error(f"{options.hunt} holds no {name}; search first: dit-accel hunt")
+    settings = json.loads((options.hunt / LOG).read_text())["settings"]
+    plain = json.loads((options.hunt / FOUND).read_text())
+    if options.strength is not None:
+        plain["strength"] = options.strength
+    found = HeadPerturbation.from_dict(plain)
+
+    pairs, scenes = held_out_pairs(options.samples, options.seed, settings["pairs"], video=False)
+    pipe = load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    call = settings["call"]
+    trials = Trials(pipe, [attributes], options.hunt / KEPT, call=call, batch=options.batch)
+    features = Scenes(Sources(), torch.device("cpu"))
+    drawn = features(drawings(scenes, call["height"], call["width"]))
+    compared = methods(found, options.pag_layers or [first_layer(found)], options.scales)
+    rows = compare(trials, compared, pairs, features, drawn, progress=sys.stderr.isatty())
+
+    here = environment()
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "dit_accel.evals.hunt_compare", *map(str, given)])
+    about = (
+        f"{len(pairs)} held-out captions, {call['num_inference_steps']} steps, arguments {json.dumps(call)}; "
+        f"{len(found.heads)} heads found by {settings['objective']} on {len(settings['pairs'])} other pairs, "
+        f"at strength {found.strength:g}. In brackets 95% bootstrap intervals; changes are from no guidance "
+        "on the same pairs; the extra cost is counted in calls of blocks. "
+        f"`{command}`, {here['cpu']['name']}, torch {here['packages']['torch']}, commit {here['commit']}."
+    )
+    path = options.out / f"hunt-{options.model}.csv"
+    with media.atomic(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", *rows[0]])
+        writer.writeheader()
+        writer.writerows({"model": options.model, **row} for row in rows)
+    with media.atomic(path.with_suffix(".md")) as partial:
+        partial.write_text(markdown(options.model, rows, about))
+    print(markdown(options.model, rows, about))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Objectives of a head search: captions read back, the rule checker, and scorers on tiny random weights."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel import UnavailableError
+from dit_accel.guidance import objectives
+from dit_accel.guidance.objectives import HarmonicMean, attributes, name_of, named, read_caption
+from dit_accel.pipelines.tiny import Scene, caption, render, sample
+
+RED = Scene("red", "circle", "top left", "striped")
+
+
+class TestCaptions:
+    @pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
+    def test_every_wording_is_read_back(self, video):
+        rng = random.Random(0)
+        for _ in range(300):
+            scene = sample(rng, "any", video)
+            assert read_caption(caption(scene)) == scene.attributes
+            assert read_caption(caption(scene, rng).upper()) == scene.attributes
+
+    @pytest.mark.parametrize("prompt", ["", "a red circle", "a pink circle at the top on a plain background"])
+    def test_other_texts_are_refused(self, prompt):
+        with pytest.raises(ValueError, match=f"got {re.escape(repr(prompt))}"):
+            read_caption(prompt)
+
+
+def test_attributes_are_the_share_that_is_right():
+    half = Scene("blue", "square", "top left", "striped")
+    images = np.stack([render(scene, 64, 64)[0] for scene in (RED, half)])
+    assert attributes(images, [caption(RED)] * 2) == [1.0, 0.5]
+    video = Scene("red", "circle", "center", "plain", motion="left")
+    frames = render(video, 64, 64, 9)[None]
+    assert attributes(frames, [caption(video)]) == [1.0]
+    assert attributes(frames[:, ::-1], [caption(video)]) == [0.8]
+
+
+def test_harmonic_mean_of_raw_scores():
+    def one(images, prompts):
+        return [1.0, 4.0]
+
+    def three(images, prompts):
+        return [3.0, 4.0]
+
+    mean = HarmonicMean([one, three])
+    assert mean(None, None) == [1.5, 4.0]
+    assert mean.name == f"harmonic mean of {name_of(one)}, {name_of(three)}"
+    with pytest.raises(ValueError, match=r"needs positive scores, and .*zero gave 0"):
+        HarmonicMean([one, zero])(None, None)
+    with pytest.raises(ValueError, match="at least two objectives, got 1"):
+        HarmonicMean([one])
+
+
+def zero(images, prompts):
+    return [0.0, 1.0]
+
+
+@pytest.mark.parametrize("text", ["pick", "attributes:/somewhere", ""])
+def test_unknown_names(text):
+    with pytest.raises(ValueError, match="must be one of attributes, clip, pickscore, aesthetics, hpsv2"):
+        named(text)
+    assert named("attributes") is objectives.attributes
+
+
+# -- trained scorers -----------------------------------------------------------------------------------------
+
+WORDS = ("<|startoftext|>", "<|endoftext|>", "a", "red", "blue", "circle")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights, image processor and tokenizer of a tiny random CLIP."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 6, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(
+        text_config={**text, "pad_token_id": 1, "projection_dim": 8},
+        vision_config={**sizes, "image_size": 16, "patch_size": 8, "projection_dim": 8},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(path)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(WORDS[0], 0), (WORDS[1], 1)]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{WORDS[0]} $A {WORDS[1]}", special_tokens=ends
+    )
+    named = {"bos_token": WORDS[0], "eos_token": WORDS[1], "pad_token": WORDS[1]}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(path)
+    values = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}}
+    values |= {"crop_size": {"height": 16, "width": 16}}
+    (path / "preprocessor_config.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((2, 16, 16, 3), np.float32)
+
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def pixels(images) -> torch.Tensor:
+    """What CLIP is shown of pictures that already have its size."""
+    images = (images * 255).round() / 255
+    return torch.from_numpy((images - MEAN) / STD).permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2"])
+def test_clip_is_the_scaled_cosine(folder, images, name):
+    from transformers import CLIPModel
+
+    scorer = named(f"{name}:{folder}")
+    assert name_of(scorer) == name
+    prompts = ["a red circle", "a blue circle circle circle circle circle circle"]  # the second is cut
+    tokens = torch.tensor([[0, 2, 3, 5, 1, 1, 1, 1], [0, 2, 4, 5, 5, 5, 5, 1]])
+    model = CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(
+            tokens, pixels(images), attention_mask=(torch.arange(8) < torch.tensor([[5], [8]])).long()
+        )
+    expected = logits.logits_per_image.diagonal().tolist()
+    assert scorer(images, prompts) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_a_video_scores_the_mean_of_its_frames(folder, images):
+    scorer = named(f"clip:{folder}")
+    each = scorer(images, ["a red circle"] * 2)
+    assert scorer(images[None], ["a red circle"]) == pytest.approx([sum(each) / 2], rel=1e-5)
+
+
+def test_aesthetics_are_linear_layers_on_the_embedding(folder, images, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from dit_accel.guidance.scorers import AestheticsModel
+
+    config = CLIPVisionConfig.from_pretrained(folder)
+    config.projection_dim = 8
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AestheticsModel(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
+    scores = named(f"aesthetics:{tmp_path}")(images, ["a", "a"])
+    with torch.no_grad():
+        plain = CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
+        x = plain(pixel_values=pixels(images)).image_embeds
+        x = x / x.norm(dim=-1, keepdim=True)
+        for index in (0, 2, 4, 6, 7):  # the names in the published weights
+            x = (
+                x @ model.state_dict()[f"layers.{index}.weight"].T
+                + model.state_dict()[f"layers.{index}.bias"]
+            )
+    assert scores == pytest.approx(x.flatten().tolist(), rel=1e-4, abs=1e-5)
+    with pytest.raises(UnavailableError, match=r"the weights lack layers\.0\.bias"):
+        named(f"aesthetics:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("clip", ["openai/clip-vit-large-patch14"]),
+        ("pickscore", ["yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]),
+        ("aesthetics", ["shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE"]),
+        ("hpsv2", ["adams-story/HPSv2-hf"]),
+    ],
+)
+def test_missing_weights_say_what_and_where(name, sources, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(UnavailableError) as error:
+        named(name)
+    text = str(error.value)
+    assert all(f"hf download {source}" in text for source in sources)
+    assert "--allow-download" in text
+    assert f"{name}:FOLDER" in text
+    with pytest.raises(UnavailableError, match=f"{tmp_path} does not hold them"):
+        named(f"{name}:{tmp_path}")
+    with pytest.raises(UnavailableError, match="nowhere is no such folder"):
+        named(f"{name}:{tmp_path}/nowhere")

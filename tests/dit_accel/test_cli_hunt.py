@@ -1,0 +1,118 @@
+"""`dit-accel hunt`: what it writes, resuming, published defaults, and its errors."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from dit_accel.cli import app
+from dit_accel.cli.hunt import _pairs, _published
+from dit_accel.cli.runs import Request
+from dit_accel.evals import media
+from dit_accel.guidance import HeadPerturbation
+from dit_accel.patterns import Dense
+from dit_accel.recipe import Recipe
+
+PROMPT = "a red circle at the top left on a striped background"
+CLIP = ("--objective", "clip", "--model", "tiny-flux", "-p", PROMPT)
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
+    return result
+
+
+def error(*arguments, code=1) -> str:
+    line = run("hunt", *arguments, code=code).stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def test_help_has_an_example():
+    assert "Example: dit-accel hunt" in " ".join(run("hunt", "--help").stdout.split())
+
+
+@pytest.mark.slow
+def test_hunt(tmp_path):
+    """tiny-flux by its attributes: 2 captions, 2 steps, 3 heads of its last two layers."""
+    out = tmp_path / "new" / "hunt"
+    arguments = ("hunt", "-m", "tiny-flux", "--objective", "attributes", "-n", 2, "--steps", 2, "--rounds", 2)
+    arguments += ("--top-k", 1, "--only", "single.2/heads.0-1,single.3/heads.3", "--out", out)
+    answer = json.loads(run(*arguments, "--json").stdout)
+    assert answer["layers"] == ["double.0", "double.1", "single.0", "single.1", "single.2", "single.3"]
+    assert 0 <= answer["without"] <= 1
+    assert [len(one["means"]) for one in answer["rounds"]] == [3, 2]
+    assert len(answer["heads"]) == 2
+    assert {tuple(head) for head in answer["heads"]} <= {(4, 0), (4, 1), (5, 3)}
+    assert answer["guidance"]["scale"] == 8
+    assert all(media.load(answer["files"][name]).size for name in ("heat map", "sheet"))
+
+    heads = [tuple(head) for head in answer["heads"]]
+    recipe = Recipe.load(out / "recipe.yaml")
+    assert recipe == Recipe(Dense(), guidance=HeadPerturbation(heads, scale=8.0))
+    drawn = ("generate", "-m", "tiny-flux", "-p", PROMPT, "--steps", 1, "-r", out / "recipe.yaml")
+    assert "guidance: soft_pag of 2 heads" in run(*drawn, "--out", tmp_path / "one.png").stderr
+
+    assert "log.json is of an earlier search" in error(*arguments[1:])
+    assert "another `call`" in error(*arguments[1:], "--steps", 1, "--resume")
+    again = run(*arguments, "--resume", "--no-pictures").stdout
+    assert all(f"head {head}" in again for _, head in heads)
+    assert f"{answer['rounds'][-1]['score']:.4f}" in again
+
+
+def test_bad_input_is_one_line(tmp_path):
+    out = ("--out", tmp_path / "out")
+    tiny = ("--model", "tiny-flux", "--objective", "attributes", *out)
+    (tmp_path / "file").write_text("")
+    cases = {
+        "must be one of attributes, clip": ("--model", "tiny-flux", "--objective", "fid", *out),
+        "must be OBJECTIVE=MINIMUM": (*tiny, "--at-least", "attributes=much"),
+        "checked for the bundled models only": ("--model", "a/b", "--objective", "attributes", *out),
+        "there is no file": (*tiny, "--prompts", tmp_path / "none.txt"),
+        "read from captions such as": (*tiny, "-p", "a cat"),
+        "use -n 2, got 1": (*tiny, "-n", 1, "-p", PROMPT, "-p", f"{PROMPT} "),
+        "`--out` must be a folder": (*tiny[:-1], tmp_path / "file"),
+        "`--guidance` must be a number": (*tiny, "--guidance", "-1"),
+        "`--size` must be WIDTHxHEIGHT": (*tiny, "--size", "64"),
+        "neither a preset nor a recipe file": (*tiny, "--recipe", "fast"),
+    }
+    for message, arguments in cases.items():
+        assert message in error(*arguments)
+    assert "Usage" in run("hunt", *tiny, "--rounds", 0, code=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_here_ends_with_3(tmp_path, monkeypatch):
+    line = error(*CLIP, "--out", tmp_path, code=3)
+    assert "openai/clip-vit-large-patch14" in line
+    assert "--allow-download" in line
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert 'pip install "dit-accel[eval]"' in error(*CLIP, "--out", tmp_path, code=3)
+    assert "clip-vit" in error(*CLIP, "--no-pictures", "--out", tmp_path, code=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs(tmp_path):
+    (tmp_path / "prompts.txt").write_text("b\n\n  c \n")
+    assert _pairs(["a"], tmp_path / "prompts.txt", "x/y", 5, 7, False) == [
+        ("a", 7), ("b", 8), ("c", 9), ("a", 10), ("b", 11)
+    ]  # fmt: skip
+    own = _pairs([], None, "tiny-flux", 3, 0, True)
+    assert len(set(own)) == 3
+    assert own == _pairs([], None, "tiny-flux", 3, 0, True)
+    assert not set(own) & set(_pairs([], None, "tiny-flux", 3, 5, True))
+    with pytest.raises(ValueError, match="give the prompts"):
+        _pairs([], None, "x/y", 3, 0, False)
+
+
+def test_steps_size_and_guidance_are_published_ones(flux, sd3, hunyuan):
+    empty = Request("")
+    assert _published(flux.pipe, empty) == Request("", 512, 512, steps=15, guidance=1.0)
+    assert _published(sd3.pipe, empty) == Request("", steps=20, guidance=1.0)
+    assert _published(hunyuan.pipe, empty).guidance is None  # distilled: the scale is an input of the model
+    given = Request("", 64, 96, steps=3, guidance=2.0)
+    assert _published(flux.pipe, given) == given
