@@ -23,7 +23,7 @@ class Metric:
     """
 
     name: str
-    command: Literal["pairs", "dist", "attributes"]
+    command: Literal["pairs", "dist", "attributes", "vbench"]
     description: str
     better: Better = "higher"
     packages: tuple[str, ...] = ()
@@ -118,6 +118,19 @@ METRICS: dict[str, Metric] = {
         ),
         *_set_metrics(),
         Metric("attributes", "attributes", "what the bundled models draw, read back from pixels by rule"),
+        Metric("temporal_flickering", "vbench", "VBench's, from the difference of successive frames"),
+        Metric(
+            "subject_consistency",
+            "vbench",
+            "VBench's, from DINO ViT-B/16's features of the frames",
+            weights=pretrained.DINO,
+        ),
+        Metric(
+            "background_consistency",
+            "vbench",
+            "VBench's, from CLIP ViT-B/32's features of the frames",
+            weights=pretrained.CLIP_B32,
+        ),
     ]
 }
 

@@ -158,3 +158,5 @@ ALEXNET = WeightsFile(
     "alexnet-owt-7be5be79.pth", "7be5be79", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 )
 CLIP = HubModel("openai/clip-vit-large-patch14-336")
+CLIP_B32 = HubModel("openai/clip-vit-base-patch32")
+DINO = HubModel("facebook/dino-vitb16")

@@ -38,7 +38,7 @@ def test_what_is_bundled_runs_and_what_is_not_says_why(bare):
     status = {name: metric.describe(bare) for name, metric in METRICS.items()}
     runs = {name for name, row in status.items() if row["available"]}
     scenes = {f"{kind}-scenes" for kind in ("frechet", "kid", "mmd", "prdc")}
-    assert runs == {"psnr", "ssim", "ms_ssim", "attributes"} | scenes
+    assert runs == {"psnr", "ssim", "ms_ssim", "attributes", "temporal_flickering"} | scenes
     assert status["lpips"]["reason"] == "torchvision is not installed: pip install 'dit-accel[eval-full]'"
     assert "inception-2015-12-05.pt" in status["fid"]["reason"]
     assert len(status["fid"]["weights"]["sha256"]) == 64
