@@ -42,7 +42,8 @@ format: env ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: env ## block-sparse against scaled_dot_product_attention on this CPU
+bench: env ## block-sparse against scaled_dot_product_attention on this CPU, and how both scale
+	$(BIN)/python -m dit_accel.evals.scaling
 	$(BIN)/python -m dit_accel.evals.bench
 
 gpu-bench: env ## the Triton kernel on this GPU; without one prints the plan and exits with 3

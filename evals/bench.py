@@ -24,6 +24,7 @@ from ..blockmask import BlockMask
 from ..cli.environment import environment
 from ..kernels import block_sizes, block_sparse_attention
 from ..layout import TokenLayout
+from ..mask_plot import rows_of
 from ..patterns import Clear, Neighborhood, Pattern, Radial
 from .bench_masks import GIBIBYTES, SECONDS, measure_masks
 from .table import RESULTS, append, markdown, row
@@ -146,11 +147,17 @@ MASK_HEADINGS = ("mask", "pattern", "block size", "density", "block density", "s
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-def excess_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> float:
-    """Largest error on sampled queries as a multiple of what is allowed; more than 1 is wrong."""
+def excess_error(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, out: torch.Tensor | None = None
+) -> float:
+    """Largest error on sampled queries as a multiple of what is allowed; more than 1 is wrong.
+
+    Of `out`, or of what `block_sparse_attention` gives; nothing of size S x S is made.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(mask.seq_len, generator=generator)[:128]
-    allowed = mask.to_kernel_mask()[0, rows]
+    allowed = rows_of(mask.to("cpu"), rows).to(q.device)
+    out = block_sparse_attention(q, k, v, mask) if out is None else out
 
     def attend(dtype: torch.dtype) -> torch.Tensor:
         scores = q[:, :, rows].to(dtype) @ k.to(dtype).mT * q.shape[3] ** -0.5
@@ -158,7 +165,7 @@ def excess_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockM
 
     exact = attend(torch.float64)
     allowance = 2 * (attend(q.dtype) - exact).abs().max() + torch.finfo(q.dtype).eps
-    return float((block_sparse_attention(q, k, v, mask)[:, :, rows] - exact).abs().max() / allowance)
+    return float((out[:, :, rows] - exact).abs().max() / allowance)
 
 
 def interleaved(first: Callable, second: Callable, repeats: int) -> list[tuple[float, float, float]]:
@@ -173,10 +180,10 @@ def interleaved(first: Callable, second: Callable, repeats: int) -> list[tuple[f
     return [tuple(torch.tensor(t).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()) for t in taken]
 
 
-def cheapest_mask(pattern: Pattern, layout: TokenLayout) -> BlockMask:
-    """The mask that a layer with this pattern would have on a CPU."""
-    sizes = block_sizes("cpu")
-    masks = (pattern.block_mask(layout, size) for size in sizes)
+def cheapest_mask(pattern: Pattern, layout: TokenLayout, device: str = "cpu") -> BlockMask:
+    """The mask that a layer with this pattern would have on a device."""
+    sizes = block_sizes(device)
+    masks = (pattern.block_mask(layout, size, device=device) for size in sizes)
     return min(masks, key=lambda mask: mask.block_density * sizes[mask.block_size])
 
 

@@ -1,185 +1,209 @@
 """Times the Triton kernel on this GPU: `python -m dit_accel.evals.gpu_bench`, or `make gpu-bench`.
 
-Every case is first checked against float64 on a small geometry (error at most twice that of dense attention
-in the same dtype, plus eps), and not timed if it fails. Then block-sparse attention is timed against
-`scaled_dot_product_attention` and compiled FlexAttention with the same mask, and rows are appended to
-`evals/results/gpu_bench.csv`. Without a GPU it prints what it would run and exits with 3.
+Three parts. `attention`: the shapes of real models, block-sparse attention against PyTorch's (flash and
+cuDNN), compiled FlexAttention with the same mask, and xformers and sageattention where installed; kernels are
+first checked against float64 (error at most twice that of dense attention in the same dtype, plus eps) and
+not timed if they fail. `scaling`: tokens x1, x2, x4, x8 with the pattern held. `steps`: one call of whole
+transformers with published configurations and random weights, dense against each recipe. Calls are taken in
+turn, medians of CUDA events, a cold L2 cache. Rows are appended to `bench_cuda.csv` and `scaling_cuda.csv`
+as they are measured; `bench_cuda.md`, `scaling_cuda.md` and `.png` are written anew, all under
+`evals/results`. Exits with 1 if a kernel is wrong; without a GPU it prints what it would run and exits with
+3.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
+import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from ..layout import TokenLayout
-from ..patterns import Clear, Neighborhood, Pattern, Radial, SlidingTile
+from ..cli.environment import environment
+from ..errors import UnavailableError
+from ..recipe import presets
+from . import gpu_attention, gpu_steps, scaling
+from .gpu_attention import CASES, Case
+from .gpu_steps import STEPS, Step
+from .peers import PROVIDERS, Provider
+from .scaling import GPU, GPU_SERIES, Timer, Times
+from .table import RESULTS, append, machine, markdown
 
-RESULTS = Path("evals/results/gpu_bench.csv")
 UNAVAILABLE = 3
 DTYPES = (torch.bfloat16, torch.float16)
-WARM_UP, REPEATS = 5, 20
+PARTS = ("attention", "scaling", "steps")
+SECONDS, FEWEST, MOST = 3.0, 5, 50  # how long a comparison should take, and how often each call is timed
+L2_BYTES = 2**28  # more than any cache
 
 
-@dataclass(frozen=True)
-class Case:
-    """One geometry of a real model at a real size, and a pattern on it; `small` is where it is checked."""
-
-    name: str
-    layout: TokenLayout
-    small: TokenLayout
-    heads: int
-    head_dim: int
-    pattern: Pattern
-    small_pattern: Pattern
-
-
-def _flux(side: int) -> TokenLayout:
-    return TokenLayout((1, side // 16, side // 16), text_len=512, text_first=True)
-
-
-SMALL_IMAGE = TokenLayout((1, 24, 40), text_len=77, text_first=True)
-SMALL_VIDEO = TokenLayout((7, 12, 20))
-SMALL_HUNYUAN = TokenLayout((7, 12, 20), text_len=100)
-WAN_720P = TokenLayout((21, 45, 80))
-HUNYUAN_720P = TokenLayout((33, 45, 80), text_len=256)
-
-CASES = (
-    Case("flux-1024", _flux(1024), SMALL_IMAGE, 24, 128, Clear(16), Clear(6)),
-    Case("flux-2048", _flux(2048), SMALL_IMAGE, 24, 128, Clear(16), Clear(6)),
-    Case("flux-4096", _flux(4096), SMALL_IMAGE, 24, 128, Clear(16), Clear(6)),
-    Case("wan-720p", WAN_720P, SMALL_VIDEO, 40, 128, Radial(0.2, first_frame_sink=True), Radial(0.2, 16)),
-    Case("wan-720p", WAN_720P, SMALL_VIDEO, 40, 128, Neighborhood((9, 23, 41)), Neighborhood((3, 5, 7))),
-    Case("hunyuan-720p", HUNYUAN_720P, SMALL_HUNYUAN, 24, 128, Radial(0.95), Radial(0.95, 16)),
-    Case(
-        "hunyuan-720p",
-        HUNYUAN_720P,
-        SMALL_HUNYUAN,
-        24,
-        128,
-        SlidingTile((3, 3, 3)),
-        SlidingTile((3, 3, 3), (2, 4, 4)),
-    ),
-)
-
-
-def check(case: Case, dtype: torch.dtype) -> float:
-    """Largest error of the kernel on the small geometry, as a multiple of what is allowed."""
-    from ..kernels import block_sparse_attention
-
-    mask = case.small_pattern.block_mask(case.small, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (2, 3, case.small.seq_len, case.head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(3))
-    allowed = case.small_pattern.token_mask(case.small)
-    if mask.order is not None:
-        order = mask.order.cpu()
-        allowed = allowed[order][:, order]
-    allowed = allowed.cuda()
-    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=allowed)
-    plain = scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    ours = block_sparse_attention(q, k, v, mask, backend="triton")
-    bound = 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps
-    return float((ours - exact).abs().max() / bound)
-
-
-def milliseconds(run: Callable[[], torch.Tensor]) -> list[float]:
-    """The 20%, 50% and 80% quantiles of the time of one call, with a cold L2 cache."""
-    from triton.testing import do_bench
-
-    for _ in range(WARM_UP):
+def interleaved_on_gpu(*runs: Callable[[], object]) -> list[Times]:
+    """The 20%, 50% and 80% quantiles, in milliseconds, of calls taken in turn, each with a cold L2 cache."""
+    for run in runs:
+        run()  # compiles
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for run in runs:
         run()
-    return do_bench(run, rep=REPEATS * 20, quantiles=[0.2, 0.5, 0.8])
+    torch.cuda.synchronize()
+    repeats = int(min(max(SECONDS / (time.perf_counter() - start), FEWEST), MOST))
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+    events = [
+        [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs] for _ in range(repeats)
+    ]
+    for pairs in events:
+        for run, (before, after) in zip(runs, pairs, strict=True):
+            flush.zero_()
+            before.record()
+            run()
+            after.record()
+    torch.cuda.synchronize()
+    taken = torch.tensor([[before.elapsed_time(after) for before, after in pairs] for pairs in events])
+    return [tuple(column.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()) for column in taken.T]
 
 
-def measure(case: Case, dtype: torch.dtype) -> list[dict]:
-    """One row per provider: time, density and speed-up against dense."""
-    from ..kernels import block_sparse_attention, can_run, default_block_size
-
-    size = default_block_size("cuda")
-    mask = case.pattern.block_mask(case.layout, size, device="cuda")
-    shape = (1, case.heads, case.layout.seq_len, case.head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    providers = {"sdpa": partial(scaled_dot_product_attention, q, k, v)}
-    for backend in ("triton", "flex"):
-        if can_run(backend, device="cuda", dtype=dtype, head_dim=case.head_dim, block_size=size) is None:
-            providers[backend] = partial(block_sparse_attention, q, k, v, mask, backend=backend)
-    rows = []
-    for provider, run in providers.items():
-        low, middle, high = milliseconds(run)
-        rows.append(
-            {
-                "case": case.name,
-                "pattern": str(case.pattern),
-                "provider": provider,
-                "dtype": str(dtype).removeprefix("torch."),
-                "heads": case.heads,
-                "tokens": case.layout.seq_len,
-                "head_dim": case.head_dim,
-                "density": round(mask.density, 4),
-                "block_density": round(mask.block_density, 4),
-                "ms_20": round(low, 4),
-                "ms_50": round(middle, 4),
-                "ms_80": round(high, 4),
-            }
-        )
-    for row in rows:
-        row["speedup"] = round(rows[0]["ms_50"] / row["ms_50"], 3)
-    return rows
+# -- parts ---------------------------------------------------------------------------------------------------
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    """Adds rows to the CSV, with device and versions, and a header if it is new."""
-    from ..cli.environment import environment
-
-    here = environment()
-    origin = {
-        "device": here["gpus"][0]["name"],
-        "torch": here["packages"]["torch"],
-        "triton": here["packages"]["triton"],
-        "commit": here["commit"],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *origin])
-        if new:
-            writer.writeheader()
-        writer.writerows(row | origin for row in rows)
-
-
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("no CUDA device here; on a machine with one this would check and time:")
-        for case in CASES:
-            print(f"  {case.name}: {case.heads} heads x {case.layout.seq_len} tokens, {case.pattern}")
-        print(f"in {' and '.join(str(dtype) for dtype in DTYPES)}, and append the results to {RESULTS}")
-        return UNAVAILABLE
-    failed = 0
-    for case in CASES:
-        for dtype in DTYPES:
-            error = check(case, dtype)
-            print(f"{case.name} {case.pattern} {dtype}: error {error:.2f} of the allowed", flush=True)
-            if not error <= 1:
-                print("  wrong, not timed")
-                failed = 1
+def run_attention(
+    cases: Iterable[Case],
+    dtypes: Iterable[torch.dtype],
+    device: str,
+    providers: Iterable[Provider],
+    timer: Timer,
+    out: Path,
+    here: dict,
+) -> tuple[list[gpu_attention.Result], int]:
+    """Results of the cases whose kernel is right, and how many are wrong."""
+    results, wrong = [], 0
+    for case in cases:
+        for dtype in dtypes:
+            try:
+                result = gpu_attention.measure(case, dtype, device, providers, timer)
+            except AssertionError as error:
+                print(f"WRONG {error}", file=sys.stderr, flush=True)
+                wrong += 1
                 continue
-            rows = measure(case, dtype)
-            append(RESULTS, rows)
-            for row in rows:
-                print(
-                    f"  {row['provider']:8} {row['ms_50']:9.3f} ms  {row['speedup']:5.2f}x  "
-                    f"density {row['density']}, blocks {row['block_density']}"
-                )
-    return failed
+            except (torch.OutOfMemoryError, UnavailableError) as error:
+                print(f"{case.title} {dtype}: left out, {error}", flush=True)
+                continue
+            results.append(result)
+            for cells in result.cells():
+                print("  ".join(cells), flush=True)
+            for name, reason in result.left_out.items():
+                print(f"  {name} left out: {reason}", flush=True)
+            append(out / f"bench_{device}.csv", result.rows(here))
+    return results, wrong
+
+
+def run_steps(
+    steps: Iterable[Step], device: str, dtype: torch.dtype, timer: Timer, out: Path, here: dict
+) -> list[gpu_steps.Result]:
+    """Results of every recipe of each model's family."""
+    if importlib.util.find_spec("diffusers") is None:
+        print("steps of whole transformers left out: diffusers is not installed", flush=True)
+        return []
+    results = []
+    for step in steps:
+        try:
+            for result in gpu_steps.measure(step, recipes_for(step), device, dtype, timer):
+                if isinstance(result, str):
+                    print(result, flush=True)
+                    continue
+                results.append(result)
+                print("  ".join(result.cells()), flush=True)
+                append(out / f"bench_{device}.csv", result.rows(here, device))
+        except torch.OutOfMemoryError as error:
+            print(f"{step.name}: left out, {error}", flush=True)
+    return results
+
+
+def recipes_for(step: Step) -> dict:
+    """The presets of the model's family, those for the bundled models left out."""
+    family = presets(step.blueprint.family)
+    return {name: recipe for name, recipe in family.items() if not name.startswith("tiny-")}
+
+
+def report(
+    attention: list[gpu_attention.Result], steps: list[gpu_steps.Result], device: str, here: dict
+) -> str:
+    """The page `bench_<device>.md`."""
+    packages = here["packages"]
+    parts = [
+        "# Block-sparse attention on a GPU\n\n"
+        f"{machine(here, device)}, torch {packages['torch']}, triton {packages['triton']}, CUDA "
+        f"{here['cuda']}, commit {here['commit']}; medians of calls taken in turn. TFLOP/s are of the pairs "
+        "asked for; dense time is that of the fastest exact dense provider. Written by `make gpu-bench`.\n"
+    ]
+    if attention:
+        cells = [cells for result in attention for cells in result.cells()]
+        parts.append("## Attention\n\n" + markdown(gpu_attention.HEADINGS, cells))
+        left_out = {
+            f"- {name}: {why} ({result.case.name})\n"
+            for result in attention for name, why in result.left_out.items()
+        }  # fmt: skip
+        if left_out:
+            parts.append("Left out:\n\n" + "".join(sorted(left_out)))
+    if steps:
+        cells = [result.cells() for result in steps]
+        parts.append("## One step, random weights\n\n" + markdown(gpu_steps.HEADINGS, cells))
+    return "\n".join(parts)
+
+
+# -- command -------------------------------------------------------------------------------------------------
+
+
+def describe(options: argparse.Namespace) -> None:
+    """Prints what would run."""
+    print("no CUDA device here; on a machine with one this would")
+    if "attention" in options.part:
+        print(f"check and time, in {' and '.join(str(dtype) for dtype in DTYPES)}:")
+        for case in _chosen(CASES, options.only):
+            print(f"  {case.name}: {case.heads} x {case.layout.seq_len} x {case.head_dim}, {case.pattern}")
+        print("with:")
+        for provider in PROVIDERS:
+            print(f"  {provider.name}" + (f" ({reason})" if (reason := provider.missing()) else ""))
+    if "scaling" in options.part:
+        print(f"time tokens x1, x2, x4, x8 ({GPU}):")
+        for series in _chosen(GPU_SERIES, options.only):
+            print(f"  {series.name} on " + ", ".join("x".join(map(str, grid)) for grid in series.grids))
+    if "steps" in options.part:
+        print("time one step of whole transformers with random weights, dense against each recipe:")
+        for step in _chosen(STEPS, options.only):
+            print(f"  {step.name}: {', '.join(recipes_for(step))}")
+    print(f"and write bench_cuda and scaling_cuda (.csv, .md, .png) into {options.out}")
+
+
+def _chosen(items: Iterable, only: str) -> list:
+    return [item for item in items if only in item.name]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.evals.gpu_bench", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="default: all")
+    parser.add_argument("--only", default="", help="only cases, series and steps whose name contains this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the files (default {RESULTS})")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        describe(options)
+        return UNAVAILABLE
+    here, wrong, attention, steps = environment(), 0, [], []
+    timer = interleaved_on_gpu
+    with torch.inference_mode():
+        if "attention" in options.part:
+            cases = _chosen(CASES, options.only)
+            attention, wrong = run_attention(cases, DTYPES, "cuda", PROVIDERS, timer, options.out, here)
+        if "scaling" in options.part:
+            wrong += scaling.run(_chosen(GPU_SERIES, options.only), GPU, timer, options.out, here)
+        if "steps" in options.part:
+            steps = run_steps(_chosen(STEPS, options.only), "cuda", torch.bfloat16, timer, options.out, here)
+    if attention or steps:
+        (options.out / "bench_cuda.md").write_text(report(attention, steps, "cuda", here))
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

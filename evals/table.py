@@ -10,6 +10,13 @@ RESULTS = Path("evals/results")
 COLUMNS = ("kernel", "provider", "metric", "shape", "median", "p20", "p80", "device", "versions", "commit")
 
 
+def machine(here: dict, device: str = "cpu") -> str:
+    """The processor or GPU of an environment, in words."""
+    if device == "cpu":
+        return f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads"
+    return here["gpus"][0]["name"]
+
+
 def row(
     kernel: str,
     provider: str,
@@ -17,15 +24,20 @@ def row(
     shape: str,
     values: float | tuple[float, float, float],
     here: dict,
+    device: str = "cpu",
 ) -> dict[str, str]:
-    """A row of a CSV on this CPU.
+    """A row of a CSV.
 
     Args:
         values: the 20%, 50% and 80% quantiles, or what was measured once.
         here: the environment, from `dit_accel.cli.environment`.
+        device: device type it was measured on, `"cpu"` or `"cuda"`.
     """
     low, middle, high = values if isinstance(values, tuple) else (values,) * 3
     packages = here["packages"]
+    versions = f"dit-accel {packages['dit-accel']}, torch {packages['torch']}, python {here['python']}"
+    if device != "cpu":
+        versions += f", triton {packages['triton']}, cuda {here['cuda']}"
     return {
         "kernel": kernel,
         "provider": provider,
@@ -34,8 +46,8 @@ def row(
         "median": f"{middle:.4g}",
         "p20": f"{low:.4g}",
         "p80": f"{high:.4g}",
-        "device": f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads",
-        "versions": f"dit-accel {packages['dit-accel']}, torch {packages['torch']}, python {here['python']}",
+        "device": machine(here, device),
+        "versions": versions,
         "commit": here["commit"] or "",
     }
 

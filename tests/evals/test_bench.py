@@ -62,7 +62,9 @@ def test_files(tmp_path, monkeypatch, capsys):
 
 def test_goals():
     def result(case, speedup, block_density, density):
-        return bench.Result(case, torch.float32, (64, 16), density, block_density, (0, speedup, 0), (0, 1.0, 0))
+        return bench.Result(
+            case, torch.float32, (64, 16), density, block_density, (0, speedup, 0), (0, 1.0, 0)
+        )
 
     case = next(c for c in bench.CASES if c.near == 0.25 and c.layout.seq_len == bench.LONG)
     assert result(case, 2.4, 0.375, 0.25).missed() == []

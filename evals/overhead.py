@@ -1,0 +1,213 @@
+"""What acceleration costs beside what it saves: `python -m dit_accel.evals.overhead`.
+
+Three measurements on this CPU, calls taken in turn, medians. *Dense*: one call of a bundled model with
+`Dense()` switched on against the untouched model; at most 1% slower is the goal. *Layer*: what a sparse layer
+takes beside its arithmetic (mask look-up, reordering, launch), from a pattern that covers everything at the
+smallest size, where it computes the same pairs as dense attention. *Break-even*: for densities of 0.1, 0.25
+and 0.5, the number of tokens from which block-sparse attention is faster than SDPA. Rows are appended to
+`overhead_cpu.csv` and `overhead_cpu.md` is written anew, both under `evals/results`. Exits with 1 if the goal
+is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import pipelines, switch
+from ..blueprint import Size, of_model
+from ..cli.environment import environment
+from ..layout import TokenLayout
+from ..patterns import Clear, Dense, Pattern
+from .bench import interleaved
+from .gpu_steps import share
+from .scaling import CPU, Curve, Series, Setting, Timer, Times, measure
+from .table import RESULTS, append, machine, markdown, row
+
+MODEL = "tiny-flux"
+SMALLEST: Size = (1, 64, 64)  # frames, height, width in pixels
+ALLOWED = 0.01  # of a step
+EVERYTHING = Clear(1000)
+SIDES = (8, 12, 16, 24, 32, 48, 64)  # of square images in tokens
+DENSITIES = (0.1, 0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One call of a model, untouched and with a pattern switched on; `layers` is how many are sparse."""
+
+    name: str
+    layers: int
+    untouched: Times
+    enabled: Times
+
+    @property
+    def cost(self) -> float:
+        """The share of a step that it adds."""
+        return self.enabled[1] / self.untouched[1] - 1
+
+    @property
+    def per_layer(self) -> float:
+        """Milliseconds that it adds to each sparse layer."""
+        return (self.enabled[1] - self.untouched[1]) / self.layers
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Lengths at one density; `tokens` is None where sparse attention is not faster at the longest."""
+
+    density: float
+    curve: Curve
+
+    @property
+    def tokens(self) -> float | None:
+        points = self.curve.points
+        return crossing([p.tokens for p in points], [p.speedup for p in points])
+
+    @property
+    def layer_ms(self) -> float | None:
+        """SDPA's time for the smallest useful layer: the shortest measured length beyond break-even."""
+        beyond = (p.dense[1] for p in self.curve.points if self.tokens and p.tokens >= self.tokens)
+        return next(beyond, None)
+
+
+def crossing(tokens: list[int], speedups: list[float]) -> float | None:
+    """The length beyond which every speed-up is more than 1, interpolated between logarithms.
+
+    The first length where all are faster, None where the last is not.
+    """
+    if speedups[-1] <= 1:
+        return None
+    slower = [i for i, speedup in enumerate(speedups) if speedup <= 1]
+    if not slower:
+        return float(tokens[0])
+    last = slower[-1]
+    (x0, x1), (y0, y1) = (map(math.log, values[last : last + 2]) for values in (tokens, speedups))
+    return math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
+
+
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+def calls(pattern: Pattern, size: Size | None, timer: Timer, model: str = MODEL) -> Calls:
+    """Times a bundled model against a copy that shares its weights and has a pattern switched on.
+
+    Args:
+        size: frames, height, width in pixels; None for that of the model's demo.
+    """
+    blueprint = of_model(model)
+    untouched = pipelines.load(model).transformer.eval()
+    enabled = share(untouched)
+    generator = torch.Generator().manual_seed(0)
+    grid = blueprint.grid(untouched, size or blueprint.size)
+    inputs = blueprint.inputs(untouched, grid, partial(torch.randn, generator=generator))
+    with switch.accelerated(enabled, pattern) as handle:
+        (binding,) = handle.bindings.values()
+        times = timer(partial(untouched, **inputs), partial(enabled, **inputs))
+        frames, height, width = size or blueprint.size
+        name = f"{model} {width}x{height}" + (f"x{frames}" if blueprint.video else "")
+        return Calls(name, len(binding.sparse_layers), *times)
+
+
+def disc(density: float, side: int) -> Clear:
+    """A disc whose density on a square of `side` tokens is the nearest to `density` of all whole radii."""
+    layout = TokenLayout((1, side, side))
+    discs = (Clear(radius) for radius in range(1, 2 * side))
+    return min(discs, key=lambda pattern: abs(pattern.density(layout) - density))
+
+
+def break_even(density: float, sides: Iterable[int], setting: Setting, timer: Timer) -> BreakEven:
+    """Times discs of one density on squares of growing size. Raises AssertionError for a wrong kernel."""
+    points = []
+    for side in sides:
+        grids = ((1, side, side),)
+        points += measure(Series(f"density {density}", disc(density, side), grids), setting, timer).points
+    return BreakEven(density, Curve(Series(f"density {density}", Clear(1), ()), tuple(points)))
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def rows(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, here: dict) -> Iterator[dict]:
+    """Rows of `overhead_cpu.csv`."""
+    for kernel, of, metric in (("dense_recipe", dense, "cost"), ("sparse_layer", layer, "per_layer")):
+        yield row(kernel, "untouched", "ms", of.name, of.untouched, here)
+        yield row(kernel, "enabled", "ms", of.name, of.enabled, here)
+        yield row(kernel, "enabled", metric, of.name, getattr(of, metric), here)
+    for one in found:
+        for point in one.curve.points:
+            shape = f"{setting.shape(point.tokens)} density {one.density}"
+            yield row("break_even", "sdpa", "ms", shape, point.dense, here)
+            yield row("break_even", "auto", "ms", shape, point.sparse, here)
+        if one.tokens is not None:
+            shape = f"D{setting.head_dim} density {one.density}"
+            yield row("break_even", "auto", "tokens", shape, one.tokens, here)
+
+
+def report(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, here: dict) -> str:
+    """The page `overhead_cpu.md`."""
+    step = [[
+        dense.name, f"{dense.untouched[1]:.2f}", f"{dense.enabled[1]:.2f}", f"{dense.cost:+.2%}",
+        "pass" if dense.cost <= ALLOWED else f"> {ALLOWED:.0%}",
+    ]]  # fmt: skip
+    lengths = []
+    for one in found:
+        if one.tokens is None:
+            longest = one.curve.points[-1].tokens
+            lengths.append([f"{one.density}", f"more than {longest}", "", ""])
+        else:
+            share_of_layer = f"{layer.per_layer / one.layer_ms:.0%}"
+            lengths.append(
+                [f"{one.density}", f"{one.tokens:.0f}", f"{one.layer_ms:.3f}", share_of_layer],
+            )
+    points = [
+        [f"{one.density}", str(p.tokens), f"{p.block_density:.3f}", f"{p.dense[1]:.3f}",
+         f"{p.sparse[1]:.3f}", f"{p.speedup:.2f}"]
+        for one in found for p in one.curve.points
+    ]  # fmt: skip
+    return (
+        f"# The cost of being on\n\n{machine(here)}, torch {here['packages']['torch']}, commit "
+        f"{here['commit']}; interleaved medians.\n\n## `Dense()` switched on\n\n"
+        + markdown(("model", "untouched ms", "enabled ms", "cost", "at most 1%"), step)
+        + f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.per_layer:.3f} ms to each of "
+        f"the {layer.layers} layers of {layer.name}: mask look-up, reordering and launch.\n\n"
+        f"## Break-even\n\n{setting}, discs on squares. Below this length dense attention is faster; the "
+        "layer is the shortest measured beyond it.\n\n"
+        + markdown(("density", "tokens", "SDPA ms of the layer", "what being on adds to it"), lengths)
+        + "\n"
+        + markdown(("density", "tokens", "block density", "SDPA ms", "sparse ms", "speed-up"), points)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_accel.evals.overhead", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--repeats", type=int, default=101, help="timed calls of each kind (default 101)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the files (default {RESULTS})")
+    options = parser.parse_args(arguments)
+    here = environment()
+
+    def timer(*pair: Callable) -> list[Times]:
+        return interleaved(*pair, options.repeats)
+
+    with torch.inference_mode():
+        dense = calls(Dense(), None, timer)
+        layer = calls(EVERYTHING, SMALLEST, timer)
+        found = [break_even(density, SIDES, CPU, timer) for density in DENSITIES]
+    append(options.out / "overhead_cpu.csv", rows(dense, layer, found, CPU, here))
+    page = report(dense, layer, found, CPU, here)
+    (options.out / "overhead_cpu.md").write_text(page)
+    print(page)
+    return int(dense.cost > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
