@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def folders(tmp_path):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    line = ["eval", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", ["dit-accel", *line]):  # results name their command
+        result = CliRunner().invoke(app, line)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
@@ -94,7 +97,7 @@ def test_pairs(folders, tmp_path):
     assert answer == strict(out.read_text())
     assert (answer["schema"], answer["kind"], answer["label"]) == (SCHEMA, "pairs", "noise")
     assert answer["environment"]["packages"]["torch"]
-    assert answer["command"].startswith("dit-accel ")
+    assert answer["command"].startswith(f"dit-accel eval pairs --test {test} --ref {ref}")
     assert (answer["test"], answer["frames"]) == (str(test), "all")
     assert [row["name"] for row in answer["pairs"]] == [f"{index}.png" for index in range(8)]
     mean = np.mean([row["psnr"] for row in answer["pairs"]])
