@@ -20,8 +20,8 @@ from .options import (
     StepsOption,
     check_guidance,
     parse_size,
-    pick_device,
     pick_dtype,
+    pick_shared_device,
 )
 from .output import JsonOption, note, print_json, print_table
 from .runs import Request, check_request, load, transformers
@@ -106,8 +106,6 @@ def hunt(
     `accelerate launch --multi_gpu -m dit_accel.cli hunt ...`.
     For quality instead of a style: --rounds 1 --top-k 24 -n 20 --strength 0.25.
     """
-    from accelerate import PartialState
-
     from .. import enable
     from ..guidance import HeadHunter
     from ..guidance.hunt_pictures import check_matplotlib
@@ -120,10 +118,7 @@ def hunt(
     check_guidance(guidance)
     width, height = parse_size(size) or (None, None)
     chosen = resolve(recipe) if recipe else None
-    target = pick_device(device)
-    state = PartialState(cpu=target.type == "cpu")
-    if target.type == "cuda" and target.index is None and state.num_processes > 1:
-        target = state.device
+    target, state = pick_shared_device(device)
     goal, floors = _objectives(objective, at_least or [], model, target, allow_download)
     pairs = _pairs(prompt or [], prompts, model, samples, seed, "attributes" in objective)
 

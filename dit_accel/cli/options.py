@@ -13,6 +13,7 @@ from ..errors import UnavailableError
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -67,6 +68,17 @@ def pick_device(text: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UnavailableError(f"`--device {text}`: only cpu and cuda are supported")
     return device
+
+
+def pick_shared_device(device: str) -> tuple[torch.device, PartialState]:
+    """The device of this process among those that `accelerate launch` started, and their state."""
+    from accelerate import PartialState
+
+    target = pick_device(device)
+    state = PartialState(cpu=target.type == "cpu")
+    if target.type == "cuda" and target.index is None and state.num_processes > 1:
+        target = state.device
+    return target, state
 
 
 def pick_dtype(text: str, device: torch.device) -> torch.dtype:

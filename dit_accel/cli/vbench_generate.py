@@ -21,8 +21,8 @@ from .options import (
     check_guidance,
     check_output,
     parse_size,
-    pick_device,
     pick_dtype,
+    pick_shared_device,
 )
 from .output import JsonOption, note, print_json, write_json
 from .results import head, track
@@ -68,8 +68,6 @@ def generate(
     when started by `accelerate launch --multi_gpu -m dit_accel.cli eval vbench generate ...`; who makes a
     video does not change it.
     """
-    from accelerate import PartialState
-
     from .. import enable
     from ..evals import media
     from ..evals.vbench import find
@@ -80,10 +78,7 @@ def generate(
     chosen = resolve(recipe) if recipe else None
     wanted = pick_prompts(prompts, vbench_python, pick_dimensions(dimensions))
     found = find(out, wanted, samples)
-    target = pick_device(device)
-    state = PartialState(cpu=target.type == "cpu")
-    if target.type == "cuda" and target.index is None and state.num_processes > 1:
-        target = state.device
+    target, state = pick_shared_device(device)
     number = pick_dtype(dtype, target)
     request = Request("", width, height, frames, steps, guidance, seed).with_defaults(model, "native")
     if request.frames == 1:
