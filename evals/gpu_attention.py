@@ -84,6 +84,7 @@ class Result:
     block_density: float
     times: dict[str, Times]
     sparse: frozenset[str]
+    ours: frozenset[str]
     yardstick: str  # the fastest exact dense provider
     left_out: dict[str, str]
 
@@ -109,7 +110,8 @@ class Result:
                 yield write(provider, "density", shape, self.density)
                 yield write(provider, "block_density", shape, self.block_density)
                 yield write(provider, "time_over_density", shape, 1 / (speedup * self.density))
-                yield write(provider, "efficiency", shape, speedup * self.block_density)
+                if provider in self.ours:
+                    yield write(provider, "efficiency", shape, speedup * self.block_density)
 
     def cells(self) -> Iterator[list[str]]:
         """A row of the table per provider, dense ones first."""
@@ -198,6 +200,7 @@ def measure(
         block_density=mask.block_density,
         times=times,
         sparse=frozenset(p.name for p in providers if p.sparse),
+        ours=frozenset(p.name for p in providers if p.ours),
         yardstick=min(exact, key=lambda name: times[name][1]),
         left_out=left_out,
     )

@@ -116,6 +116,12 @@ class TestAttention:
         assert ours[4:6] == ["gather", "2.000"]
         assert ours[7:] == ["4.00", f"{1 / 4 / result.density:.2f}", f"{1 / 4 / result.block_density:.2f}"]
 
+    def test_plans_read_our_kernel_alone(self, tmp_path):
+        peer = dataclasses.replace(OURS, name="peer", ours=False)
+        (result,), _ = attention((MATH, peer, OURS), taking(8.0, 4.0, 2.0), tmp_path)
+        rows = [row for row in result.rows(HERE) if row["metric"] == "efficiency"]
+        assert [row["provider"] for row in rows] == ["gather"]
+
     def test_files(self, tmp_path):
         for _ in range(2):
             results, _ = attention((MATH, ABSENT, OURS), taking(8.0, 2.0), tmp_path)
