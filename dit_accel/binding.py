@@ -1,105 +1,42 @@
-"""A recipe bound to one transformer: what each layer does, its masks per geometry, the hooks."""
+"""A recipe bound to one transformer: its processors and hooks, and the masks of the geometries it met."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import kernels, selectors
-from .blockmask import BlockMask
+from . import kernels
 from .choice import HeadChoice
 from .clock import Clock
 from .errors import UnavailableError
+from .geometry import Geometry, block_sizes, cheapest
 from .guidance.branch import Branch, Call
 from .kernels.block_sparse import opaque
+from .layers import plan_layers
 from .layout import TokenLayout
-from .mixture import join_heads
-from .patterns import Dense, Pattern, SparseVideoGen
 from .pipelines.attention import DENSE, Family, SparseProcessor
+from .rates import Rates, measured
 from .recipe import Recipe
 
 _GEOMETRIES_KEPT = 8
 _SPATIAL_CACHES = ("FasterCacheConfig", "SeaCacheConfig")  # they take Fourier transforms over the frame
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one attention layer does at steps that are not dense.
-
-    `heads` holds one pattern per head, or is empty where the layer keeps the model's own
-    attention, for the `reason` given.
-    """
-
-    name: str
-    heads: tuple[Pattern, ...] = ()
-    reason: str = ""
-
-    @property
-    def patterns(self) -> list[Pattern]:
-        """The distinct patterns, in order of first use."""
-        return list(dict.fromkeys(self.heads))
-
-
-def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan]:
-    """What each layer does under a recipe.
-
-    Raises:
-        ValueError: selectors and indices that match nothing, or a layer with two settings of SparseVideoGen.
-    """
-    attention = recipe.attention if isinstance(recipe.attention, dict) else {"all": recipe.attention}
-    indices = selectors.flat_indices(layers)
-    dense = recipe.dense_layer_indices(len(set(indices)))
-    plans = []
-    rows = selectors.assign(attention, layers, heads)
-    for name, index, row in zip(layers, indices, rows, strict=True):
-        if index in dense:
-            plans.append(LayerPlan(name, reason="dense_layers"))
-        elif all(p is None for p in row):
-            plans.append(LayerPlan(name, reason="no selector names it"))
-        elif all(p is None or isinstance(p, Dense) for p in row):
-            plans.append(LayerPlan(name, reason="Dense()"))
-        else:
-            plans.append(LayerPlan(name, tuple(p or Dense() for p in row)))
-            if sum(isinstance(p, SparseVideoGen) for p in plans[-1].patterns) > 1:
-                raise ValueError(f"heads of layer {name} have different settings of SparseVideoGen; use one")
-    return plans
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """What depends on the token geometry: the visual tokens' permutation, each layer's layout and mask."""
-
-    layout: TokenLayout
-    block_size: tuple[int, int]
-    permutation: torch.Tensor | None
-    inverse: torch.Tensor | None
-    layouts: list[TokenLayout]
-    masks: list[BlockMask | HeadChoice | None]
-    densities: list[float]
-    block_densities: list[float]
-
-    @property
-    def sparse_pairs(self) -> float:
-        """Pairs that sparse layers compute for one head, in whole blocks."""
-        layers = zip(self.masks, self.block_densities, self.layouts, strict=True)
-        return sum(blocks * own.seq_len**2 for mask, blocks, own in layers if mask is not None)
-
-    def over_layers(self, densities: list[float]) -> float:
-        """The density of all layers together, from one per layer."""
-        pairs = [layout.seq_len**2 for layout in self.layouts]
-        return sum(d * n for d, n in zip(densities, pairs, strict=True)) / sum(pairs)
-
-
 class Binding:
     """A recipe bound to one transformer instance. All is checked here; nothing is patched before `attach`."""
 
     def __init__(
-        self, transformer: nn.Module, family: Family, recipe: Recipe, clock: Clock, device: torch.device
+        self,
+        transformer: nn.Module,
+        family: Family,
+        recipe: Recipe,
+        clock: Clock,
+        device: torch.device,
+        rates: Rates | None = None,
     ):
         self.transformer, self.family, self.recipe, self.clock = transformer, family, recipe, clock
         self.modules = family.layers(transformer)
@@ -109,6 +46,7 @@ class Binding:
         self.heads = transformer.config.num_attention_heads
         self.head_dim = transformer.config.attention_head_dim
         self.plans = plan_layers(recipe, list(self.modules), self.heads)
+        self._rates = rates
         self.branch: Branch | None = None
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads)
@@ -150,6 +88,12 @@ class Binding:
         chosen, _ = kernels.automatic_backend(device, dtype, head_dim=self.head_dim, block_size=size)
         return f"auto: {chosen}"
 
+    def rates(self, device: torch.device) -> Rates:
+        """How fast attention was measured to be on a device in the transformer's dtype."""
+        dtype = str(self.transformer.dtype).removeprefix("torch.")
+        rates = self._rates or measured(device.type, dtype, self.head_dim)
+        return rates.of_backend(self.recipe.backend, device.type)
+
     def _check(self, device: torch.device) -> None:
         for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
@@ -163,6 +107,11 @@ class Binding:
             )
             if reason is not None:
                 raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
+            if self.recipe.min_tokens == "auto" and not self.rates(device).break_even:
+                raise UnavailableError(
+                    f"`min_tokens='auto'` needs a break-even length, and that of backend "
+                    f"{self.recipe.backend!r} was not measured on {device.type} in {dtype}; give a number"
+                )
 
     def adopt(self, other: Binding) -> None:
         """Go on with the clock and the masks of a binding of the same transformer and patterns."""
@@ -327,73 +276,9 @@ class Binding:
         if key not in self._geometries:
             while len(self._geometries) >= _GEOMETRIES_KEPT:
                 del self._geometries[next(iter(self._geometries))]
-            self._geometries[key] = self._cheapest_geometry(layout, device)
+            layouts = [self.family.layer_layout(plan.name, layout) for plan in self.plans]
+            leading = self.family.leading(self.transformer, layout)
+            self._geometries[key] = cheapest(
+                self.recipe, self.plans, layout, layouts, leading, device, self.rates(device)
+            )
         return self._geometries[key]
-
-    def _cheapest_geometry(self, layout: TokenLayout, device: torch.device) -> Geometry:
-        """Masks of all layers in the block size that is expected to take the least time."""
-        sizes = block_sizes(self.recipe, device)
-        built = (self._build_geometry(layout, device, size) for size in sizes)
-        return min(built, key=lambda geometry: geometry.sparse_pairs * sizes[geometry.block_size])
-
-    def _build_geometry(self, layout: TokenLayout, device: torch.device, size: tuple[int, int]) -> Geometry:
-        """Masks of all layers, in the order that suits the first sparse pattern.
-
-        Heads of SparseVideoGen have orders of their own.
-        """
-        order: Any = self.recipe.order
-        leading = self.family.leading(self.transformer, layout)
-        layouts = [self.family.layer_layout(plan.name, layout) for plan in self.plans]
-        used = [(p, own) for plan, own in zip(self.plans, layouts, strict=True) for p in plan.patterns]
-        by_pattern: dict[TokenLayout, dict[Pattern, BlockMask]] = {own: {} for own in layouts}
-        for pattern, own in sorted(used, key=lambda pair: isinstance(pair[0], Dense)):
-            if pattern in by_pattern[own]:
-                continue
-            if isinstance(pattern, SparseVideoGen):
-                mask = pattern.head_mask(own, size, device)
-            else:
-                mask = pattern.block_mask(own, size, order=order, device=device)
-                found = visual_permutation(mask, own)
-                order = leading_first(found, leading)
-                if not torch.equal(order, found):
-                    mask = pattern.block_mask(own, size, order=order, device=device)
-            by_pattern[own][pattern] = mask
-        if isinstance(order, str):  # all heads have orders of their own
-            order = torch.arange(layout.visual_len)
-        by_heads: dict[tuple, BlockMask | HeadChoice | None] = {((), own): None for own in layouts}
-        keys = [(plan.heads, own) for plan, own in zip(self.plans, layouts, strict=True)]
-        for heads, own in keys:
-            if (heads, own) not in by_heads:
-                if any(isinstance(p, SparseVideoGen) for p in heads):
-                    by_heads[heads, own] = HeadChoice.of(heads, by_pattern[own], own, order)
-                else:
-                    by_heads[heads, own] = join_heads(by_pattern[own], heads)
-        masks = [by_heads[key] for key in keys]
-        in_place = torch.equal(order, torch.arange(layout.visual_len))
-        return Geometry(
-            layout=layout,
-            block_size=size,
-            permutation=None if in_place else order.to(device),
-            inverse=None if in_place else torch.argsort(order).to(device),
-            layouts=layouts,
-            masks=masks,
-            densities=[1.0 if mask is None else mask.density for mask in masks],
-            block_densities=[1.0 if mask is None else mask.block_density for mask in masks],
-        )
-
-
-def block_sizes(recipe: Recipe, device: torch.device | str) -> dict[tuple[int, int], float]:
-    """The recipe's block size, or those worth trying on the device, with the relative time of a pair."""
-    return {recipe.block_size: 1.0} if recipe.block_size else kernels.block_sizes(device)
-
-
-def visual_permutation(mask: BlockMask, layout: TokenLayout) -> torch.Tensor:
-    """The order of the visual tokens in a mask: int64 (visual_len,) on the CPU."""
-    if mask.order is None:
-        return torch.arange(layout.visual_len)
-    return mask.order[: layout.visual_len].cpu() - layout.visual_slice.start
-
-
-def leading_first(permutation: torch.Tensor, count: int) -> torch.Tensor:
-    """An order (n,) with the first `count` tokens of the model's own order in front, otherwise as it was."""
-    return permutation[torch.argsort((permutation >= count).int(), stable=True)]

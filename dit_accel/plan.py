@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from .binding import Binding, Geometry, visual_permutation
+from .binding import Binding
 from .blockmask import BlockMask
 from .blueprint import Blueprint, Flops, Size, of_model, published
 from .builder import HILBERT_UP_TO
 from .choice import HeadChoice
 from .clock import Clock
+from .geometry import Geometry, visual_permutation
 from .kernels import default_block_size
 from .layout import TokenLayout
 from .patterns import Dense, Pattern, SparseVideoGen
@@ -173,13 +174,12 @@ def plan(
     # masks are built here, whatever they are for, and a backend of another machine is as good as any
     blocks = None if device == "cpu" else default_block_size(device)
     built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
-    binding = Binding(transformer, blueprint.description, built, Clock(), torch.device("cpu"))
+    head_dim, number = transformer.config.attention_head_dim, str(dtype).removeprefix("torch.")
+    rates = rates or measured(device, number, head_dim, blueprint.name)
+    rates = rates.of_backend(recipe.backend, device)
+    binding = Binding(transformer, blueprint.description, built, Clock(), torch.device("cpu"), rates)
     geometry = binding.geometry_of(layout, torch.device("cpu"))
     flops = blueprint.flops(transformer, grid)
-    head_dim, number = binding.head_dim, str(dtype).removeprefix("torch.")
-    rates = rates or measured(device, number, head_dim, blueprint.name)
-    if recipe.backend not in ("auto", "gather" if device == "cpu" else "triton"):
-        rates = Rates(None, rates.rest, f"backend {recipe.backend!r} is not measured")
     dense_steps = sum(recipe.is_dense_step(step, steps) for step in range(steps))
     sparse = [pair for pair in zip(geometry.masks, geometry.layouts, strict=True) if pair[0] is not None]
     mask, of_mask = sparse[0] if sparse else (None, layout)
@@ -241,11 +241,11 @@ def _pixels(blueprint: Blueprint, size: tuple[int, int] | None, frames: int | No
 
 def _layers(binding: Binding, geometry: Geometry) -> tuple[Layers, ...]:
     groups: dict[tuple, list[str]] = {}
-    columns = (binding.plans, geometry.layouts, geometry.densities, geometry.block_densities)
-    for layer, layout, density, blocks in zip(*columns, strict=True):
+    columns = (binding.plans, geometry.layouts, geometry.densities, geometry.block_densities, geometry.kept)
+    for layer, layout, density, blocks, kept in zip(*columns, strict=True):
         counts = {str(p): layer.heads.count(p) for p in layer.patterns}
-        pattern = ", ".join(f"{n} heads {p}" if len(counts) > 1 else p for p, n in counts.items()) or None
-        key = (pattern, layout.seq_len, density, blocks, layer.reason)
+        pattern = ", ".join(f"{n} heads {p}" if len(counts) > 1 else p for p, n in counts.items())
+        key = (None if kept else pattern or None, layout.seq_len, density, blocks, kept or layer.reason)
         groups.setdefault(key, []).append(layer.name)
     return tuple(Layers(tuple(names), *key) for key, names in groups.items())
 
@@ -279,12 +279,10 @@ def _speedups(
     binding: Binding, geometry: Geometry, flops: Flops, rates: Rates, dense_share: float
 ) -> dict[str, Speedup]:
     """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps."""
-    sparse = [flops.layers[name] for name in binding.sparse_layers]
-    paid = sum(
-        flops.layers[layer.name] * density
-        for layer, density in zip(binding.plans, geometry.block_densities, strict=True)
-        if layer.heads
-    )
+    layers = zip(binding.plans, geometry.masks, geometry.block_densities, strict=True)
+    costs = [(flops.layers[layer.name], density) for layer, mask, density in layers if mask is not None]
+    sparse = [full for full, _ in costs]
+    paid = sum(full * density for full, density in costs)
     kept = flops.attention - sum(sparse) + flops.rest / (rates.rest or ASSUMED_REST)
 
     def at(efficiency: float) -> tuple[float, float, float]:
@@ -336,6 +334,7 @@ def _notes(blueprint: Blueprint, binding: Binding, rates: Rates) -> tuple[str, .
         )
     else:
         notes.append(f"the rest of a step runs at {rates.rest:.2f} of dense attention's FLOP/s, as measured")
+    notes.append(rates.describe_break_even())
     if any(isinstance(p, SparseVideoGen) for layer in binding.plans for p in layer.patterns):
         notes.append("what heads take to choose their kind in each call is not counted")
     if blueprint.transformers > 1:

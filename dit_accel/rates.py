@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from . import evals
 
 RESULTS = Path(evals.__file__).parent / "results"
 _SHAPE = re.compile(r"-D(\d+)-(\w+)( |$)")
+_BREAK_EVEN = re.compile(r"D(\d+)-(\w+) density (\S+)")
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,35 @@ class Rates:
         rest: FLOP/s of everything but attention, relative to that of dense attention, for one model; None
             where not measured.
         source: what the numbers were measured on, or that they were not.
+        break_even: pairs of a pattern's density and the number of tokens from which block-sparse attention is
+            faster than dense, by density; empty where not measured.
     """
 
     efficiency: tuple[float, float, float] | None = None
     rest: float | None = None
     source: str = "not measured"
+    break_even: tuple[tuple[float, float], ...] = ()
+
+    def of_backend(self, backend: str, device: str) -> Rates:
+        """What holds for a recipe's backend: all of this for the one that `"auto"` takes on the device."""
+        if backend in ("auto", "gather" if device == "cpu" else "triton"):
+            return self
+        return Rates(None, self.rest, f"backend {backend!r} is not measured")
+
+    def least_tokens(self, density: float) -> float | None:
+        """The break-even length at the next measured density from `density` up; None where there is none."""
+        return next((tokens for measured, tokens in self.break_even if measured >= density), None)
+
+    def describe_break_even(self) -> str:
+        """One line about the lengths from which sparse attention pays."""
+        if not self.break_even:
+            return "break-even length: not measured"
+        lengths = ", ".join(f"{tokens:.0f} at density {density:g}" for density, tokens in self.break_even)
+        return f"sparse attention is faster from these numbers of tokens on: {lengths}, as measured"
 
 
 def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Path | None = None) -> Rates:
-    """The rates in `bench_<device>.csv` and `plan_<device>.csv` of a folder.
+    """The rates in `bench_<device>.csv`, `plan_<device>.csv` and `overhead_<device>.csv` of a folder.
 
     Args:
         device: a device type, `"cpu"` or `"cuda"`.
@@ -44,23 +66,33 @@ def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Pa
         folder: where the files are, `evals/results` unless given.
     """
     found: dict[int, list[float]] = {}
+    lengths: dict[int, dict[float, float]] = {}
     rest, devices = None, set()
     for row in _rows(folder or RESULTS, device):
         if row["metric"] == "efficiency" and (shape := _SHAPE.search(row["shape"])) and shape[2] == dtype:
             found.setdefault(int(shape[1]), []).append(float(row["median"]))
             devices.add(row["device"])
+        if row["metric"] == "tokens" and (shape := _BREAK_EVEN.fullmatch(row["shape"])) and shape[2] == dtype:
+            lengths.setdefault(int(shape[1]), {})[float(shape[3])] = float(row["median"])
         if row["metric"] == "rest_rate" and row["shape"] == f"{model}-{dtype}":
             rest = float(row["median"])
+    break_even = tuple(sorted(_nearest(lengths, head_dim)[1].items())) if lengths else ()
     if not found:
-        return Rates(None, rest, f"block-sparse attention is not measured on {device} in {dtype}")
-    nearest = min(found, key=lambda dim: abs(math.log(dim / head_dim)))
-    values = found[nearest]
+        source = f"block-sparse attention is not measured on {device} in {dtype}"
+        return Rates(None, rest, source, break_even)
+    nearest, values = _nearest(found, head_dim)
     source = f"{len(values)} cases with head_dim {nearest} on {', '.join(sorted(devices))}"
-    return Rates((min(values), median(values), max(values)), rest, source)
+    return Rates((min(values), median(values), max(values)), rest, source, break_even)
+
+
+def _nearest(found: dict[int, Any], head_dim: int) -> tuple[int, Any]:
+    """The measured head_dim nearest to the model's, and what was measured with it."""
+    nearest = min(found, key=lambda dim: abs(math.log(dim / head_dim)))
+    return nearest, found[nearest]
 
 
 def _rows(folder: Path, device: str) -> Iterator[dict[str, str]]:
-    for name in ("bench", "plan"):
+    for name in ("bench", "plan", "overhead"):
         path = folder / f"{name}_{device}.csv"
         if path.is_file():
             with path.open(newline="") as file:

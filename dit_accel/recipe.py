@@ -40,6 +40,9 @@ class Recipe:
         backend: kernel of `dit_accel.kernels.block_sparse_attention`.
         block_size: (query, key) block sizes; None takes the default of the device.
         order: token order, see `Pattern.block_mask`.
+        min_tokens: layers that attend to fewer tokens keep the model's own attention: a number, or `"auto"`
+            for the length from which sparse attention was measured to be faster on the device, at the layer's
+            density (`dit_accel.rates.Rates.break_even`).
         family: the model family this recipe is for, or None for any.
         name, source: what it is called and where its numbers come from; not compared.
 
@@ -55,6 +58,7 @@ class Recipe:
     backend: str = "auto"
     block_size: tuple[int, int] | None = None
     order: str = "auto"
+    min_tokens: int | str = 0
     family: str | None = None
     name: str = field(default="", compare=False)
     source: str = field(default="", compare=False, repr=False)
@@ -80,6 +84,10 @@ class Recipe:
             )
         if self.order not in _ORDERS:
             raise ValueError(f"`order` must be one of {', '.join(map(repr, _ORDERS))}, got {self.order!r}")
+        if self.min_tokens != "auto" and (type(self.min_tokens) is not int or self.min_tokens < 0):
+            raise ValueError(
+                f"`min_tokens` must be a whole number of tokens from 0 or 'auto', got {self.min_tokens!r}"
+            )
         for name in ("backend", "name", "source"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"`{name}` must be text, got {getattr(self, name)!r}")

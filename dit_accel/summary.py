@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .binding import Binding, LayerPlan
+from .binding import Binding
+from .layers import LayerPlan
 from .patterns import Pattern
 from .pipelines import family_of
 from .recipe import Recipe
@@ -68,6 +69,8 @@ def _titles(handle: Handle) -> list[str]:
                 ", tokens in model order" if binding.geometry.permutation is None else ", tokens reordered"
             )
         titles.append(line)
+        if binding.sparse_layers:
+            titles.append(binding.rates(binding.transformer.device).describe_break_even())
         if binding.branch is not None:
             titles.append(binding.branch.describe())
     if handle.run_density is not None:
@@ -87,7 +90,9 @@ def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
         row = _row(name, plan, binding.recipe)
         if plan.heads:
             row["backend"] = backend
-        if plan.heads and geometry is not None:
+        if plan.heads and geometry is not None and geometry.kept[index]:
+            row = _row(name, LayerPlan(plan.name, reason=geometry.kept[index]))
+        elif plan.heads and geometry is not None:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
         if plan.name in temporal:
             row["note"] = f"{temporal[plan.name]:.0%} temporal heads in the latest call"

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .binding import Binding, Geometry
+from .binding import Binding
 from .clock import Clock, Tick
 from .errors import UnavailableError
+from .geometry import Geometry
 from .patterns import Pattern
 from .pipelines import family_of
 from .recipe import Recipe, resolve

@@ -147,7 +147,8 @@ def rows(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, h
             yield row("break_even", "sdpa", "ms", shape, point.dense, here)
             yield row("break_even", "auto", "ms", shape, point.sparse, here)
         if one.tokens is not None:
-            shape = f"D{setting.head_dim} density {one.density}"
+            dtype = str(setting.dtype).removeprefix("torch.")
+            shape = f"D{setting.head_dim}-{dtype} density {one.density}"
             yield row("break_even", "auto", "tokens", shape, one.tokens, here)
 
 

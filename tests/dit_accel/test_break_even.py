@@ -1,0 +1,92 @@
+"""Break-even lengths: read from measured results, shown by `summary` and `plan`, kept to by `min_tokens`."""
+
+import csv
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import Recipe, UnavailableError
+from dit_accel.evals.table import COLUMNS
+from dit_accel.patterns import Clear
+from dit_accel.plan import plan
+from dit_accel.rates import Rates, measured
+
+LENGTHS = ((0.1, 500.0), (0.25, 1000.0), (0.5, 3000.0))
+
+
+def write(folder, lengths, head_dim=64, dtype="float32"):
+    with (folder / "overhead_cpu.csv").open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        for density, tokens in lengths:
+            shape = f"D{head_dim}-{dtype} density {density}"
+            writer.writerow(
+                {
+                    "kernel": "break_even",
+                    "provider": "auto",
+                    "metric": "tokens",
+                    "shape": shape,
+                    "median": tokens,
+                }
+            )
+
+
+def test_lengths_of_the_nearest_head_dim_and_the_dtype_are_read(tmp_path):
+    write(tmp_path, [(0.5, 1.0)])
+    write(tmp_path, reversed(LENGTHS))  # measured again: the latest holds
+    write(tmp_path, [(0.5, 7.0)], head_dim=256)
+    write(tmp_path, [(0.5, 8.0)], dtype="bfloat16")
+    assert measured("cpu", "float32", 32, folder=tmp_path).break_even == LENGTHS
+    assert measured("cpu", "float32", 192, folder=tmp_path).break_even == ((0.5, 7.0),)
+    assert measured("cpu", "bfloat16", 64, folder=tmp_path).break_even == ((0.5, 8.0),)
+    assert measured("cuda", "float32", 64, folder=tmp_path).break_even == ()
+    assert measured("cpu", "float32", 64, folder=tmp_path).of_backend("flex", "cpu").break_even == ()
+
+
+@pytest.mark.parametrize(
+    ("density", "tokens"), [(0.05, 500), (0.1, 500), (0.2, 1000), (0.5, 3000), (0.6, None)]
+)
+def test_a_density_takes_the_length_of_the_next_measured_one(density, tokens):
+    assert Rates(break_even=LENGTHS).least_tokens(density) == tokens
+
+
+def test_what_was_measured_is_said():
+    assert "500 at density 0.1, 1000 at density 0.25" in Rates(break_even=LENGTHS).describe_break_even()
+    assert Rates().describe_break_even() == "break-even length: not measured"
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, "short"])
+def test_bad_lengths_are_refused(value):
+    with pytest.raises(ValueError, match="`min_tokens` must be a whole number"):
+        Recipe(Clear(2), min_tokens=value)
+
+
+def test_short_layers_keep_the_models_own_attention(flux):
+    untouched = flux.run(flux.pipe)
+    with dit_accel.accelerated(flux.pipe, Recipe(Clear(1), min_tokens=10_000)) as handle:
+        assert torch.equal(flux.run(flux.pipe), untouched)
+        assert handle.run_density == 1.0
+        rows = dit_accel.summary(flux.pipe).rows
+        assert all("fewer than min_tokens (10000)" in row["note"] for row in rows)
+        assert all(row["density"] == 1.0 and row["pattern"] is None for row in rows)
+    with dit_accel.accelerated(flux.pipe, Recipe(Clear(1), min_tokens=1)):
+        assert not torch.equal(flux.run(flux.pipe), untouched)
+        assert not any("min_tokens" in row["note"] for row in dit_accel.summary(flux.pipe).rows)
+
+
+def test_auto_needs_a_measurement(flux):
+    with pytest.raises(UnavailableError, match="break-even length, and that of backend 'reference'"):
+        dit_accel.enable(flux.pipe, Recipe(Clear(1), min_tokens="auto", backend="reference"))
+
+
+@pytest.mark.parametrize(("lengths", "sparse"), [(((1.0, 10.0),), True), (((1.0, 10_000.0),), False)])
+def test_the_plan_keeps_short_layers_dense(lengths, sparse):
+    rates = Rates((0.8, 0.8, 0.8), 1.0, break_even=lengths)
+    answer = plan(Recipe(Clear(4), min_tokens="auto"), model="tiny-flux", size=(256, 256), rates=rates)
+    assert (answer.mask is not None) == sparse
+    assert (answer.attention.predicted != 1.0) == sparse
+    assert all((layer.pattern is not None) == sparse for layer in answer.layers)
+    assert sparse or all("fewer than min_tokens (10000)" in layer.reason for layer in answer.layers)
+    assert any("faster from these numbers of tokens" in note for note in answer.notes)
