@@ -1,7 +1,8 @@
 """What acceleration costs beside what it saves: `python -m dit_accel.evals.overhead`.
 
-Three measurements on this CPU, calls taken in turn, medians. *Dense*: one call of a bundled model with
-`Dense()` switched on against the untouched model; at most 1% slower is the goal. *Layer*: what a sparse layer
+Three measurements on this CPU, calls taken in turn, medians. *Dense*: what `Dense()` adds to one call of a
+bundled model, whatever its size; measured at the smallest, where it shows, and at most 1% of a step at the
+demo's size is the goal. *Layer*: what a sparse layer
 takes beside its arithmetic (mask look-up, reordering, launch), from a pattern that covers everything at the
 smallest size, where it computes the same pairs as dense attention. *Break-even*: for densities of 0.1, 0.25
 and 0.5, the number of tokens from which block-sparse attention is faster than SDPA. Rows are appended to
@@ -49,14 +50,14 @@ class Calls:
     enabled: Times
 
     @property
-    def cost(self) -> float:
-        """The share of a step that it adds."""
-        return self.enabled[1] / self.untouched[1] - 1
+    def added(self) -> float:
+        """Milliseconds that being on adds."""
+        return self.enabled[1] - self.untouched[1]
 
     @property
     def per_layer(self) -> float:
-        """Milliseconds that it adds to each sparse layer."""
-        return (self.enabled[1] - self.untouched[1]) / self.layers
+        """The same for each sparse layer."""
+        return self.added / self.layers
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def break_even(density: float, sides: Iterable[int], setting: Setting, timer: Ti
 
 def rows(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, here: dict) -> Iterator[dict]:
     """Rows of `overhead_cpu.csv`."""
-    for kernel, of, metric in (("dense_recipe", dense, "cost"), ("sparse_layer", layer, "per_layer")):
+    for kernel, of, metric in (("dense_recipe", dense, "added"), ("sparse_layer", layer, "per_layer")):
         yield row(kernel, "untouched", "ms", of.name, of.untouched, here)
         yield row(kernel, "enabled", "ms", of.name, of.enabled, here)
         yield row(kernel, "enabled", metric, of.name, getattr(of, metric), here)
@@ -152,12 +153,20 @@ def rows(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, h
             yield row("break_even", "auto", "tokens", shape, one.tokens, here)
 
 
-def report(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting, here: dict) -> str:
+def report(
+    dense: Calls, step: Calls, layer: Calls, found: list[BreakEven], setting: Setting, here: dict
+) -> str:
     """The page `overhead_cpu.md`."""
-    step = [[
-        dense.name, f"{dense.untouched[1]:.2f}", f"{dense.enabled[1]:.2f}", f"{dense.cost:+.2%}",
-        "pass" if dense.cost <= ALLOWED else f"> {ALLOWED:.0%}",
-    ]]  # fmt: skip
+    sizes = [
+        [
+            one.name,
+            f"{one.untouched[1]:.2f}",
+            f"{one.enabled[1]:.2f}",
+            f"{dense.added / one.untouched[1]:.2%}",
+        ]
+        for one in (dense, step)
+    ]
+    goal = "met" if dense.added <= ALLOWED * step.untouched[1] else "missed"
     lengths = []
     for one in found:
         if one.tokens is None:
@@ -176,8 +185,10 @@ def report(dense: Calls, layer: Calls, found: list[BreakEven], setting: Setting,
     return (
         f"# The cost of being on\n\n{machine(here)}, torch {here['packages']['torch']}, commit "
         f"{here['commit']}; interleaved medians.\n\n## `Dense()` switched on\n\n"
-        + markdown(("model", "untouched ms", "enabled ms", "cost", "at most 1%"), step)
-        + f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.per_layer:.3f} ms to each of "
+        + markdown(("model", "untouched ms", "enabled ms", f"{dense.added:.3f} ms are"), sizes)
+        + f"\nHooks do the same at every size: {dense.added:.3f} ms, measured at the smallest. The goal, at most "
+        f"{ALLOWED:.0%} of a step of {step.name}, is {goal}.\n"
+        f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.per_layer:.3f} ms to each of "
         f"the {layer.layers} layers of {layer.name}: mask look-up, reordering and launch.\n\n"
         f"## Break-even\n\n{setting}, discs on squares. Below this length dense attention is faster; the "
         "layer is the shortest measured beyond it.\n\n"
@@ -200,14 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
         return interleaved(*pair, options.repeats)
 
     with torch.inference_mode():
-        dense = calls(Dense(), None, timer)
+        dense = calls(Dense(), SMALLEST, partial(interleaved, repeats=5 * options.repeats))
+        step = calls(Dense(), None, timer)
         layer = calls(EVERYTHING, SMALLEST, timer)
         found = [break_even(density, SIDES, CPU, timer) for density in DENSITIES]
     append(options.out / "overhead_cpu.csv", rows(dense, layer, found, CPU, here))
-    page = report(dense, layer, found, CPU, here)
+    page = report(dense, step, layer, found, CPU, here)
     (options.out / "overhead_cpu.md").write_text(page)
     print(page)
-    return int(dense.cost > ALLOWED)
+    return int(dense.added > ALLOWED * step.untouched[1])
 
 
 if __name__ == "__main__":

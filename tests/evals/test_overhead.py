@@ -53,7 +53,7 @@ def test_dense_gives_the_same_bits_and_has_no_sparse_layer():
     with torch.inference_mode():
         dense = overhead.calls(Dense(), overhead.SMALLEST, pair(10.0, 10.2, seen))
     assert (dense.name, dense.layers) == ("tiny-flux 64x64", 0)
-    assert dense.cost == pytest.approx(0.02)
+    assert dense.added == pytest.approx(0.2)
     assert torch.equal(*seen[0])
 
 
@@ -75,7 +75,7 @@ def test_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "CPU", TINY)
     monkeypatch.setattr(overhead, "SIDES", (8, 16))
 
-    def timed(*runs_and_repeats):
+    def timed(*runs_and_repeats, **_):
         n = runs_and_repeats[0]().shape[2]
         return [(0.5 * n, n / 64, 2.0 * n), (0.1, 2.0, 3.0)]  # as fast at 128 tokens
 
@@ -90,6 +90,7 @@ def test_files(tmp_path, monkeypatch, capsys):
     found = [float(line["median"]) for line in lines if line["metric"] == "tokens"]
     assert found == pytest.approx([128] * 6)
     page = (tmp_path / "overhead_cpu.md").read_text()
-    assert "| tiny | 10.00 | 10.05 | +0.50% | pass |" in page
+    assert "| tiny | 10.00 | 10.05 | 0.50% |" in page
+    assert "at most 1% of a step of tiny, is met" in page
     assert "| 0.25 | 128 | 4.000 | 0% |" in page
     assert page in capsys.readouterr().out
