@@ -186,8 +186,8 @@ def report(
         f"# The cost of being on\n\n{machine(here)}, torch {here['packages']['torch']}, commit "
         f"{here['commit']}; interleaved medians.\n\n## `Dense()` switched on\n\n"
         + markdown(("model", "untouched ms", "enabled ms", f"{dense.added:.3f} ms are"), sizes)
-        + f"\nHooks do the same at every size: {dense.added:.3f} ms, measured at the smallest. The goal, at most "
-        f"{ALLOWED:.0%} of a step of {step.name}, is {goal}.\n"
+        + f"\nHooks do the same at every size: {dense.added:.3f} ms, measured at the smallest. The goal, "
+        f"at most {ALLOWED:.0%} of a step of {step.name}, is {goal}.\n"
         f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.per_layer:.3f} ms to each of "
         f"the {layer.layers} layers of {layer.name}: mask look-up, reordering and launch.\n\n"
         f"## Break-even\n\n{setting}, discs on squares. Below this length dense attention is faster; the "
