@@ -3,9 +3,10 @@
 On prompt-seed pairs that the search did not use, with the pipeline's arguments of the search: no guidance,
 guidance by the heads that were found, and PAG of a whole layer, over one grid of scales w. A layer's PAG runs
 as many blocks more as guidance by any heads from that layer on, so PAG of the first layer with a found head
-costs the same; calls of blocks are counted. Per row the share of right attributes, and the Fréchet distance
-to drawings of the same scenes in the features of the bundled scene encoder, with 95% bootstrap intervals of
-the mean and of the changes from no guidance on the same pairs.
+costs the same; calls of blocks are counted. Per row the share of right attributes, the probability that the
+bundled scene encoder gives them (the objectives `attributes` and `scenes`), and the Fréchet distance to
+drawings of the same scenes in the encoder's features, with 95% bootstrap intervals of the means and of the
+changes from no guidance on the same pairs.
 
 The rows go to `evals/results/hunt-MODEL.csv` and `.md`; images and scores are kept in the search's folder,
 so a comparison that was stopped goes on.
@@ -18,7 +19,7 @@ import csv
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 
 from ..guidance import HeadPerturbation
 from ..guidance.hunter import FOUND, LOG
-from ..guidance.objectives import attributes
+from ..guidance.objectives import BUNDLED, named
 from ..guidance.trials import Pair, Trials
 from . import media, table
 from .distribution import frechet
@@ -91,19 +92,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def accuracy(scores: np.ndarray, plain: np.ndarray) -> dict[str, float]:
-    """Mean of per-sample scores (n,), and its change from `plain` (n,) on the same pairs."""
+def mean(name: str, scores: np.ndarray, plain: np.ndarray) -> dict[str, float]:
+    """The mean of per-sample scores (n,), and its change from `plain` (n,) on the same pairs, as `name`."""
     picks = resamples(len(scores), BOOTSTRAP["resamples"])
-    low, high = interval(scores[picks].mean(1))
-    gain_low, gain_high = interval((scores - plain)[picks].mean(1))
-    return {
-        "accuracy": scores.mean(),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "gain": (scores - plain).mean(),
-        "gain_low": gain_low,
-        "gain_high": gain_high,
-    }
+    answer = {}
+    for key, values in ((name, scores), (f"{name}_change", scores - plain)):
+        low, high = interval(values[picks].mean(1))
+        answer |= {key: values.mean(), f"{key}_low": low, f"{key}_high": high}
+    return answer
 
 
 def distance(features: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
@@ -115,7 +111,8 @@ def distance(features: torch.Tensor, plain: torch.Tensor, reference: torch.Tenso
     picks = torch.from_numpy(resamples(len(features), FRECHET_RESAMPLES))
     changes = [frechet(features[p], reference) - frechet(plain[p], reference) for p in picks]
     low, high = interval(np.array(changes))
-    return {"frechet": value, "frechet_change": value - before, "frechet_low": low, "frechet_high": high}
+    change = {"frechet_change": value - before, "frechet_change_low": low, "frechet_change_high": high}
+    return {"frechet": value, **change}
 
 
 def compare(
@@ -129,7 +126,7 @@ def compare(
     """One row per method.
 
     Args:
-        trials: with one objective.
+        trials: with the objectives.
         rows: of `methods`; the first is without guidance.
         pairs: prompts and seeds.
         features: of pictures.
@@ -139,13 +136,13 @@ def compare(
     from rich.console import Console
     from rich.progress import track
 
-    (objective,) = trials.objectives
     plain: dict[str, Any] = {}
     answer = []
     for name, guidance in rows:
         label = name if guidance is None else f"{name}, w = {guidance.scale:g}"
         batches = track(trials.batches(pairs), label, console=Console(stderr=True), disable=not progress)
-        scores = np.array([row[objective] for batch in batches for row in trials.score(guidance, batch)])
+        records = [record for batch in batches for record in trials.score(guidance, batch)]
+        scores = {one: np.array([record[one] for record in records]) for one in trials.objectives}
         calls = block_calls(trials, guidance, pairs[0])
         found = features([trials.image(guidance, pair) for pair in pairs])
         plain = plain or {"scores": scores, "calls": calls, "features": found}
@@ -155,29 +152,30 @@ def compare(
             "n": len(pairs),
             "block_calls": calls,
             "extra_cost": calls / plain["calls"] - 1,
-            **accuracy(scores, plain["scores"]),
-            **distance(found, plain["features"], reference),
         }
-        answer.append(row)
+        for one in trials.objectives:
+            row |= mean(one, scores[one], plain["scores"][one])
+        answer.append(row | distance(found, plain["features"], reference))
     return answer
 
 
-def markdown(model: str, rows: Sequence[dict[str, Any]], about: str) -> str:
+def markdown(model: str, rows: Sequence[dict[str, Any]], objectives: Iterable[str], about: str) -> str:
     """The table of a model."""
 
-    def cell(row: dict[str, Any], name: str, low: str, high: str) -> str:
-        return f"{row[name]:.3f} [{row[low]:.3f}, {row[high]:.3f}]"
+    def cell(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
 
-    headings = ["guidance", "w", "extra cost", "right attributes", "change", "Fréchet distance", "change"]
+    means = [key for name in objectives for key in (name, f"{name}_change")]
+    titles = ["change" if key.endswith("_change") else key for key in means]
+    headings = ["guidance", "w", "extra cost", *titles, "Fréchet distance", "change"]
     lines = [
         [
             row["method"],
             f"{row['scale']:g}",
             f"{row['extra_cost']:.3f}",
-            cell(row, "accuracy", "accuracy_low", "accuracy_high"),
-            cell(row, "gain", "gain_low", "gain_high"),
+            *(cell(row, key) for key in means),
             f"{row['frechet']:.3f}",
-            cell(row, "frechet_change", "frechet_low", "frechet_high"),
+            cell(row, "frechet_change"),
         ]
         for row in rows
     ]
@@ -243,7 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load(options.model)
     pipe.set_progress_bar_config(disable=True)
     call = settings["call"]
-    trials = Trials(pipe, [attributes], options.hunt / KEPT, call=call, batch=options.batch)
+    trials = Trials(
+        pipe, [named(name) for name in BUNDLED], options.hunt / KEPT, call=call, batch=options.batch
+    )
     features = Scenes(Sources(), torch.device("cpu"))
     drawn = features(drawings(scenes, call["height"], call["width"]))
     compared = methods(found, options.pag_layers or [first_layer(found)], options.scales)
@@ -264,9 +264,10 @@ def main(arguments: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, ["model", *rows[0]])
         writer.writeheader()
         writer.writerows({"model": options.model, **row} for row in rows)
+    text = markdown(options.model, rows, BUNDLED, about)
     with media.atomic(path.with_suffix(".md")) as partial:
-        partial.write_text(markdown(options.model, rows, about))
-    print(markdown(options.model, rows, about))
+        partial.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -63,11 +63,12 @@ def strip(frames: np.ndarray, count: int = STRIP_FRAMES) -> np.ndarray:
     return np.concatenate(list(frames[picks]), axis=1)[None]
 
 
-def save(path: str | Path, frames: np.ndarray, fps: int = 8) -> Path:
+def save(path: str | Path, frames: np.ndarray, fps: int = 8, lossless: bool = False) -> Path:
     """Writes `frames` in the format of the suffix, atomically.
 
     PNG is lossless; of a video it holds a `strip`. GIF merges equal neighbouring frames into a longer one.
-    MP4 is H.264 in 4:2:0; an odd height or width gets one more row or column.
+    MP4 is H.264 in 4:2:0; an odd height or width gets one more row or column. A `lossless` MP4 is H.264 of
+    the RGB values, which `load` gives back and VLC or mpv play, but few browsers.
     """
     path = check_suffix(path, video=len(frames) > 1)
     with atomic(path) as temporary:
@@ -78,22 +79,21 @@ def save(path: str | Path, frames: np.ndarray, fps: int = 8) -> Path:
             first, *rest = (Image.fromarray(frame).quantize(dither=Image.Dither.NONE) for frame in frames)
             first.save(temporary, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
         else:
-            _save_mp4(temporary, frames, fps)
+            _save_mp4(temporary, frames, fps, lossless)
     return path
 
 
-def _save_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+def _save_mp4(path: Path, frames: np.ndarray, fps: int, lossless: bool) -> None:
     import imageio.v2 as imageio
 
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    options = {
-        "macro_block_size": 1,
-        "quality": None,
-        "output_params": ["-crf", "16"],
-        "ffmpeg_log_level": "error",
-    }
-    with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", **options) as writer:
+    options = {"macro_block_size": 1, "quality": None, "ffmpeg_log_level": "error"}
+    if lossless:
+        options |= {"codec": "libx264rgb", "pixelformat": "rgb24", "output_params": ["-crf", "0"]}
+    else:
+        _, height, width, _ = frames.shape
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        options |= {"codec": "libx264", "output_params": ["-crf", "16"]}
+    with imageio.get_writer(path, format="FFMPEG", fps=fps, **options) as writer:
         for frame in frames:
             writer.append_data(frame)
 

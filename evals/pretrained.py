@@ -124,16 +124,20 @@ class HubModel:
         """The model, downloaded if it must and may be.
 
         Raises:
-            UnavailableError: naming what to do.
+            UnavailableError: naming what to do; also for files that lack some of the model's weights.
         """
         reason = self.missing(sources)
         if reason is not None:
             raise UnavailableError(reason)
         found = self._found(sources)
+        options = {"local_files_only": found is not None, "output_loading_info": True}
         try:
-            return model_class.from_pretrained(found or self.repository, local_files_only=found is not None)
+            model, info = model_class.from_pretrained(found or self.repository, **options)
+            if info["missing_keys"]:  # transformers would leave these random
+                raise ValueError(f"the weights lack {min(info['missing_keys'])}")
         except (OSError, ValueError, RuntimeError) as error:
             raise UnavailableError(f"{found or self.repository} cannot be loaded: {error}") from error
+        return model
 
 
 def _hub() -> Path:

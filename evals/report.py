@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "dit-accel/eval/1"
+SWEEP = "sweep"
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file.
+    """A result file; `metrics` of a sweep are in its `rows`.
 
     Raises:
         ValueError: a file that is missing, no JSON, or of another schema.
@@ -22,20 +23,36 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a result of `dit-accel eval`: {error}") from error
     schema = result.get("schema") if isinstance(result, dict) else None
+    if schema == SCHEMA and result.get("kind") == SWEEP and isinstance(result.get("rows"), list):
+        return result
     if schema != SCHEMA or not isinstance(result.get("metrics"), dict):
         raise ValueError(f"{path} is no result of `dit-accel eval`: its schema is {schema!r}, not {SCHEMA!r}")
     return result
 
 
 def load_all(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Result files under the labels they were made with, else their file names; equal ones get their path."""
-    results = [load(path) for path in paths]
-    labels = [result.get("label") or path.stem for result, path in zip(results, paths, strict=True)]
-    names = [
-        label if labels.count(label) == 1 else f"{label} ({path})"
-        for label, path in zip(labels, paths, strict=True)
+    """Result files under the labels they were made with, else their file names; equal ones get their path.
+
+    Every row of a sweep is a result of its own.
+    """
+    found = [(label, path, part) for path in paths for label, part in _parts(load(path), path.stem)]
+    labels = [label for label, _, _ in found]
+    return {
+        label if labels.count(label) == 1 else f"{label} ({path})": result for label, path, result in found
+    }
+
+
+def _parts(result: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """A result with its label; of a sweep its rows, the first with what is to be known of all."""
+    label = result.get("label") or name
+    if result.get("kind") != SWEEP:
+        return [(label, result)]
+    parts = [
+        (f"{label} {row['setting']}", {"command": result["command"], "metrics": row["metrics"]})
+        for row in result["rows"]
     ]
-    return dict(zip(names, results, strict=True))
+    parts[0][1].update(warnings=result["warnings"], skipped=result["skipped"])
+    return parts
 
 
 def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -45,13 +62,13 @@ def table(results: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]
         for name, quantity in result["metrics"].items():
             quantities.setdefault(name, f"{name} {ARROWS[quantity['better']]}")
     rows = [
-        [label, *(_cell(result["metrics"].get(name)) for name in quantities)]
+        [label, *(cell(result["metrics"].get(name)) for name in quantities)]
         for label, result in results.items()
     ]
     return ["result", *quantities.values()], rows
 
 
-def _cell(quantity: dict[str, Any] | None) -> str:
+def cell(quantity: dict[str, Any] | None) -> str:
     if quantity is None:
         return ""
     if quantity["value"] is None:

@@ -116,7 +116,10 @@ def test_wheel_holds_code_recipes_and_weights(tmp_path):
     for file in weights.rglob("*"):
         if file.is_file():
             assert f"dit_accel/pipelines/tiny/weights/{file.relative_to(weights).as_posix()}" in names
-    assert "dit_accel/evals/weights/scene-encoder.safetensors" in names
+    for pattern in ("evals/weights/*.safetensors", "evals/vbench_constants.json"):
+        files = list(ROOT.glob(pattern))
+        assert files, pattern
+        assert {f"dit_accel/{file.relative_to(ROOT).as_posix()}" for file in files} <= set(names)
     for top in PACKAGES:
         for file in (ROOT / top).rglob("*.py"):
             name = file.relative_to(ROOT).as_posix()

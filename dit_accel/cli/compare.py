@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..records import write_json
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -27,8 +28,8 @@ from .options import (
     pick_device,
     pick_dtype,
 )
-from .output import JsonOption, note, print_json, print_table, write_json
-from .runs import Request, Run, build_masks, check_request, execute, is_video, load, warm_up
+from .output import JsonOption, note, print_json, print_table
+from .runs import DENSE, Request, Run, attempt, build_masks, by_name, check_request, is_video, load
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 SCHEMA = "dit-accel/compare/1"
-DENSE = "dense"
 EXAMPLE = (
     "Example: dit-accel compare --model tiny-wan --recipe tiny-wan-neighborhood --out both.gif "
     '--prompt "a blue square moving left at the center on a plain background"'
@@ -89,7 +89,7 @@ def compare(
     check_guidance(guidance)
     if out is not None:
         check_output(out)
-    recipes = _distinct([resolve(text) for text in recipe])
+    recipes = by_name([resolve(text) for text in recipe])
     target = pick_device(device)
     number = pick_dtype(dtype, target)
 
@@ -150,45 +150,18 @@ def compare(
     return None
 
 
-def _distinct(recipes: list[Recipe]) -> dict[str, Recipe]:
-    named = {recipe.name or recipe.tag: recipe for recipe in recipes}
-    if len(named) < len(recipes) or DENSE in named:
-        raise ValueError(
-            f"`--recipe` must name different recipes, none called {DENSE!r}; got {', '.join(named)}"
-        )
-    return named
-
-
 def _measure(
     pipe: DiffusionPipeline, request: Request, methods: dict[str, Recipe | None], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Runs every method in turn `repeats` times, each after a warm-up: all but quality and speed-up."""
-    from .. import accelerated, summary
-
     results: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     for turn, (name, recipe) in product(range(repeats), methods.items()):
         note(f"{name}: run {turn + 1} of {repeats}, {request.steps} steps")
-        if recipe is None:
-            warm_up_seconds = warm_up(pipe, request)
-            runs[name].append(execute(pipe, request, name))
-            densities = {
-                "pattern_density": 1.0,
-                "block_density": 1.0,
-                "run_density": 1.0,
-                "run_block_density": 1.0,
-            }
-        else:
-            with accelerated(pipe, recipe) as handle:
-                warm_up_seconds = warm_up(pipe, request, recipe)
-                runs[name].append(execute(pipe, request, name))
-                densities = _densities(summary(pipe).rows) | {
-                    "run_density": handle.run_density,
-                    "run_block_density": handle.run_block_density,
-                }
-        results.setdefault(
-            name, {"recipe": recipe and recipe.to_dict(), "warm_up_seconds": warm_up_seconds, **densities}
-        )
+        trial = attempt(pipe, request, recipe, name)
+        runs[name].append(trial.run)
+        about = {"recipe": recipe and recipe.to_dict(), "warm_up_seconds": trial.warm_up_seconds}
+        results.setdefault(name, about | trial.densities)
     for name, taken in runs.items():
         results[name] |= {
             "seconds": median(run.seconds for run in taken),
@@ -198,15 +171,6 @@ def _measure(
             "frames": taken[-1].frames,
         }
     return results
-
-
-def _densities(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Pattern and block density, averaged over the layers that are accelerated."""
-    answer = {}
-    for ours, theirs in (("pattern_density", "density"), ("block_density", "block_density")):
-        values = [row[theirs] for row in rows if row["pattern"]]
-        answer[ours] = mean(values) if values else None
-    return answer
 
 
 def _fidelity(name: str, pictures: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate_files, vbench
+from . import evaluate_files, sweep, vbench
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -141,5 +141,6 @@ def report(
 
 def register(app: typer.Typer) -> None:
     evaluate_files.register(evaluations)
+    sweep.register(evaluations)
     vbench.register(evaluations)
     app.add_typer(evaluations, name="eval")

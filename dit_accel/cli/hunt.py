@@ -49,8 +49,9 @@ def hunt(
         list[str],
         typer.Option(
             "--objective",
-            help="attributes (bundled models), clip, pickscore, aesthetics or hpsv2, the last four also with "
-            "a folder of weights, as clip:FOLDER; several: their harmonic mean.",
+            help="attributes or scenes (bundled models: a rule's count, a trained net's probability), clip, "
+            "pickscore, aesthetics or hpsv2, the last four also with a folder of weights, as clip:FOLDER; "
+            "several: their harmonic mean.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the heads, log, images and pictures.")],
@@ -109,6 +110,7 @@ def hunt(
     from .. import enable
     from ..guidance import HeadHunter
     from ..guidance.hunt_pictures import check_matplotlib
+    from ..guidance.objectives import BUNDLED
     from ..recipe import resolve
 
     if out.exists() and not out.is_dir():
@@ -120,7 +122,7 @@ def hunt(
     chosen = resolve(recipe) if recipe else None
     target, state = pick_shared_device(device)
     goal, floors = _objectives(objective, at_least or [], model, target, allow_download)
-    pairs = _pairs(prompt or [], prompts, model, samples, seed, "attributes" in objective)
+    pairs = _pairs(prompt or [], prompts, model, samples, seed, not set(BUNDLED).isdisjoint(objective))
 
     request = Request("", width, height, frames, steps, guidance).with_defaults(model, "native")
     pipe = load(model, pick_dtype(dtype, target), target)
@@ -162,7 +164,7 @@ def _objectives(
 ) -> tuple[Objective, list[tuple[Objective, float]]]:
     """The objective and the floors, each scorer loaded once."""
     from ..evals.attributes import check_bundled
-    from ..guidance.objectives import HarmonicMean, named
+    from ..guidance.objectives import BUNDLED, HarmonicMean, named
 
     minima = {}
     for text in at_least:
@@ -173,7 +175,7 @@ def _objectives(
             raise ValueError(
                 f"`--at-least` must be OBJECTIVE=MINIMUM, such as pickscore=20, got {text!r}"
             ) from None
-    if "attributes" in (*names, *minima):
+    if not {*names, *minima}.isdisjoint(BUNDLED):
         check_bundled(model)
     loaded = {name: named(name, device, allow_download) for name in dict.fromkeys((*names, *minima))}
     goals = [loaded[name] for name in dict.fromkeys(names)]

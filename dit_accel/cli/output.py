@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
+from ..records import to_json
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def plain(value: Any) -> Any:
-    """`value` in JSON's terms: what is not finite becomes null, paths become text, sets become lists."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, set | frozenset):
-        return sorted(plain(item) for item in value)
-    if isinstance(value, Sequence):
-        return [plain(item) for item in value]
-    return str(value)
-
-
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` atomically."""
-    from ..evals.media import atomic
-
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    typer.echo(to_json(value))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import note, print_json, print_table, write_json
+from ..records import write_json
+from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
     from ..evals.folders import Store
@@ -39,15 +40,20 @@ LabelOption = Annotated[str | None, typer.Option("--label", help="What `eval rep
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")]
 
 
-def pick_metrics(text: str, command: str) -> list[str]:
+def pick_metrics(text: str, command: str, of: Sequence[str] = ()) -> list[str]:
     """Metric names from a list with commas, each once.
 
+    Args:
+        text: the list.
+        command: that it is for.
+        of: the commands whose metrics `command` takes; its own if empty.
+
     Raises:
-        typer.BadParameter: a name that is not a metric of `command`.
+        typer.BadParameter: a name that is not such a metric.
     """
     from ..evals.metrics import of_command
 
-    known = of_command(command)
+    known = [name for one in of or (command,) for name in of_command(one)]
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in known]
     if unknown or not names:

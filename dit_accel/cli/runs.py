@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..recipe import Recipe
+
+DENSE = "dense"  # what runs without a recipe are called
 
 
 @dataclass(frozen=True)
@@ -190,11 +193,11 @@ class _StepClock:
         return tuple(end - start for start, end in zip(self.marks, self.marks[1:], strict=False))
 
 
-def execute(pipe: DiffusionPipeline, request: Request, label: str) -> Run:
-    """Runs `pipe`, with its own progress bar named `label` where stderr is a terminal."""
+def execute(pipe: DiffusionPipeline, request: Request, label: str | None) -> Run:
+    """Runs `pipe`, with its own progress bar named `label`, if any, where stderr is a terminal."""
     from ..evals.media import to_uint8
 
-    pipe.set_progress_bar_config(desc=label, disable=None)
+    pipe.set_progress_bar_config(desc=label, disable=True if label is None else None)
     clock = _StepClock(pipe)
     start = time.perf_counter()
     try:
@@ -253,3 +256,52 @@ def warm_up(pipe: DiffusionPipeline, request: Request, recipe: Recipe | None = N
     start = time.perf_counter()
     pipe(**request.arguments(pipe), callback_on_step_end=stop)
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run after its warm-up, and the share of pairs that it computed."""
+
+    run: Run
+    warm_up_seconds: float
+    densities: dict[str, float | None]  # of patterns and of the run, by pairs and by blocks
+
+
+def attempt(
+    pipe: DiffusionPipeline, request: Request, recipe: Recipe | None, label: str | None = None
+) -> Trial:
+    """Warms up and runs, dense where `recipe` is None; `label` as in `execute`."""
+    from .. import accelerated, summary
+
+    if recipe is None:
+        seconds, run = warm_up(pipe, request), execute(pipe, request, label)
+        names = ("pattern_density", "block_density", "run_density", "run_block_density")
+        return Trial(run, seconds, dict.fromkeys(names, 1.0))
+    with accelerated(pipe, recipe) as handle:
+        seconds, run = warm_up(pipe, request, recipe), execute(pipe, request, label)
+        of_run = {"run_density": handle.run_density, "run_block_density": handle.run_block_density}
+        return Trial(run, seconds, _densities(summary(pipe).rows) | of_run)
+
+
+def _densities(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Pattern and block density, averaged over the layers that are accelerated; None where not known."""
+    answer = {}
+    for ours, theirs in (("pattern_density", "density"), ("block_density", "block_density")):
+        values = [row[theirs] for row in rows if row["pattern"]]
+        answer[ours] = mean(values) if values else None
+    return answer
+
+
+def by_name(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    """Recipes by their names, or tags where they have none.
+
+    Raises:
+        ValueError: two of one name, or one with the name of dense attention.
+    """
+    named = {recipe.name or recipe.tag: recipe for recipe in recipes}
+    if len(named) < len(recipes) or DENSE in named:
+        raise ValueError(
+            f"`--recipe` must name different recipes, none called {DENSE!r}; got "
+            f"{', '.join(recipe.name or recipe.tag for recipe in recipes)}"
+        )
+    return named

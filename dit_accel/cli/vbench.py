@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnavailableError
+from ..records import write_json
 from . import vbench_generate
 from .errors import reported
 from .options import DeviceOption, check_output, pick_device
-from .output import JsonOption, note, print_json, print_table, write_json
+from .output import JsonOption, note, print_json, print_table
 from .results import (
     CacheOption,
     DownloadOption,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..records import check_same, write_json
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -24,7 +25,7 @@ from .options import (
     pick_dtype,
     pick_shared_device,
 )
-from .output import JsonOption, note, print_json, write_json
+from .output import JsonOption, note, print_json
 from .results import head, track
 from .runs import Request, check_request, is_video, load
 from .vbench_options import (
@@ -145,12 +146,7 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
         raise ValueError(
             f"{path}, where it is noted what made the videos, is something else; use another --out"
         )
-    for key, value in jsons.loads(jsons.dumps(record)).items():
-        if earlier.get(key) != value:
-            raise ValueError(
-                f"the videos in {out} were made with another `{key}`, {earlier.get(key)!r:.200}, not "
-                f"{value!r:.200}; use the same settings, or another --out"
-            )
+    check_same(earlier, record, f"the videos in {out} were made", "another --out")
 
 
 def register(commands: typer.Typer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import selectors
 from ..pipelines import family_of
+from ..records import check_same, write_json
 from .objectives import Objective, name_of
 from .perturbation import Head, HeadPerturbation
-from .trials import Pair, Trials, write_json
+from .trials import Pair, Trials
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -253,20 +253,13 @@ class HeadHunter:
             "searched": self.heads,
             "pairs": self.pairs,
         }
-        settings = json.loads(json.dumps(settings))
         log = self.folder / LOG
         if not log.exists():
             return settings
         if not resume:
             raise ValueError(f"{log} is of an earlier search; resume it, or use another folder")
         earlier = json.loads(log.read_text())["settings"]
-        for key, value in settings.items():
-            if earlier.get(key) != value:
-                then, now = reprlib.repr(earlier.get(key)), reprlib.repr(value)
-                raise ValueError(
-                    f"{log} is of a search with another `{key}`, {then}, where this one has {now}; use the "
-                    "same settings, or another folder"
-                )
+        check_same(earlier, settings, f"{log} is of a search", "another folder")
         return settings
 
     def _write(self, settings: dict[str, Any], hunt: Hunt) -> None:

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 Objective = Callable[[np.ndarray, list[str]], Sequence[float]]
-NAMES = ("attributes", "clip", "pickscore", "aesthetics", "hpsv2")
+BUNDLED = ("attributes", "scenes")  # of captions of the bundled scenes; the others know any prompt
+NAMES = (*BUNDLED, "clip", "pickscore", "aesthetics", "hpsv2")
 
 
 def named(text: str, device: str | torch.device = "cpu", allow_download: bool = False) -> Objective:
     """A built-in objective.
 
     Args:
-        text: one of `NAMES`, or a name and a folder with its weights, as in `"clip:/models/clip"`.
+        text: one of `NAMES`, or a name and a folder with its weights, as in `"clip:/models/clip"`; those of
+            `scenes` are bundled.
         device: where a trained scorer runs.
         allow_download: whether its weights may be fetched from the Hugging Face hub; if not, they must be in
             the folder or in the local cache.
@@ -38,15 +40,17 @@ def named(text: str, device: str | torch.device = "cpu", allow_download: bool = 
         UnavailableError: weights that are not there.
     """
     name, _, folder = text.partition(":")
-    if name not in NAMES or (folder and name == "attributes"):
+    if name not in NAMES or (folder and name in BUNDLED):
         raise ValueError(
-            f"an objective must be one of {', '.join(NAMES)}, or, for all but the first, a name and a folder "
-            f"such as clip:/models/clip; got {text!r}"
+            f"an objective must be one of {', '.join(NAMES)}; those after {BUNDLED[-1]} may have a folder, "
+            f"as in clip:/models/clip; got {text!r}"
         )
     if name == "attributes":
         return attributes
-    from .scorers import load
+    from .scorers import SceneScorer, load
 
+    if name == "scenes":
+        return SceneScorer(device)
     return load(name, folder or None, device, allow_download)
 
 

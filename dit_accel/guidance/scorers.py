@@ -1,7 +1,8 @@
-"""Trained scorers of images through `transformers`: CLIP, PickScore, HPSv2 and LAION aesthetics.
+"""Trained scorers of images: the bundled scene encoder; CLIP, PickScore, HPSv2 and LAION aesthetics.
 
-The first three are CLIP models: exp(logit scale) x the cosine of image and prompt. Aesthetics (version 2,
-linear, on CLIP ViT-L/14) does not look at the prompt. A video scores the mean of a few of its frames.
+`SceneScorer` needs nothing but the package, and captions of bundled scenes. The others run in `transformers`:
+three are CLIP models, exp(logit scale) x the cosine of image and prompt; aesthetics (version 2, linear, on
+CLIP ViT-L/14) does not look at the prompt. A video scores the mean of a few of its frames.
 
 Source: CLIP (arXiv 2103.00020), PickScore (arXiv 2305.01569), HPSv2 (arXiv 2306.09341),
 https://github.com/christophschuhmann/improved-aesthetic-predictor.
@@ -18,6 +19,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from ..errors import UnavailableError
+from ..evals import scene_encoder
+from .objectives import read_caption
 
 FRAMES = 8  # of a video that are scored
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -28,6 +31,44 @@ SOURCES = {  # hub ids: of the weights, and of the image processor and tokenizer
     "hpsv2": ("adams-story/HPSv2-hf", "adams-story/HPSv2-hf"),
     "aesthetics": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", _CLIP_L),
 }
+
+
+class SceneScorer:
+    """The objective `scenes`: how probable the bundled scene encoder finds what the caption says.
+
+    score = mean over attributes of softmax(logits of the attribute)[captioned value], in float64. Where
+    `attributes` counts what is right, this is smooth in every pixel. The encoder was trained to see through
+    mild blur, noise and shifts of colour, and these hardly lower it.
+
+    A video scores the mean of its frames. A moving object stays within the cell of its captioned position on
+    its whole way, so all frames show the position, as in the encoder's training; no frame shows the motion,
+    which is left out.
+
+    Raises:
+        ValueError: when called, a prompt that is not a caption of a bundled scene, see `read_caption`.
+    """
+
+    name = "scenes"
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        self.encoder = scene_encoder.load().to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
+        """One sample at a time: a score depends neither on the batch nor, by a copy, on its memory layout."""
+        return [self._score(*sample) for sample in zip(pick_frames(images), prompts, strict=True)]
+
+    def _score(self, frames: np.ndarray, prompt: str) -> float:
+        pictures = torch.as_tensor(frames, dtype=torch.float32, device=self.device)
+        pictures = pictures.permute(0, 3, 1, 2).contiguous()
+        features = self.encoder(scene_encoder.resize(pictures) * 2 - 1)
+        asked = read_caption(prompt)
+        found = [
+            head(features).double().softmax(1)[:, scene_encoder.CLASSES[name].index(asked[name])]
+            for name, head in self.encoder.classes.items()
+        ]
+        return torch.stack(found).mean().item()
 
 
 class AestheticsModel(CLIPVisionModelWithProjection):
@@ -50,9 +91,8 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
-        videos = images if images.ndim == 5 else images[:, None]
-        picks = np.linspace(0, videos.shape[1] - 1, min(FRAMES, videos.shape[1])).round().astype(int)
-        frames = (videos[:, picks].reshape(-1, *videos.shape[2:]).clip(0, 1) * 255).round().astype(np.uint8)
+        videos = pick_frames(images)
+        frames = (videos.reshape(-1, *videos.shape[2:]).clip(0, 1) * 255).round().astype(np.uint8)
         pixels = self.images(images=list(frames), return_tensors="pt")["pixel_values"].to(self.model.device)
         scores = self._aesthetics(pixels) if self.tokenizer is None else self._match(pixels, prompts)
         return scores.double().view(len(videos), -1).mean(1).tolist()
@@ -69,6 +109,13 @@ class Scorer:
         out = self.model(pixel_values=pixels, **text)
         each = out.text_embeds.repeat_interleave(len(pixels) // len(prompts), 0)
         return self.model.logit_scale.exp() * (out.image_embeds * each).sum(-1)
+
+
+def pick_frames(images: np.ndarray) -> np.ndarray:
+    """What is scored of images (B, H, W, 3) or videos (B, T, H, W, 3): (B, n, H, W, 3), n up to `FRAMES`."""
+    videos = images if images.ndim == 5 else images[:, None]
+    count = videos.shape[1]
+    return videos[:, np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int)]
 
 
 def load(

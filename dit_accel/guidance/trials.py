@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..evals import media
 from ..patterns import Dense
 from ..recipe import Recipe
+from ..records import write_json
 from ..switch import accelerated, handle_of
 from .objectives import Objective, name_of
 from .perturbation import HeadPerturbation
@@ -194,9 +195,3 @@ def fingerprint(pipe: Any) -> str:
                 if type(weight) is torch.Tensor and not weight.is_meta:  # not offloaded or quantized
                     digest.update(weight.flatten()[:_VALUES].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    with media.atomic(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n")

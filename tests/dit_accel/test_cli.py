@@ -7,9 +7,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from dit_accel.cli import app
 from dit_accel.evals import media
 
 PROMPT = "a red circle at the top left on a striped background"
@@ -18,21 +16,9 @@ RECIPE = "attention: {pattern: Neighborhood, window: [5, 5], dilation: 1}\nname:
 VIDEO_RECIPE = "attention: {pattern: Neighborhood, window: [2, 5, 5]}\nname: near\ndense_steps: 1\n"
 
 
-def run(*arguments, code=0):
-    """Runs `dit-accel` in this process and returns the result, whose exit code must be `code`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
-    return result
-
-
-def error(*arguments, code=1) -> str:
-    """The one line on stderr of a command that fails with `code`."""
-    lines = run(*arguments, code=code).stderr.strip().splitlines()
-    assert lines[-1].startswith("error: "), lines
-    assert "Traceback" not in "".join(lines)
-    return lines[-1]
+@pytest.fixture
+def cli(cli_of):
+    return cli_of()
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +62,8 @@ def video_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_has_an_example(command):
-    text = " ".join(run(*command, "--help").stdout.split())
+def test_help_has_an_example(cli, command):
+    text = " ".join(cli.run(*command, "--help").stdout.split())
     assert "Usage:" in text
     assert "Example: dit-accel" in text or command == ["eval"]
 
@@ -88,57 +74,57 @@ def test_module_and_console_script_are_the_same():
     assert "Usage: dit-accel" in done.stdout
 
 
-def test_models():
-    rows = json.loads(run("models", "--json").stdout)["models"]
+def test_models(cli):
+    rows = json.loads(cli.run("models", "--json").stdout)["models"]
     assert {"tiny-flux", "tiny-wan"} <= {row["name"] for row in rows}
     for row in rows:
         assert row["demo"]["width"] >= row["native"]["width"]
         assert row["megabytes"] <= 6
         assert (row["megabytes"] > 0) == row["trained"] == ("NOT TRAINED YET" not in row["description"])
-    assert "tiny-wan" in run("models").stdout
+    assert "tiny-wan" in cli.run("models").stdout
 
 
-def test_recipes():
-    rows = json.loads(run("recipes", "--json").stdout)["recipes"]
+def test_recipes(cli):
+    rows = json.loads(cli.run("recipes", "--json").stdout)["recipes"]
     assert {"flux", "wan"} <= {row["family"] for row in rows}
     assert all(row["source"] for row in rows)
-    wan = json.loads(run("recipes", "--family", "wan", "--json").stdout)["recipes"]
+    wan = json.loads(cli.run("recipes", "--family", "wan", "--json").stdout)["recipes"]
     assert wan == [row for row in rows if row["family"] == "wan"]
-    assert rows[0]["name"] in run("recipes").stdout
-    assert "the families are" in error("recipes", "--family", "sora")
+    assert rows[0]["name"] in cli.run("recipes").stdout
+    assert "the families are" in cli.error("recipes", "--family", "sora")
 
 
-def test_recipe_as_yaml_is_the_recipe(tmp_path):
+def test_recipe_as_yaml_is_the_recipe(cli, tmp_path):
     from dit_accel import Recipe, presets
 
     name, preset = next(iter(presets().items()))
-    text = run("recipes", "show", name).stdout
+    text = cli.run("recipes", "show", name).stdout
     path = tmp_path / "copy.yaml"
     path.write_text(text)
     assert Recipe.load(path) == preset
-    assert json.loads(run("recipes", "show", name, "--json").stdout) == yaml.safe_load(text)
+    assert json.loads(cli.run("recipes", "show", name, "--json").stdout) == yaml.safe_load(text)
 
 
-def test_env():
-    answer = json.loads(run("env", "--json").stdout)
+def test_env(cli):
+    answer = json.loads(cli.run("env", "--json").stdout)
     assert answer["packages"]["torch"]
     assert answer["cpu"]["cores"] >= 1
     backends = {(row["backend"], row["device"], row["dtype"]): row["status"] for row in answer["backends"]}
     assert backends["gather", "cpu", "float32"] == "yes"
     assert all(backends.values())
-    assert "torch" in run("env").stdout
+    assert "torch" in cli.run("env").stdout
 
 
 # -- generate ------------------------------------------------------------------------------------------------
 
 
-def test_generate_image_is_reproducible(flux, tmp_path):
+def test_generate_image_is_reproducible(cli, flux, tmp_path):
     arguments = ("generate", "-m", flux, "-p", PROMPT, "--size", "64x48", "--steps", 2, "--json", "--out")
-    answer = json.loads(run(*arguments, tmp_path / "a.png").stdout)
+    answer = json.loads(cli.run(*arguments, tmp_path / "a.png").stdout)
     assert (answer["width"], answer["height"], answer["frames"]) == (64, 48, 1)
     assert answer["seconds"] > answer["seconds_per_step"] > 0
-    run(*arguments, tmp_path / "b.png")
-    run(*arguments, tmp_path / "c.png", "--seed", 1)
+    cli.run(*arguments, tmp_path / "b.png")
+    cli.run(*arguments, tmp_path / "c.png", "--seed", 1)
     first, same, other = (media.load(tmp_path / f"{name}.png") for name in "abc")
     assert first.shape == (1, 48, 64, 3)
     assert np.array_equal(first, same)
@@ -146,16 +132,18 @@ def test_generate_image_is_reproducible(flux, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_generate_video(wan, tmp_path, suffix):
+def test_generate_video(cli, wan, tmp_path, suffix):
     path = tmp_path / f"video{suffix}"
-    run("generate", "-m", wan, "-p", PROMPT, "--size", "64x48", "--frames", 5, "--steps", 1, "--out", path)
+    cli.run(
+        "generate", "-m", wan, "-p", PROMPT, "--size", "64x48", "--frames", 5, "--steps", 1, "--out", path
+    )
     assert media.load(path).shape == (5, 48, 64, 3)
 
 
-def test_generate_with_a_recipe(flux, recipe, tmp_path):
+def test_generate_with_a_recipe(cli, flux, recipe, tmp_path):
     common = ("generate", "-m", flux, "-p", PROMPT, "--size", "96x96", "--steps", 2, "--out")
-    run(*common, tmp_path / "dense.png")
-    result = run(*common, tmp_path / "near.png", "--recipe", recipe)
+    cli.run(*common, tmp_path / "dense.png")
+    result = cli.run(*common, tmp_path / "near.png", "--recipe", recipe)
     assert "Neighborhood" in result.stderr
     assert not np.array_equal(media.load(tmp_path / "dense.png"), media.load(tmp_path / "near.png"))
 
@@ -163,35 +151,15 @@ def test_generate_with_a_recipe(flux, recipe, tmp_path):
 # -- compare -------------------------------------------------------------------------------------------------
 
 METHOD_KEYS = {"name", "recipe", "seconds", "step_seconds", "step_seconds_median", "first_step_seconds"}
-METHOD_KEYS |= {
-    "warm_up_seconds",
-    "speedup",
-    "step_speedup",
-    "pattern_density",
-    "block_density",
-    "run_density",
-}
-METHOD_KEYS |= {"run_block_density", "mask_seconds", "identical", "psnr_db", "ssim"}
+METHOD_KEYS |= {"warm_up_seconds", "speedup", "step_speedup", "pattern_density", "block_density"}
+METHOD_KEYS |= {"run_density", "run_block_density", "mask_seconds", "identical", "psnr_db", "ssim"}
 
 
-def test_compare_image(flux, recipe, tmp_path):
+def test_compare_image(cli, flux, recipe, tmp_path):
     path = tmp_path / "new" / "folder" / "both.png"
-    arguments = (
-        "compare",
-        "-m",
-        flux,
-        "-p",
-        PROMPT,
-        "-r",
-        recipe,
-        "--size",
-        "96x80",
-        "--steps",
-        3,
-        "--seed",
-        7,
-    )
-    printed = json.loads(run(*arguments, "--out", path, "--json").stdout)
+    arguments = ("compare", "-m", flux, "-p", PROMPT, "-r", recipe, "--size", "96x80")
+    arguments += ("--steps", 3, "--seed", 7)
+    printed = json.loads(cli.run(*arguments, "--out", path, "--json").stdout)
     report = json.loads(path.with_suffix(".json").read_text())
     assert printed == report
     assert report["schema"] == "dit-accel/compare/1"
@@ -216,24 +184,13 @@ def test_compare_image(flux, recipe, tmp_path):
     assert media.load(path).shape[2] >= 2 * media.MIN_PANEL
 
 
-def test_compare_video_with_several_recipes(wan, video_recipe, tmp_path):
+def test_compare_video_with_several_recipes(cli, wan, video_recipe, tmp_path):
     dense_recipe = tmp_path / "all.yaml"
     dense_recipe.write_text("attention: {pattern: Dense}\nname: all\n")
     path = tmp_path / "both.gif"
-    arguments = (
-        "compare",
-        "-m",
-        wan,
-        "-p",
-        PROMPT,
-        "-r",
-        video_recipe,
-        "-r",
-        dense_recipe,
-        "--size",
-        "64x64",
-    )
-    result = run(*arguments, "--frames", 5, "--steps", 2, "--repeats", 2, "--out", path)
+    arguments = ("compare", "-m", wan, "-p", PROMPT, "-r", video_recipe, "-r", dense_recipe)
+    arguments += ("--size", "64x64")
+    result = cli.run(*arguments, "--frames", 5, "--steps", 2, "--repeats", 2, "--out", path)
     report = json.loads(path.with_suffix(".json").read_text())
     dense, near, every = report["methods"]
     assert near["run_density"] == pytest.approx((1 + near["pattern_density"]) / 2), (
@@ -246,11 +203,11 @@ def test_compare_video_with_several_recipes(wan, video_recipe, tmp_path):
     assert len(media.load(path)) == 5
 
 
-def test_compare_leaves_the_dense_baseline_untouched(flux, recipe, tmp_path):
+def test_compare_leaves_the_dense_baseline_untouched(cli, flux, recipe, tmp_path):
     """What `compare` calls dense is what `generate` makes without a recipe."""
     common = ("-m", flux, "-p", PROMPT, "--size", "256x256", "--steps", 1)
-    run("generate", *common, "--out", tmp_path / "alone.png")
-    run("compare", *common, "-r", recipe, "--repeats", 2, "--out", tmp_path / "both.png")
+    cli.run("generate", *common, "--out", tmp_path / "alone.png")
+    cli.run("compare", *common, "-r", recipe, "--repeats", 2, "--out", tmp_path / "both.png")
     left = media.load(tmp_path / "both.png")[:, -256:, :256]
     assert np.array_equal(left, media.load(tmp_path / "alone.png"))
 
@@ -259,12 +216,14 @@ def test_compare_leaves_the_dense_baseline_untouched(flux, recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_attributes():
-    answer = json.loads(run("eval", "attributes", "-m", "tiny-flux", "-n", 4, "--steps", 4, "--json").stdout)
+def test_eval_attributes(cli):
+    answer = json.loads(
+        cli.run("eval", "attributes", "-m", "tiny-flux", "-n", 4, "--steps", 4, "--json").stdout
+    )
     assert answer["model"] == "tiny-flux"
     assert answer["samples"] == answer["n"] == 4
     assert 0 <= answer["all_correct"] <= answer["mean"] <= 1
-    assert "accuracy" in run("eval", "attributes", "-m", "tiny-flux", "-n", 2, "--steps", 2).stdout
+    assert "accuracy" in cli.run("eval", "attributes", "-m", "tiny-flux", "-n", 2, "--steps", 2).stdout
 
 
 # -- bad input -----------------------------------------------------------------------------------------------
@@ -290,12 +249,12 @@ def test_eval_attributes():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("command", ["generate", "compare"])
-def test_bad_input(command, arguments, message, flux, recipe, tmp_path, monkeypatch):
+def test_bad_input(cli, command, arguments, message, flux, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     before = sorted(tmp_path.iterdir())
     needed = ["-r", recipe] if command == "compare" and "--recipe" not in arguments else []
-    assert message in error(command, "-m", flux, "-p", PROMPT, *needed, *arguments)
+    assert message in cli.error(command, "-m", flux, "-p", PROMPT, *needed, *arguments)
     assert sorted(tmp_path.iterdir()) == before, "nothing half-written is left"
 
 
@@ -310,53 +269,53 @@ def test_bad_input(command, arguments, message, flux, recipe, tmp_path, monkeypa
     ],
     ids=["negative-radius", "not-yaml", "unknown-pattern", "misspelt", "empty"],
 )
-def test_bad_recipe_file(content, message, tmp_path):
+def test_bad_recipe_file(cli, content, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
-    assert message in error("generate", "-m", "tiny-flux", "-p", PROMPT, "-r", path)
+    assert message in cli.error("generate", "-m", "tiny-flux", "-p", PROMPT, "-r", path)
 
 
-def test_window_larger_than_its_axis(flux, tmp_path):
+def test_window_larger_than_its_axis(cli, flux, tmp_path):
     path = tmp_path / "wide.yaml"
     path.write_text("attention: {pattern: Neighborhood, window: [99, 99]}")
     out = tmp_path / "wide.png"
-    assert "window" in error(
+    assert "window" in cli.error(
         "generate", "-m", flux, "-p", PROMPT, "-r", path, "--size", "64x64", "--out", out
     )
     assert not out.exists()
-    text = run(
+    text = cli.run(
         "compare", "-m", flux, "-p", PROMPT, "-r", path, "--size", "64x64", "--out", out, code=1
     ).stderr
     assert "dense: run" not in text, "refused before any work"
 
 
-def test_frames_that_the_model_cannot_make(wan):
-    message = error("generate", "-m", wan, "-p", PROMPT, "--frames", 6)
+def test_frames_that_the_model_cannot_make(cli, wan):
+    message = cli.error("generate", "-m", wan, "-p", PROMPT, "--frames", 6)
     assert "must be a multiple of 4 plus 1 for this model, got 6; try 5 or 9" in message
 
 
-def test_folder_that_is_not_a_pipeline(tmp_path):
-    assert str(tmp_path) in error("generate", "-m", tmp_path, "-p", PROMPT)
+def test_folder_that_is_not_a_pipeline(cli, tmp_path):
+    assert str(tmp_path) in cli.error("generate", "-m", tmp_path, "-p", PROMPT)
 
 
-def test_same_recipe_twice(flux, recipe):
-    assert "different recipes" in error("compare", "-m", flux, "-p", PROMPT, "-r", recipe, "-r", recipe)
+def test_same_recipe_twice(cli, flux, recipe):
+    assert "different recipes" in cli.error("compare", "-m", flux, "-p", PROMPT, "-r", recipe, "-r", recipe)
 
 
-def test_attributes_of_a_model_without_known_captions(flux):
-    assert "bundled models only" in error("eval", "attributes", "-m", flux, "-n", 1)
+def test_attributes_of_a_model_without_known_captions(cli, flux):
+    assert "bundled models only" in cli.error("eval", "attributes", "-m", flux, "-n", 1)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta"])
-def test_unavailable_device(flux, device):
-    assert device in error("generate", "-m", flux, "-p", PROMPT, "--device", device, code=3)
+def test_unavailable_device(cli, flux, device):
+    assert device in cli.error("generate", "-m", flux, "-p", PROMPT, "--device", device, code=3)
 
 
-def test_unavailable_backend(flux, tmp_path, monkeypatch):
+def test_unavailable_backend(cli, flux, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "triton.yaml"
     path.write_text("attention: {pattern: Clear, radius: 3}\nbackend: triton\n")
-    message = error("generate", "-m", flux, "-p", PROMPT, "-r", path, "--device", "cpu", code=3)
+    message = cli.error("generate", "-m", flux, "-p", PROMPT, "-r", path, "--device", "cpu", code=3)
     assert "triton" in message
 
 
@@ -371,11 +330,11 @@ def test_unavailable_backend(flux, tmp_path, monkeypatch):
     ],
     ids=["no-prompt", "no-steps", "unknown-option", "no-recipe", "unknown-command"],
 )
-def test_wrong_usage(arguments):
-    run(*arguments, code=2)
+def test_wrong_usage(cli, arguments):
+    cli.run(*arguments, code=2)
 
 
-def test_debug_shows_the_traceback(flux, monkeypatch):
+def test_debug_shows_the_traceback(cli, flux, monkeypatch):
     monkeypatch.setenv("DIT_ACCEL_DEBUG", "")
     with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
-        run("--debug", "generate", "-m", flux, "-p", PROMPT, "--size", "64")
+        cli.run("--debug", "generate", "-m", flux, "-p", PROMPT, "--size", "64")

@@ -3,14 +3,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from dit_accel.cli import app
 from dit_accel.cli.hunt import _pairs, _published
 from dit_accel.cli.runs import Request
 from dit_accel.evals import media
 from dit_accel.guidance import HeadPerturbation
+from dit_accel.guidance.objectives import named
 from dit_accel.patterns import Dense
 from dit_accel.recipe import Recipe
 
@@ -18,31 +18,22 @@ PROMPT = "a red circle at the top left on a striped background"
 CLIP = ("--objective", "clip", "--model", "tiny-flux", "-p", PROMPT)
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
-    return result
+@pytest.fixture
+def hunt(cli_of):
+    return cli_of("hunt")
 
 
-def error(*arguments, code=1) -> str:
-    line = run("hunt", *arguments, code=code).stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
-def test_help_has_an_example():
-    assert "Example: dit-accel hunt" in " ".join(run("hunt", "--help").stdout.split())
+def test_help_has_an_example(hunt):
+    assert "Example: dit-accel hunt" in " ".join(hunt.run("--help").stdout.split())
 
 
 @pytest.mark.slow
-def test_hunt(tmp_path):
+def test_hunt(hunt, cli_of, tmp_path):
     """tiny-flux by its attributes: 2 captions, 2 steps, 3 heads of its last two layers."""
     out = tmp_path / "new" / "hunt"
-    arguments = ("hunt", "-m", "tiny-flux", "--objective", "attributes", "-n", 2, "--steps", 2, "--rounds", 2)
+    arguments = ("-m", "tiny-flux", "--objective", "attributes", "-n", 2, "--steps", 2, "--rounds", 2)
     arguments += ("--top-k", 1, "--only", "single.2/heads.0-1,single.3/heads.3", "--out", out)
-    answer = json.loads(run(*arguments, "--json").stdout)
+    answer = json.loads(hunt.run(*arguments, "--json").stdout)
     assert answer["layers"] == ["double.0", "double.1", "single.0", "single.1", "single.2", "single.3"]
     assert 0 <= answer["without"] <= 1
     assert [len(one["means"]) for one in answer["rounds"]] == [3, 2]
@@ -54,24 +45,43 @@ def test_hunt(tmp_path):
     heads = [tuple(head) for head in answer["heads"]]
     recipe = Recipe.load(out / "recipe.yaml")
     assert recipe == Recipe(Dense(), guidance=HeadPerturbation(heads, scale=8.0))
-    drawn = ("generate", "-m", "tiny-flux", "-p", PROMPT, "--steps", 1, "-r", out / "recipe.yaml")
-    assert "guidance: soft_pag of 2 heads" in run(*drawn, "--out", tmp_path / "one.png").stderr
+    drawn = ("-m", "tiny-flux", "-p", PROMPT, "--steps", 1, "-r", out / "recipe.yaml")
+    drawn = cli_of("generate").run(*drawn, "--out", tmp_path / "one.png")
+    assert "guidance: soft_pag of 2 heads" in drawn.stderr
 
-    assert "log.json is of an earlier search" in error(*arguments[1:])
-    assert "another `call`" in error(*arguments[1:], "--steps", 1, "--resume")
-    again = run(*arguments, "--resume", "--no-pictures").stdout
+    assert "log.json is of an earlier search" in hunt.error(*arguments)
+    assert "another `call`" in hunt.error(*arguments, "--steps", 1, "--resume")
+    again = hunt.run(*arguments, "--resume", "--no-pictures").stdout
     assert all(f"head {head}" in again for _, head in heads)
     assert f"{answer['rounds'][-1]['score']:.4f}" in again
 
 
-def test_bad_input_is_one_line(tmp_path):
+@pytest.mark.slow
+def test_hunt_by_the_bundled_net(hunt, tmp_path):
+    """One caption, one step, 2 heads: scores are those of the kept images."""
+    arguments = ("-m", "tiny-flux", "--objective", "scenes", "--at-least", "attributes=0", "-n", 1)
+    arguments += ("--steps", 1, "--rounds", 1, "--top-k", 1, "--only", "single.3/heads.0-1", "--json")
+    answer = json.loads(hunt.run(*arguments, "--no-pictures", "--out", tmp_path).stdout)
+    assert answer["objective"] == "scenes"
+    ((layer, head, means), (_, _, others)) = answer["rounds"][0]["means"]
+    assert (layer, head, means.keys()) == (5, 0, {"scenes", "attributes"})
+    assert answer["rounds"][0]["score"] == max(means["scenes"], others["scenes"])
+    records = {path: json.loads(path.read_text()) for path in (tmp_path / "samples").glob("*.json")}
+    ((path, record),) = ((path, one) for path, one in records.items() if one["guidance"] is None)
+    image = media.load(path.with_suffix(".png")).astype(np.float32) / 255
+    assert named("scenes")(image, [record["prompt"]]) == [answer["without"]]
+
+
+def test_bad_input_is_one_line(hunt, tmp_path):
     out = ("--out", tmp_path / "out")
     tiny = ("--model", "tiny-flux", "--objective", "attributes", *out)
     (tmp_path / "file").write_text("")
     cases = {
-        "must be one of attributes, clip": ("--model", "tiny-flux", "--objective", "fid", *out),
+        "must be one of attributes, scenes, clip": ("--model", "tiny-flux", "--objective", "fid", *out),
         "must be OBJECTIVE=MINIMUM": (*tiny, "--at-least", "attributes=much"),
         "checked for the bundled models only": ("--model", "a/b", "--objective", "attributes", *out),
+        "models only: tiny-flux": ("--model", "a/b", "--objective", "scenes", *out),
+        "got 'a cat'": ("--model", "tiny-flux", "--objective", "scenes", "-p", "a cat", *out),
         "there is no file": (*tiny, "--prompts", tmp_path / "none.txt"),
         "read from captions such as": (*tiny, "-p", "a cat"),
         "use -n 2, got 1": (*tiny, "-n", 1, "-p", PROMPT, "-p", f"{PROMPT} "),
@@ -81,18 +91,18 @@ def test_bad_input_is_one_line(tmp_path):
         "neither a preset nor a recipe file": (*tiny, "--recipe", "fast"),
     }
     for message, arguments in cases.items():
-        assert message in error(*arguments)
-    assert "Usage" in run("hunt", *tiny, "--rounds", 0, code=2).stderr
+        assert message in hunt.error(*arguments)
+    assert "Usage" in hunt.run(*tiny, "--rounds", 0, code=2).stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_here_ends_with_3(tmp_path, monkeypatch):
-    line = error(*CLIP, "--out", tmp_path, code=3)
+def test_what_is_not_here_ends_with_3(hunt, tmp_path, monkeypatch):
+    line = hunt.error(*CLIP, "--out", tmp_path, code=3)
     assert "openai/clip-vit-large-patch14" in line
     assert "--allow-download" in line
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert 'pip install "dit-accel[eval]"' in error(*CLIP, "--out", tmp_path, code=3)
-    assert "clip-vit" in error(*CLIP, "--no-pictures", "--out", tmp_path, code=3)
+    assert 'pip install "dit-accel[eval]"' in hunt.error(*CLIP, "--out", tmp_path, code=3)
+    assert "clip-vit" in hunt.error(*CLIP, "--no-pictures", "--out", tmp_path, code=3)
     assert not list(tmp_path.iterdir())
 
 

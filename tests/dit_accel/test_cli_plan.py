@@ -6,13 +6,16 @@ import json
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from dit_accel.cli import app
 from dit_accel.mask_plot import CAPTION, MARGIN, PANEL
 
 TINY = ("--model", "tiny-flux", "--size", "128x128")
 RECIPE = "attention: {pattern: Clear, radius: 4}\nname: disc\ndense_steps: 1\n"
+
+
+@pytest.fixture
+def plan(cli_of):
+    return cli_of("plan")
 
 
 @pytest.fixture
@@ -22,31 +25,17 @@ def recipe(tmp_path):
     return path
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
-    return result
+def test_help_has_an_example(plan):
+    assert "Example: dit-accel plan" in " ".join(plan.run("--help").stdout.split())
 
 
-def error(*arguments, code=1) -> str:
-    line = run(*arguments, code=code).stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
-def test_help_has_an_example():
-    assert "Example: dit-accel plan" in " ".join(run("--help").stdout.split())
-
-
-def test_tables_say_what_the_json_says(recipe):
-    answer = json.loads(run(*TINY, "--recipe", recipe, "--device", "cpu", "--json").stdout)
+def test_tables_say_what_the_json_says(plan, recipe):
+    answer = json.loads(plan.run(*TINY, "--recipe", recipe, "--device", "cpu", "--json").stdout)
     assert answer["schema"] == "dit-accel/plan/1"
     assert (answer["grid"], answer["tokens"], answer["text_tokens"]) == ([1, 16, 16], 256 + 24, 24)
     assert (answer["steps"], answer["dense_steps"]) == (20, 1)
     assert len(answer["flops"]["layers"]) == 6
-    shown = run(*TINY, "--recipe", recipe, "--device", "cpu").stdout
+    shown = plan.run(*TINY, "--recipe", recipe, "--device", "cpu").stdout
     assert f"{answer['density']:.4f} of all layers" in shown
     for order in answer["orders"]:
         assert f"{order['block_density']:.4f}" in shown
@@ -55,36 +44,36 @@ def test_tables_say_what_the_json_says(recipe):
     assert all(line in shown for line in answer["notes"])
 
 
-def test_a_gpu_that_is_not_here_is_planned_without_a_made_up_number(recipe, tmp_path, monkeypatch):
+def test_a_gpu_that_is_not_here_is_planned_without_a_made_up_number(plan, recipe, tmp_path, monkeypatch):
     from dit_accel import rates
 
     monkeypatch.setattr(rates, "RESULTS", tmp_path)
-    answer = json.loads(run(*TINY, "--recipe", recipe, "--device", "cuda", "--json").stdout)
+    answer = json.loads(plan.run(*TINY, "--recipe", recipe, "--device", "cuda", "--json").stdout)
     assert (answer["block_size"], answer["dtype"]) == ([128, 64], "bfloat16")
     assert answer["attention"]["predicted"] is None
     assert answer["attention"]["ideal"] == pytest.approx(1 / answer["block_density"])
-    assert "not measured" in run(*TINY, "--recipe", recipe, "--device", "cuda").stdout
+    assert "not measured" in plan.run(*TINY, "--recipe", recipe, "--device", "cuda").stdout
 
 
-def test_plot(recipe, tmp_path):
+def test_plot(plan, recipe, tmp_path):
     path = tmp_path / "new" / "mask.png"
-    answer = json.loads(run(*TINY, "--recipe", recipe, "--plot", path, "--json").stdout)
+    answer = json.loads(plan.run(*TINY, "--recipe", recipe, "--plot", path, "--json").stdout)
     assert answer["plot"] == str(path)
     with Image.open(path) as image:
         assert image.size == (2 * PANEL + 3 * MARGIN, PANEL + CAPTION + 2 * MARGIN)
         assert image.getextrema() == (0, 255)
 
 
-def test_bad_input_is_one_line(recipe, tmp_path):
+def test_bad_input_is_one_line(plan, recipe, tmp_path):
     dense = tmp_path / "dense.yaml"
     dense.write_text("attention: Dense\n")
-    assert "the families are" in error("--family", "sora", "--recipe", recipe)
-    assert "either `model` or `family`" in error("--recipe", recipe)
-    assert "multiple of 8" in error("--model", "tiny-flux", "--size", "100x128", "--recipe", recipe)
-    assert "makes images" in error(*TINY, "--frames", 5, "--recipe", recipe)
-    assert "is for the family 'wan'" in error(*TINY, "--recipe", "wan-radial")
-    assert "window" in error(*TINY, "--recipe", "tiny-flux-neighborhood")
-    assert "must end in .png" in error(*TINY, "--recipe", recipe, "--plot", tmp_path / "mask.jpg")
-    assert "no sparse layer" in error(*TINY, "--recipe", dense, "--plot", tmp_path / "mask.png")
-    assert "--device` must be" in error(*TINY, "--recipe", recipe, "--device", "tpu")
-    assert "--dtype` must be" in error(*TINY, "--recipe", recipe, "--dtype", "int8")
+    assert "the families are" in plan.error("--family", "sora", "--recipe", recipe)
+    assert "either `model` or `family`" in plan.error("--recipe", recipe)
+    assert "multiple of 8" in plan.error("--model", "tiny-flux", "--size", "100x128", "--recipe", recipe)
+    assert "makes images" in plan.error(*TINY, "--frames", 5, "--recipe", recipe)
+    assert "is for the family 'wan'" in plan.error(*TINY, "--recipe", "wan-radial")
+    assert "window" in plan.error(*TINY, "--recipe", "tiny-flux-neighborhood")
+    assert "must end in .png" in plan.error(*TINY, "--recipe", recipe, "--plot", tmp_path / "mask.jpg")
+    assert "no sparse layer" in plan.error(*TINY, "--recipe", dense, "--plot", tmp_path / "mask.png")
+    assert "--device` must be" in plan.error(*TINY, "--recipe", recipe, "--device", "tpu")
+    assert "--dtype` must be" in plan.error(*TINY, "--recipe", recipe, "--dtype", "int8")

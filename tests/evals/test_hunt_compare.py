@@ -29,12 +29,13 @@ def test_intervals_are_of_paired_resamples():
     rng = np.random.default_rng(1)
     plain = rng.random(400)
     scores = plain + 0.1 + 0.001 * rng.standard_normal(400)
-    row = hunt_compare.accuracy(scores, plain)
-    assert row["accuracy_low"] < row["accuracy"] == scores.mean() < row["accuracy_high"]
+    row = hunt_compare.mean("good", scores, plain)
+    assert row["good_low"] < row["good"] == scores.mean() < row["good_high"]
     deviation = scores.std() / 20
-    assert row["accuracy_high"] - row["accuracy_low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
-    assert row["gain_high"] - row["gain_low"] == pytest.approx(2 * 1.96 * 0.001 / 20, rel=0.2)
-    assert row["gain_low"] < 0.1 < row["gain_high"]
+    assert row["good_high"] - row["good_low"] == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    width = row["good_change_high"] - row["good_change_low"]
+    assert width == pytest.approx(2 * 1.96 * 0.001 / 20, rel=0.2)
+    assert row["good_change_low"] < 0.1 < row["good_change_high"]
 
 
 def test_rows(flux, tmp_path):
@@ -47,24 +48,33 @@ def test_rows(flux, tmp_path):
     def brightness(images, prompts):
         return images.mean((1, 2, 3))
 
+    def redness(images, prompts):
+        return images[..., 0].mean((1, 2))
+
+    brightness.name, redness.name = "brightness", "redness"
+
     def features(pictures):
         return torch.from_numpy(np.stack(pictures)).flatten(1)[:, :4].double()
 
     pairs = [Pair("a", seed) for seed in range(4)]
-    trials = Trials(flux.pipe, [brightness], tmp_path, generate=generate)
+    trials = Trials(flux.pipe, [brightness, redness], tmp_path, generate=generate)
     methods = hunt_compare.methods(FOUND, [2], [4.0])
     reference = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     rows = hunt_compare.compare(trials, methods, pairs, features, reference)
     assert [row["block_calls"] for row in rows] == [2 * 4, 2 * (4 + 2), 2 * (4 + 2)]
     assert [row["extra_cost"] for row in rows] == [0, 0.5, 0.5]
-    assert (rows[0]["gain"], rows[0]["frechet_change"]) == (0, 0)
+    assert [value for key, value in rows[0].items() if "change" in key] == [0] * 9
     for row, (_, guidance) in zip(rows, methods, strict=True):
-        images = [trials.image(guidance, pair) / 255 for pair in pairs]
-        assert row["accuracy"] == pytest.approx(np.mean(images), abs=1e-6)
-    assert rows[1]["accuracy"] != rows[2]["accuracy"]
-    text = hunt_compare.markdown("a model", rows, "About.")
-    assert text.count("| found heads | 4 | 0.500 |") == 1
-    assert f"| {rows[1]['frechet']:.3f} |" in text
+        images = np.stack([trials.image(guidance, pair) / 255 for pair in pairs])
+        assert row["brightness"] == pytest.approx(images.mean(), abs=1e-6)
+        assert row["redness"] == pytest.approx(images[..., 0].mean(), abs=1e-6)
+    assert rows[1]["brightness"] != rows[2]["brightness"]
+    text = hunt_compare.markdown("a model", rows, trials.objectives, "About.")
+    assert "| extra cost | brightness | change | redness | change | Fréchet distance | change |" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| found heads | 4 | 0.500 |"))
+    cells = [cell.split()[0] for cell in line.split("|")[4:-1]]
+    shown = ("brightness", "brightness_change", "redness", "redness_change", "frechet", "frechet_change")
+    assert cells == [f"{rows[1][key]:.3f}" for key in shown]
 
 
 def test_a_distance_and_its_change():
@@ -72,10 +82,9 @@ def test_a_distance_and_its_change():
     plain, reference = (torch.randn(200, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     row = hunt_compare.distance(plain + 1, plain, reference)
     assert row["frechet"] == pytest.approx(3, rel=0.2)  # the squared distance of the means
-    assert row["frechet_low"] < row["frechet_change"] < row["frechet_high"]
-    assert 2 < row["frechet_low"] < row["frechet_high"] < 4
+    assert 2 < row["frechet_change_low"] < row["frechet_change"] < row["frechet_change_high"] < 4
     same = hunt_compare.distance(plain, plain, reference)
-    assert (same["frechet_change"], same["frechet_low"], same["frechet_high"]) == (0, 0, 0)
+    assert [value for key, value in same.items() if "change" in key] == [0, 0, 0]
 
 
 @pytest.mark.slow
@@ -92,6 +101,7 @@ def test_command_writes_csv_and_markdown(tmp_path):
         ("none", "0.0", "2"), ("found heads", "2.0", "2"), ("PAG layer 5", "2.0", "2")
     ]  # fmt: skip
     assert float(rows[1]["extra_cost"]) == pytest.approx(1 / 6)
+    assert all(0 <= float(row["attributes"]) <= 1 and 0 < float(row["scenes"]) < 1 for row in rows)
     assert all(float(row["frechet"]) > 0 for row in rows)
     assert "1 steps" in (tmp_path / "out" / "hunt-tiny-flux.md").read_text()
     settings["pairs"] = [list(hunt_compare.held_out_pairs(2, 1, [], False)[0][1])]

@@ -34,6 +34,11 @@ def test_mp4_pads_odd_sizes(tmp_path):
     assert loaded.shape == (3, 50, 64, 3)
 
 
+def test_lossless_mp4_is_exact_at_any_size(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (3, 33, 47, 3), dtype=np.uint8)
+    assert np.array_equal(media.load(media.save(tmp_path / "video.mp4", video, lossless=True)), video)
+
+
 def test_video_as_png_is_a_strip(tmp_path):
     video = moving_square(9)
     loaded = media.load(media.save(tmp_path / "strip.png", video))

@@ -48,6 +48,22 @@ def test_files_go_by_label_then_by_name(tmp_path):
     assert list(report.load_all(paths)) == ["CLEAR, r = 8", f"b ({paths[1]})", f"b ({paths[2]})"]
 
 
+def test_rows_of_a_sweep_are_results(tmp_path):
+    path = tmp_path / "sweep.json"
+    rows = [
+        {"setting": name, "metrics": result(psnr=value)["metrics"]}
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    sweep = {"schema": report.SCHEMA, "kind": "sweep", "label": "tiny", "command": "dit-accel eval sweep"}
+    path.write_text(json.dumps({**sweep, "rows": rows, "warnings": ["few"], "skipped": {"lpips": "none"}}))
+    found = report.load_all([path])
+    assert report.table(found)[1] == [["tiny a", "1"], ["tiny b", "2"]]
+    assert report.notes(found) == ["tiny a: few.", "tiny a: lpips skipped: none."]
+    path.write_text(json.dumps({**sweep, "rows": None}))
+    with pytest.raises(ValueError, match="is no result"):
+        report.load(path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "no json", "[1]", "{}", '{"schema": "dit-accel/eval/0", "metrics": {}}']
 )
