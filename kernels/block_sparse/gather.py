@@ -9,11 +9,13 @@ kept in `mask.cache`.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands 
 _KEYS_BYTES = 64 << 20  # lists of key blocks beyond this are made when they are needed
 _LOG2_E = math.log2(math.e)
 _BOUND = 60.0  # of scores in base 2 that need no shift
+_OMP_PAUSE_SOFT = 1
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -89,18 +92,14 @@ class _Job:
     out: torch.Tensor
     lse: torch.Tensor | None
 
-    def compute(self, chunk: _Chunk, workspace: _Workspace) -> None:
-        """Attend from the query blocks of one chunk.
+    def compute(self, chunk: _Chunk, part: _Round, workspace: _Workspace) -> None:
+        """Attend from the query blocks of one chunk in some heads.
 
         Every operator called here releases and takes Python's lock, where threads wait for each other: hence
         index lists made beforehand and views that are kept.
         """
-        bias = _tile_bias(chunk, self.table, workspace) if chunk.tiles.numel() else None
-        for part in chunk.rounds:
-            space = workspace.views(len(part.first_key), *chunk.cols.shape, chunk.first_masked)
-            self._compute(chunk, part, bias, space)
-
-    def _compute(self, chunk: _Chunk, part: _Round, bias: torch.Tensor | None, space: _Views) -> None:
+        bias = workspace.bias_of(chunk, self.table)
+        space = workspace.views(len(part.first_key), *chunk.cols.shape, chunk.first_masked)
         dtype, row, key = self.q.dtype, part.query_blocks, part.keys
         if key is None:
             key = torch.add(part.first_key, chunk.cols.view(-1)).view(-1)
@@ -132,23 +131,25 @@ class _Job:
 
 
 def _run(job: _Job, chunks: list[_Chunk]) -> None:
-    """Compute all chunks; on a CPU each thread takes whole ones, free of parallel operators' barriers."""
-    threads = min(torch.get_num_threads(), len(chunks)) if job.q.device.type == "cpu" else 1
-    waiting, inference = deque(chunks), torch.is_inference_mode_enabled()
+    """Compute all chunks; on a CPU each thread takes whole rounds, free of parallel operators' barriers."""
+    waiting = deque((chunk, part) for chunk in chunks for part in chunk.rounds)
+    threads = min(torch.get_num_threads(), len(waiting)) if job.q.device.type == "cpu" else 1
+    inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
         workspace = _Workspace(job.q, job.mask.block_size, reuse=not job.grad)
         with torch.inference_mode(inference):
             while waiting:
                 try:
-                    chunk = waiting.popleft()
+                    chunk, part = waiting.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                job.compute(chunk, workspace)
+                job.compute(chunk, part, workspace)
 
     if threads < 2 or job.grad:
         work()
         return
+    _stop_spinning()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # of this thread, and of those that start now
     try:
@@ -159,6 +160,24 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
             other.result()
     finally:
         torch.set_num_threads(before)
+
+
+def _stop_spinning() -> None:
+    """End OpenMP's idle threads, which it starts again when it needs them.
+
+    They spin for milliseconds after every parallel operator, on the cores that our threads need.
+    """
+    if (pause := _omp_pause()) is not None:
+        pause(_OMP_PAUSE_SOFT)
+
+
+@cache
+def _omp_pause() -> Callable[[int], int] | None:
+    """OpenMP's own function for it, where the process has one."""
+    try:
+        return ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def _attend(
@@ -216,6 +235,7 @@ class _Workspace:
         self.block_size, self.dim = block_size, q_blocks.shape[1] // block_size[0]
         self.flat: dict[str, torch.Tensor] = {}
         self.known: dict[tuple[int, ...], _Views] = {}
+        self.bias: tuple[_Chunk | None, torch.Tensor | None] = (None, None)  # of the chunk computed last
 
     def take(self, name: str, *shape: int) -> torch.Tensor | None:
         if not self.reuse:
@@ -225,6 +245,12 @@ class _Workspace:
             self.flat[name] = torch.empty(size, device=self.device, dtype=self.dtype)
             self.known.clear()
         return self.flat[name][:size].view(shape)
+
+    def bias_of(self, chunk: _Chunk, table: torch.Tensor) -> torch.Tensor | None:
+        """What to add to the masked columns of a chunk, or None."""
+        if self.bias[0] is not chunk:
+            self.bias = chunk, _tile_bias(chunk, table, self) if chunk.tiles.numel() else None
+        return self.bias[1]
 
     def views(self, *shape: int) -> _Views:
         """Views for (heads, rows, listed key blocks, first masked one)."""
