@@ -279,6 +279,7 @@ def _show(found: Hunt, files: dict[str, Any]) -> None:
         for number, one in enumerate(found.rounds, 1)
     ]
     print_table(f"Heads by {found.objective}", ("", "added", "score"), rows)
+    typer.echo(f"kept: the {len(found.best)} heads of the best round and those before it")
     for name, path in files.items():
         typer.echo(f"{name}: {path}")
 

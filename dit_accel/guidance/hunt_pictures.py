@@ -113,7 +113,7 @@ def effects_sheet(hunt: Hunt, image: Callable[[tuple[Head, ...]], np.ndarray | N
         draw.text((LABEL + column * width + 4, 5), text, fill=(20, 20, 20), font=font)
     for layer, name in enumerate(hunt.layers):
         draw.text((4, HEADER + layer * height + height // 2), name, fill=(20, 20, 20), font=font)
-    for layer, head in hunt.heads:
+    for layer, head in hunt.best:
         left, top = LABEL + (1 + head) * width, HEADER + layer * height
         draw.rectangle((left, top, left + width - 1, top + height - 1), outline=CHOSEN, width=3)
     return np.asarray(canvas)

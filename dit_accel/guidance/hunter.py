@@ -65,9 +65,20 @@ class Hunt:
         return tuple(head for one in self.rounds for head in one.chosen)
 
     @property
+    def best(self) -> tuple[Head, ...]:
+        """The heads of the rounds up to the one with the highest score, of equal ones the first.
+
+        A search may add more heads than are good for it: published sets have fewer than it tries.
+        """
+        after = [one for one in self.rounds if one.chosen]
+        scores = [one.score for one in after]
+        stop = scores.index(max(scores)) + 1 if scores else 0
+        return tuple(head for one in after[:stop] for head in one.chosen)
+
+    @property
     def perturbation(self) -> HeadPerturbation | None:
-        """Guidance by these heads; None where no head reached the floors."""
-        return HeadPerturbation(self.heads, **self.options) if self.heads else None
+        """Guidance by the best heads; None where no head reached the floors."""
+        return HeadPerturbation(self.best, **self.options) if self.best else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,6 +96,7 @@ class Hunt:
             "heads_per_layer": self.heads_per_layer,
             "without": self.without,
             "heads": [list(head) for head in self.heads],
+            "best": [list(head) for head in self.best],
             "rounds": rounds,
         }
 
@@ -99,8 +111,9 @@ class HeadHunter:
     at a lower one.
 
     Under `accelerate launch` the processes share the work, and `folder` must be on a disk they all see. The
-    folder then holds `log.json`, the found set as `heads.json`, which `Recipe` files name as `guidance`, and
-    every image and its scores. A search that was stopped goes on there, and ends as it would have.
+    folder then holds `log.json`, the found set (`Hunt.best`) as `heads.json`, which `Recipe` files name as
+    `guidance`, and every image and its scores. A search that was stopped goes on there, and ends as it would
+    have.
 
     Args:
         pipe: a diffusers pipeline. What is enabled on it stays in force.

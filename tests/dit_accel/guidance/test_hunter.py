@@ -94,6 +94,20 @@ class TestSearch:
         assert (none.heads, len(none.rounds), none.perturbation) == ((), 1, None)
         assert not (tmp_path / "none" / "heads.json").exists()
 
+    @pytest.mark.parametrize(
+        ("heads", "scores", "kept"),
+        [
+            ([(2, 0), (0, 1)], [56.5, 51.5], 1),  # the second makes it worse
+            ([(2, 0), (3, 0)], [56.5, 56.5], 1),  # nothing is gained
+            ([(2, 0), (0, 1), (1, 0)], [58.5, 73.5, 79.5], 3),
+        ],
+    )
+    def test_what_is_found_ends_with_the_best_round(self, flux, tmp_path, heads, scores, kept):
+        found = hunter(flux, tmp_path, heads=heads, rounds=3, top_k=1).run()
+        assert [one.score for one in found.rounds] == pytest.approx(scores)
+        assert found.best == found.heads[:kept]
+        assert found.perturbation == HeadPerturbation(found.best, scale=8.0)
+
     def test_some_heads_until_none_is_left(self, flux, tmp_path):
         found = hunter(flux, tmp_path, heads=[(3, 1), (0, 0), (2, 0)], rounds=9).run()
         assert [one.chosen for one in found.rounds] == [((2, 0), (0, 0)), ((3, 1),)]
@@ -277,7 +291,7 @@ class TestFiles:
         )
         recipe = Recipe.load(tmp_path / "recipe.yaml")
         assert recipe == Recipe(Clear(3), guidance=found.perturbation)
-        assert recipe.guidance == HeadPerturbation(found.heads, strength=0.5, scale=8.0)
+        assert recipe.guidance == HeadPerturbation(found.best, strength=0.5, scale=8.0)
         assert dit_accel.enable(flux.pipe, tmp_path / "recipe.yaml").recipe == recipe
         monkeypatch.chdir(tmp_path / "hunt")
         assert (
@@ -292,6 +306,7 @@ class TestFiles:
         assert log["schema"] == "dit-accel/hunt/1"
         assert log["layers"] == ["double.0", "double.1", "single.0", "single.1"]
         assert [tuple(head) for head in log["heads"]] == list(found.heads)
+        assert [tuple(head) for head in log["best"]] == list(found.best)
         assert log["rounds"][0]["chosen"] == [[1, 0], [2, 0]]
         assert [0, 0, {"level": pytest.approx(53.5)}] in log["rounds"][0]["means"]
         about = [json.loads(path.read_text()) for path in (tmp_path / "samples").glob("*.json")]
