@@ -1,9 +1,10 @@
 """What a recipe would do to a model at a size: densities, speed-up and memory, without weights or a run.
 
-The prediction has two terms. Attention of a layer takes block density / efficiency of its dense time, where
-the efficiency is measured (`dit_accel.rates`); where it is not, only the ideal of 1 is given. The rest of a
-step takes its FLOPs at a rate relative to dense attention that is measured for the model or else assumed to
-be 1. Times cancel out of every speed-up, so none is predicted.
+The prediction has two terms. Attention of a layer takes block density / efficiency of its dense time, and
+what a call takes whatever it computes, where both are measured (`dit_accel.rates`); where they are not, only
+the ideal of an efficiency of 1 is given. The rest of a step takes its FLOPs at a rate relative to dense
+attention that is measured for the model or else assumed to be 1. Times cancel out of every speed-up, so none
+is predicted.
 """
 
 from __future__ import annotations
@@ -279,20 +280,25 @@ def _speedups(
     binding: Binding, geometry: Geometry, flops: Flops, rates: Rates, dense_share: float
 ) -> dict[str, Speedup]:
     """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps."""
-    layers = zip(binding.plans, geometry.masks, geometry.block_densities, strict=True)
-    costs = [(flops.layers[layer.name], density) for layer, mask, density in layers if mask is not None]
-    sparse = [full for full, _ in costs]
-    paid = sum(full * density for full, density in costs)
-    kept = flops.attention - sum(sparse) + flops.rest / (rates.rest or ASSUMED_REST)
+    layers = zip(binding.plans, geometry.masks, geometry.layouts, geometry.block_densities, strict=True)
+    sparse = paid = calls = 0.0  # FLOPs; of calls those that dense attention makes in their fixed time
+    for layer, mask, layout, density in layers:
+        if mask is not None:
+            full = flops.layers[layer.name]
+            sparse += full
+            paid += full * density
+            calls += rates.fixed * full / (binding.heads * layout.seq_len**2)
+    kept = flops.attention - sparse + flops.rest / (rates.rest or ASSUMED_REST)
 
-    def at(efficiency: float) -> tuple[float, float, float]:
-        attention = sum(sparse) * efficiency / paid if paid else 1.0
-        step = (sum(sparse) + kept) / (paid / efficiency + kept)
+    def at(efficiency: float, calls: float) -> tuple[float, float, float]:
+        attention = sparse / (paid / efficiency + calls) if paid else 1.0
+        step = (sparse + kept) / (paid / efficiency + calls + kept)
         return attention, step, 1 / (dense_share + (1 - dense_share) / step)
 
-    found = [at(efficiency) for efficiency in rates.efficiency] if rates.efficiency else [(None,) * 3] * 3
+    measured_ones = rates.efficiency or ()
+    found = [at(efficiency, calls) for efficiency in measured_ones] or [(None,) * 3] * 3
     return {
-        name: Speedup(*(values[i] for values in found), ideal=at(1.0)[i])
+        name: Speedup(*(values[i] for values in found), ideal=at(1.0, 0.0)[i])
         for i, name in enumerate(("attention", "step", "run"))
     }
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from . import evals
 
 RESULTS = Path(evals.__file__).parent / "results"
-_SHAPE = re.compile(r"-D(\d+)-(\w+)( |$)")
+_SHAPE = re.compile(r"B1-H(\d+)-N(\d+)-D(\d+)-(\w+)( |$)")
 _BREAK_EVEN = re.compile(r"D(\d+)-(\w+) density (\S+)")
 
 
@@ -23,8 +24,11 @@ class Rates:
     """Rates relative to dense attention on one device in one dtype.
 
     Attributes:
-        efficiency: speed-up x block density of block-sparse attention, (least, median, most) of the measured
-            cases; 1 if a computed block costs what it costs in dense attention; None where not measured.
+        efficiency: speed-up x block density of block-sparse attention without its fixed cost, (least, median,
+            most) of the measured cases; 1 if a computed block costs what it costs in dense attention; None
+            where not measured.
+        fixed: what a call of block-sparse attention takes whatever it computes, as the number of pairs (heads
+            x queries x keys) that dense attention computes in that time.
         rest: FLOP/s of everything but attention, relative to that of dense attention, for one model; None
             where not measured.
         source: what the numbers were measured on, or that they were not.
@@ -36,6 +40,7 @@ class Rates:
     rest: float | None = None
     source: str = "not measured"
     break_even: tuple[tuple[float, float], ...] = ()
+    fixed: float = 0.0
 
     def of_backend(self, backend: str, device: str) -> Rates:
         """What holds for a recipe's backend: all of this for the one that `"auto"` takes on the device."""
@@ -65,24 +70,42 @@ def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Pa
         model: the name under which its rest of a step may have been measured.
         folder: where the files are, `evals/results` unless given.
     """
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[tuple[float, float]]] = {}  # by head_dim: pairs in computed blocks, efficiency
     lengths: dict[int, dict[float, float]] = {}
-    rest, devices = None, set()
+    rest, devices, block_density = [], set(), {}
     for row in _rows(folder or RESULTS, device):
-        if row["metric"] == "efficiency" and (shape := _SHAPE.search(row["shape"])) and shape[2] == dtype:
-            found.setdefault(int(shape[1]), []).append(float(row["median"]))
+        if row["metric"] == "block_density":
+            block_density[row["shape"]] = float(row["median"])
+        if row["metric"] == "efficiency" and (shape := _SHAPE.match(row["shape"])) and shape[4] == dtype:
+            heads, tokens, dim = (int(number) for number in shape.groups()[:3])
+            pairs = block_density[row["shape"]] * heads * tokens**2
+            found.setdefault(dim, []).append((pairs, float(row["median"])))
             devices.add(row["device"])
         if row["metric"] == "tokens" and (shape := _BREAK_EVEN.fullmatch(row["shape"])) and shape[2] == dtype:
             lengths.setdefault(int(shape[1]), {})[float(shape[3])] = float(row["median"])
         if row["metric"] == "rest_rate" and row["shape"] == f"{model}-{dtype}":
-            rest = float(row["median"])
+            rest.append(float(row["median"]))
+    rest = median(rest) if rest else None
     break_even = tuple(sorted(_nearest(lengths, head_dim)[1].items())) if lengths else ()
     if not found:
         source = f"block-sparse attention is not measured on {device} in {dtype}"
         return Rates(None, rest, source, break_even)
-    nearest, values = _nearest(found, head_dim)
+    nearest, cases = _nearest(found, head_dim)
+    fixed, values = _without_fixed(cases)
     source = f"{len(values)} cases with head_dim {nearest} on {', '.join(sorted(devices))}"
-    return Rates((min(values), median(values), max(values)), rest, source, break_even)
+    return Rates((min(values), median(values), max(values)), rest, source, break_even, fixed)
+
+
+def _without_fixed(cases: list[tuple[float, float]]) -> tuple[float, list[float]]:
+    """The fixed cost of a call and each case's efficiency without it, from (pairs, efficiency) of cases.
+
+    The time of a case in pairs of dense attention is pairs / efficiency; a line through it, by the median of
+    the slopes between all cases (Theil and Sen), gives both.
+    """
+    points = [(1 / pairs, 1 / efficiency) for pairs, efficiency in cases]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
+    fixed = max(0.0, median(slopes)) if slopes else 0.0
+    return fixed, [1 / (y - fixed * x) for x, y in points]
 
 
 def _nearest(found: dict[int, Any], head_dim: int) -> tuple[int, Any]:

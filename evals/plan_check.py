@@ -1,6 +1,6 @@
 """Holds predictions of `dit-accel plan` against this CPU: `python -m dit_accel.evals.plan_check`.
 
-First it calibrates: on a size of every bundled model that no case has, it measures how efficient sparse
+First it calibrates: on sizes of every bundled model that no case has, it measures how efficient sparse
 attention is and how fast the rest of a step runs beside dense attention. Then every case is predicted from
 these rates and measured, A B A B, medians: attention of one layer alone, and one call of the transformer,
 dense against sparse. Rates and results go to `plan_cpu.csv`, where `dit-accel plan` finds the rates, and the
@@ -57,10 +57,14 @@ class Case:
 
 
 CALIBRATION = (
-    Case("tiny-flux", 448, 448, None, "tiny-flux-clear"),
-    Case("tiny-sd3", 448, 448, None, "tiny-sd3-clear"),
+    Case("tiny-flux", 352, 352, None, "tiny-flux-clear"),
+    Case("tiny-flux", 576, 576, None, "tiny-flux-neighborhood"),
+    Case("tiny-sd3", 352, 352, None, "tiny-sd3-neighborhood"),
+    Case("tiny-sd3", 576, 576, None, "tiny-sd3-clear"),
     Case("tiny-wan", 176, 176, 49, "tiny-wan-neighborhood"),
+    Case("tiny-wan", 176, 176, 85, "tiny-wan-radial"),
     Case("tiny-hunyuan-video", 176, 176, 49, "tiny-hunyuan-video-neighborhood"),
+    Case("tiny-hunyuan-video", 176, 176, 85, "tiny-hunyuan-video-radial"),
 )
 CASES = (
     Case("tiny-flux", 384, 384, None, "tiny-flux-clear"),
@@ -146,15 +150,19 @@ def measure(case: Case, planned: Plan, repeats: int) -> Times:
 
 
 def calibrate(case: Case, repeats: int, here: dict) -> Iterator[dict]:
-    """Rows of the rates that a case shows."""
+    """Rows of the rates that a case shows.
+
+    The rest of a step is what sparse attention leaves of a sparse one, as it is the smaller part there.
+    """
     planned = case.plan()
     times = measure(case, planned, repeats)
     layer = next(iter(planned.flops.layers.values()))
-    attention = times.attention[0] * planned.flops.attention / layer  # of all layers
-    rest = planned.flops.rest / (times.step[0] - attention) / (layer / times.attention[0])
-    efficiency = times.speedups[0] * planned.mask.block_density
-    shape = f"B1-H{planned.heads}-N{planned.layout.seq_len}-D{planned.head_dim}-{planned.dtype}"
-    yield row("block_sparse", "auto", "efficiency", f"{shape} {case.recipe}", efficiency, here)
+    attention = times.attention[1] * planned.flops.attention / layer  # of all layers
+    rest = planned.flops.rest / (times.step[1] - attention) / (layer / times.attention[0])
+    density = planned.mask.block_density
+    shape = f"B1-H{planned.heads}-N{planned.layout.seq_len}-D{planned.head_dim}-{planned.dtype} {case.recipe}"
+    yield row("block_sparse", "auto", "block_density", shape, density, here)
+    yield row("block_sparse", "auto", "efficiency", shape, times.speedups[0] * density, here)
     yield row("step", case.model, "rest_rate", f"{case.model}-{planned.dtype}", rest, here)
 
 

@@ -44,10 +44,10 @@ def test_hunt(hunt, cli_of, tmp_path):
 
     heads = [tuple(head) for head in answer["heads"]]
     recipe = Recipe.load(out / "recipe.yaml")
-    assert recipe == Recipe(Dense(), guidance=HeadPerturbation(heads, scale=8.0))
+    assert recipe == Recipe(Dense(), guidance=HeadPerturbation(answer["best"], scale=8.0))
     drawn = ("-m", "tiny-flux", "-p", PROMPT, "--steps", 1, "-r", out / "recipe.yaml")
     drawn = cli_of("generate").run(*drawn, "--out", tmp_path / "one.png")
-    assert "guidance: soft_pag of 2 heads" in drawn.stderr
+    assert f"guidance: soft_pag of {len(answer['best'])} head" in drawn.stderr
 
     assert "log.json is of an earlier search" in hunt.error(*arguments)
     assert "another `call`" in hunt.error(*arguments, "--steps", 1, "--resume")

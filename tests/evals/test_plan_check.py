@@ -34,9 +34,9 @@ def measure_like(monkeypatch, times: dict[Case, Times]) -> None:
 def test_predictions_are_held_against_what_is_measured(monkeypatch, tmp_path, capsys, wrong):
     known = HELD_OUT.plan()
     flops, layer = known.flops, next(iter(known.flops.layers.values()))
-    attention = 10.0 * flops.attention / layer
+    sparse = 10.0 * known.mask.block_density / 0.6
     rest = 10.0 * flops.rest / layer / 0.5  # at half of attention's rate
-    calibration = Times((10.0, 10.0 * known.mask.block_density / 0.6), (attention + rest, math.nan))
+    calibration = Times((10.0, sparse), (math.nan, sparse * flops.attention / layer + rest))
     planned = CASE.plan(plan_check.Rates((0.6, 0.6, 0.6), 0.5))
     exact = Times((planned.attention.predicted, 1.0), (planned.step.predicted * wrong, 1.0))
     measure_like(monkeypatch, {HELD_OUT: calibration, CASE: exact})
@@ -48,8 +48,8 @@ def test_predictions_are_held_against_what_is_measured(monkeypatch, tmp_path, ca
     assert rates.rest == pytest.approx(0.5, rel=1e-3)
     with (tmp_path / "plan_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["metric"] for row in rows] == ["efficiency", "rest_rate", *["attention_speedup"] * 2,
-                                               *["step_speedup"] * 2]  # fmt: skip
+    metrics = ["block_density", "efficiency", "rest_rate", *["attention_speedup"] * 2, *["step_speedup"] * 2]
+    assert [row["metric"] for row in rows] == metrics
     table = (tmp_path / "plan_cpu.md").read_text()
     assert ("| yes |" if result.passed else "| NO |") in table
     assert CASE.recipe in capsys.readouterr().out
