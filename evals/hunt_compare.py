@@ -8,8 +8,8 @@ bundled scene encoder gives them (the objectives `attributes` and `scenes`), and
 drawings of the same scenes in the encoder's features, with 95% bootstrap intervals of the means and of the
 changes from no guidance on the same pairs.
 
-The rows go to `evals/results/hunt-MODEL.csv` and `.md`; images and scores are kept in the search's folder,
-so a comparison that was stopped goes on.
+The rows go to `evals/results/hunt-MODEL.csv` and `.md`, and the search's heads and pictures beside them;
+images and scores are kept in the search's folder, so a comparison that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -209,6 +210,7 @@ def drawings(scenes: Sequence[Any], height: int, width: int) -> list[np.ndarray]
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     from ..cli.environment import environment
+    from ..cli.hunt import MAP, SHEET
     from ..pipelines import load, tiny
 
     parser = argparse.ArgumentParser(
@@ -265,6 +267,12 @@ def main(arguments: list[str] | None = None) -> None:
         writer.writeheader()
         writer.writerows({"model": options.model, **row} for row in rows)
     text = markdown(options.model, rows, BUNDLED, about)
+    for name in filter(lambda name: (options.hunt / name).is_file(), (MAP, SHEET, FOUND)):
+        copy = options.out / f"hunt-{options.model}-{name}"
+        shutil.copyfile(options.hunt / name, copy)
+        text += (
+            f"\n![{copy.stem}]({copy.name})\n" if copy.suffix == ".png" else f"\n[{copy.name}]({copy.name})\n"
+        )
     with media.atomic(path.with_suffix(".md")) as partial:
         partial.write_text(text)
     print(text)

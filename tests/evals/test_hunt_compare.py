@@ -103,7 +103,12 @@ def test_command_writes_csv_and_markdown(tmp_path):
     assert float(rows[1]["extra_cost"]) == pytest.approx(1 / 6)
     assert all(0 <= float(row["attributes"]) <= 1 and 0 < float(row["scenes"]) < 1 for row in rows)
     assert all(float(row["frechet"]) > 0 for row in rows)
-    assert "1 steps" in (tmp_path / "out" / "hunt-tiny-flux.md").read_text()
+    page = (tmp_path / "out" / "hunt-tiny-flux.md").read_text()
+    assert "1 steps" in page
+    assert "(hunt-tiny-flux-heads.json)" in page
+    assert "heat-map" not in page  # the search has drawn none
+    kept = (tmp_path / "out" / "hunt-tiny-flux-heads.json").read_bytes()
+    assert kept == (tmp_path / "heads.json").read_bytes()
     settings["pairs"] = [list(hunt_compare.held_out_pairs(2, 1, [], False)[0][1])]
     with pytest.raises(ValueError, match="the search used 1 of these pairs; take another --seed, got 1"):
         hunt_compare.held_out_pairs(2, 1, settings["pairs"], False)
