@@ -185,6 +185,17 @@ def line(row: Row) -> str:
     return f"{what} {launch}  {row.registers:9} {row.stack:5} {row.shared:6}  {remarks}"
 
 
+def page(version: str, rows: list[Row]) -> str:
+    """The report as Markdown."""
+    bad = sum(bool(row.problems()) for row in rows)
+    report = "\n".join([HEADER, *map(line, rows)])
+    return (
+        f"# What the Triton kernels compile to\n\nTriton {version}, compiled without a GPU by `python -m "
+        f"dit_accel.evals.compile_report`: {len(rows)} configurations, {bad} beyond a limit. Stack and "
+        f"shared memory in bytes. Nothing here was run.\n\n```\n{report}\n```\n"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dit_accel.evals.compile_report",
@@ -193,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), help="chips (default: all)")
     parser.add_argument("--gate", action="store_true", help="only what the stack limits apply to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report to this file")
     options = parser.parse_args(arguments)
     try:
         from ..kernels.block_sparse import triton as kernel
@@ -212,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         results = [asdict(row) | {"problems": row.problems()} for row in rows]
         options.json.write_text(json.dumps({"triton": version, "rows": results}, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(page(version, rows))
     return int(any(row.problems() for row in rows))
 
 

@@ -98,3 +98,14 @@ def test_report_writes_json(tmp_path, capsys, monkeypatch):
     assert "mma.sync" in capsys.readouterr().out
     text = (tmp_path / "report.json").read_text()
     assert '"head_dim": 16' in text
+
+
+def test_the_report_lists_what_was_compiled():
+    case = compile_report.Case("sm_90", 128, "bf16")
+    options = {"TQ": 128, "TK": 64, "num_warps": 8, "num_stages": 2}
+    fine = compile_report.Row(case, options, 200, 0, 1024, ("wgmma",))
+    broken = compile_report.Row(case, options, 255, 4000, 1024, ("wgmma",))
+    text = compile_report.page("3.9", [fine, broken])
+    assert "Triton 3.9" in text
+    assert "2 configurations, 1 beyond a limit" in text
+    assert text.count(compile_report.line(fine)) == 1
