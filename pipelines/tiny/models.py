@@ -220,7 +220,7 @@ SPECS: dict[str, Spec] = {
             native=(1, 64, 64),
             demo=(1, 384, 384),
             steps=20,
-            guidance=4.0,
+            guidance=5.0,
             build=build_sd3,
         ),
         Spec(
