@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from dit_accel.pipelines import tiny
 from dit_accel.rates import measured
 from dit_accel.recipe import resolve
 
-HELD_OUT = Case("tiny-flux", 160, 160, None, "tiny-flux-neighborhood")
+HELD_OUT = Case("tiny-flux", 512, 512, None, "tiny-flux-neighborhood")
 CASE = Case("tiny-flux", 192, 160, None, "tiny-flux-neighborhood")
 
 
@@ -34,9 +33,9 @@ def measure_like(monkeypatch, times: dict[Case, Times]) -> None:
 def test_predictions_are_held_against_what_is_measured(monkeypatch, tmp_path, capsys, wrong):
     known = HELD_OUT.plan()
     flops, layer = known.flops, next(iter(known.flops.layers.values()))
-    sparse = 10.0 * known.mask.block_density / 0.6
+    times, layers = (10.0, 10.0 * known.mask.block_density / 0.6), flops.attention / layer
     rest = 10.0 * flops.rest / layer / 0.5  # at half of attention's rate
-    calibration = Times((10.0, sparse), (math.nan, sparse * flops.attention / layer + rest))
+    calibration = Times(times, tuple(ms * layers + rest for ms in times))
     planned = CASE.plan(plan_check.Rates((0.6, 0.6, 0.6), 0.5))
     exact = Times((planned.attention.predicted, 1.0), (planned.step.predicted * wrong, 1.0))
     measure_like(monkeypatch, {HELD_OUT: calibration, CASE: exact})
