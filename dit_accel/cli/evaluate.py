@@ -14,6 +14,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    RecipeOption,
     SizeOption,
     StepsOption,
     check_output,
@@ -40,9 +41,7 @@ def _group() -> None:
 @reported
 def attributes(
     model: Annotated[str, typer.Option("--model", "-m", help="A bundled model.")],
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A preset's name or a recipe file; dense without.")
-    ] = None,
+    recipe: RecipeOption = None,
     samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Prompt-seed pairs.")] = 256,
     demo: Annotated[bool, typer.Option("--demo", help="At the demo size instead of the native one.")] = False,
     size: SizeOption = None,

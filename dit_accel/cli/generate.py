@@ -15,6 +15,7 @@ from .options import (
     GuidanceOption,
     ModelOption,
     PromptOption,
+    RecipeOption,
     SeedOption,
     SizeOption,
     StepsOption,
@@ -37,9 +38,7 @@ EXAMPLE = (
 def generate(
     model: ModelOption,
     prompt: PromptOption,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A preset's name or a recipe file; dense without.")
-    ] = None,
+    recipe: RecipeOption = None,
     size: SizeOption = None,
     frames: FramesOption = None,
     steps: StepsOption = None,

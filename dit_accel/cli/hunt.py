@@ -16,12 +16,14 @@ from .options import (
     FramesOption,
     GuidanceOption,
     ModelOption,
+    RecipeOption,
     SizeOption,
     StepsOption,
     check_guidance,
     parse_size,
     pick_dtype,
     pick_shared_device,
+    read_prompts,
 )
 from .output import JsonOption, note, print_json, print_table
 from .runs import Request, check_request, load, transformers
@@ -79,9 +81,7 @@ def hunt(
     only: Annotated[
         str, typer.Option("--only", help='Search these layers or heads: "single", "double.0-3/heads.0-7".')
     ] = "all",
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A preset's name or a recipe file; dense without.")
-    ] = None,
+    recipe: RecipeOption = None,
     size: SizeOption = None,
     frames: FramesOption = None,
     steps: StepsOption = None,
@@ -192,9 +192,7 @@ def _pairs(
 
     texts = list(given)
     if file is not None:
-        if not file.is_file():
-            raise ValueError(f"`--prompts`: there is no file {file}")
-        texts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        texts += read_prompts(file)
     if captions:
         for text in texts:
             read_caption(text)

@@ -21,6 +21,9 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A bundled model, a pipeline folder, or a Hugging Face hub id.")
 ]
 PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="A preset's name or a recipe file; dense without.")
+]
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, for example 512x512.")
 ]
@@ -102,3 +105,14 @@ def check_output(path: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"`--out {path}`: {folder} is not a folder")
     return path
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file of prompts, without empty ones.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if not file.is_file():
+        raise ValueError(f"`--prompts`: there is no file {file}")
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]

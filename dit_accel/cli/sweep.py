@@ -21,6 +21,7 @@ from .options import (
     parse_size,
     pick_device,
     pick_dtype,
+    read_prompts,
 )
 from .output import JsonOption, note, print_json, print_table
 from .results import (
@@ -194,9 +195,7 @@ def _prompts(model: str, file: Path | None, samples: int | None, seed: int) -> l
     if file is not None and samples is not None:
         raise typer.BadParameter("give either `--prompts` or `-n`")
     if file is not None:
-        if not file.is_file():
-            raise ValueError(f"`--prompts`: there is no file {file}")
-        texts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        texts = read_prompts(file)
         if not 1 <= len(texts) <= SEEDS:
             raise ValueError(f"`--prompts`: {file} must hold 1 to {SEEDS} prompts, got {len(texts)}")
         return texts

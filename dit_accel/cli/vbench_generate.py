@@ -17,6 +17,7 @@ from .options import (
     FramesOption,
     GuidanceOption,
     ModelOption,
+    RecipeOption,
     SizeOption,
     StepsOption,
     check_guidance,
@@ -50,9 +51,7 @@ def generate(
     vbench_python: PythonOption = None,
     dimensions: DimensionsOption = None,
     samples: SamplesOption = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A preset's name or a recipe file; dense without.")
-    ] = None,
+    recipe: RecipeOption = None,
     size: SizeOption = None,
     frames: FramesOption = None,
     steps: StepsOption = None,
