@@ -369,7 +369,7 @@ def test_images_are_the_guided_pipelines(flux, tmp_path):
 
 
 SCRIPT = """
-import runpy, sys
+import json, pathlib, runpy, sys
 import torch
 torch.set_num_threads(1)
 tests, out = sys.argv[1:]
@@ -385,7 +385,8 @@ score, count = search.trials.score, []
 search.trials.score = lambda guidance, pairs: count.append(pairs) or score(guidance, pairs)
 found = search.run()
 state = PartialState()
-print("RESULT", state.process_index, state.num_processes, len(count), found.heads, flush=True)
+result = {"processes": state.num_processes, "share": len(count), "heads": found.heads}
+pathlib.Path(out, f"result-{state.process_index}.json").write_text(json.dumps(result))
 state.wait_for_everyone()
 state.destroy_process_group()
 """
@@ -406,10 +407,10 @@ def test_two_processes_find_what_one_does(flux, tmp_path):
 
     one = HeadHunter(flux.pipe, level, PAIRS, tmp_path / "one", rounds=2, top_k=2, batch=1, generate=generate)
     found = one.run()
-    lines = sorted(line.split(maxsplit=4) for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    assert [line[:3] for line in lines] == [["RESULT", "0", "2"], ["RESULT", "1", "2"]]
-    assert all(line[4] == str(found.heads) for line in lines)
-    shares = [int(line[3]) for line in lines]
+    results = [json.loads((tmp_path / "two" / f"result-{rank}.json").read_text()) for rank in range(2)]
+    assert [result["processes"] for result in results] == [2, 2]
+    assert all(result["heads"] == json.loads(json.dumps(found.heads)) for result in results)
+    shares = [result["share"] for result in results]
     assert sum(shares) == 2 * (1 + 8 + 1 + 6 + 1)
     assert max(shares) - min(shares) <= 5
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two")]
