@@ -44,7 +44,7 @@ class Rates:
 
     def of_backend(self, backend: str, device: str) -> Rates:
         """What holds for a recipe's backend: all of this for the one that `"auto"` takes on the device."""
-        if backend in ("auto", "gather" if device == "cpu" else "triton"):
+        if backend in ("auto", "native" if device == "cpu" else "triton"):
             return self
         return Rates(None, self.rest, f"backend {backend!r} is not measured")
 

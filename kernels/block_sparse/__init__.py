@@ -11,9 +11,9 @@ import torch
 from dit_accel.blockmask import BlockMask
 from dit_accel.errors import UnavailableError
 
-from . import flex, gather, opaque
+from . import flex, gather, native, opaque
 
-BACKENDS = ("triton", "gather", "flex", "reference")
+BACKENDS = ("triton", "native", "gather", "flex", "reference")
 MAX_HEAD_DIM = 256
 
 _log = logging.getLogger("dit_accel")
@@ -41,8 +41,9 @@ def block_sparse_attention(
         scale: factor on the scores, head_dim^-0.5 unless given.
         text_valid: number of valid text tokens of each sample, integer (batch,), for padded text; None: all.
         return_lse: also return the log-sum-exp of the scaled scores.
-        backend: `"triton"`, `"gather"`, `"flex"`, `"reference"`, or `"auto"`: on a GPU Triton where it runs,
-            else gather. Only `"auto"` chooses; what is named runs or raises.
+        backend: `"triton"`, `"native"` (compiled for this CPU), `"gather"` (plain PyTorch), `"flex"`,
+            `"reference"`, or `"auto"`: on a GPU Triton, on a CPU native, where they run, else gather. Only
+            `"auto"` chooses; what is named runs or raises.
         quantization: None; quantised kernels are not available in this version.
 
     Returns:
@@ -112,6 +113,8 @@ def can_run(
         return f"head_dim must be between 1 and {MAX_HEAD_DIM}, got {head_dim}"
     if backend in ("auto", "gather"):
         return gather.unavailable(device, dtype)
+    if backend == "native":
+        return native.unavailable(device, dtype, tuple(block_size), requires_grad)
     if backend == "flex":
         return flex.unavailable(device, dtype, return_lse, requires_grad)
     if backend == "triton":
@@ -141,10 +144,14 @@ def default_block_size(device: torch.device | str) -> tuple[int, int]:
 def block_sizes(device: torch.device | str) -> dict[tuple[int, int], float]:
     """Block sizes worth trying on a device, the default first, with the relative time of a computed pair.
 
-    On a CPU gathering costs little per token whatever the key block, so small blocks save padding; larger
-    query blocks gather less for each query, which pays where they add little of it. A GPU wants whole tiles.
+    On a CPU small blocks cost little more per pair and save padding; plain PyTorch wants larger ones, which
+    gather less for each query. A GPU wants whole tiles.
     """
-    return {(64, 16): 1.0, (128, 16): 0.89} if torch.device(device).type == "cpu" else {(128, 64): 1.0}
+    if torch.device(device).type != "cpu":
+        return {(128, 64): 1.0}
+    if native.unavailable(torch.device("cpu"), torch.float32, (64, 16)) is None:
+        return {(64, 16): 1.0, (32, 16): 1.06}
+    return {(64, 16): 1.0, (128, 16): 0.89}
 
 
 # -- backend choice ------------------------------------------------------------------------------------------
@@ -153,16 +160,20 @@ def block_sizes(device: torch.device | str) -> dict[tuple[int, int], float]:
 def automatic_backend(
     device: torch.device | str, dtype: torch.dtype, **inputs: Any
 ) -> tuple[str, str | None]:
-    """The backend that `"auto"` stands for with such inputs (as for `can_run`), and why it is not Triton."""
-    if torch.device(device).type == "cpu":
-        return "gather", "device is a CPU"
-    reason = can_run("triton", device=device, dtype=dtype, **inputs)
-    return ("triton", None) if reason is None else ("gather", reason)
+    """The backend that `"auto"` stands for with such inputs (as for `can_run`), and why it is none better."""
+    best = _best(device)
+    reason = can_run(best, device=device, dtype=dtype, **inputs)
+    return (best, None) if reason is None else ("gather", reason)
 
 
-@cache  # once per device type and dtype
+def _best(device: torch.device | str) -> str:
+    """The fastest backend of a kind of device."""
+    return "native" if torch.device(device).type == "cpu" else "triton"
+
+
+@cache  # once per device type, dtype and reason
 def _log_choice(chosen: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
-    why = "" if reason is None else f" (not triton: {reason})"
+    why = "" if reason is None else f" (not {_best(device)}: {reason})"
     _log.info("block_sparse_attention on %s, %s: backend %r%s", device, dtype, chosen, why)
 
 

@@ -1,4 +1,4 @@
-"""The backends in plain PyTorch as one operator that `torch.compile` takes whole.
+"""The backends that need no Triton as one operator that `torch.compile` takes whole.
 
 What they do depends on the mask's contents, which a graph must not be compiled for. An operator's arguments
 are tensors, so a mask goes by number: `announce` it before compiled code runs.
@@ -13,9 +13,9 @@ import torch
 
 from dit_accel.blockmask import BlockMask
 
-from . import flex, gather, reference
+from . import flex, gather, native, reference
 
-BACKENDS = {"gather": gather, "flex": flex, "reference": reference}
+BACKENDS = {"native": native, "gather": gather, "flex": flex, "reference": reference}
 
 NUMBER = "number of the operator"  # where a mask's cache keeps it, an int64 tensor
 masks: WeakValueDictionary[int, BlockMask] = WeakValueDictionary()  # keeps none of them alive

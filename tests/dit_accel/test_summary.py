@@ -28,7 +28,7 @@ def test_before_and_after_a_run(flux):
     notes = [row["note"].removeprefix("model's own attention: ") for row in before.rows]
     assert notes == ["dense_layers", "", "Dense()", "no selector names it"]
     assert [row["dense_steps"] for row in before.rows] == ["all", "first 50%", "all", "all"]
-    assert [row["backend"] for row in before.rows] == [None, "auto: gather", None, None]
+    assert [row["backend"] for row in before.rows] == [None, "auto: native", None, None]
 
     flux.run(flux.pipe, steps=4)
     after = summary(flux.pipe)

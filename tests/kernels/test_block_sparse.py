@@ -6,140 +6,22 @@ import logging
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_cases import LENGTHS, SHORT, VARIANTS, Case, check, error, plain
 
 from dit_accel import BlockMask
 from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse, block_sparse_attention, can_run, default_block_size, support_table
-from dit_accel.kernels.block_sparse import gather, reference
-
-SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem: sizes, mask and dtype."""
-
-    seq: int
-    dtype: torch.dtype = torch.float32
-    batch: int = 1
-    heads: int = 2
-    dim: int = 64
-    extra_keys: int = 0
-    block_size: tuple[int, int] = (64, 16)
-    per_head: bool = False
-    text: int = 0
-    text_valid: tuple[int, ...] | None = None
-    density: float = 0.2
-    strided: bool = False
-
-    def __str__(self) -> str:
-        parts = [f"B{self.batch}", f"H{self.heads}", f"N{self.seq}", f"D{self.dim}", SHORT[self.dtype]]
-        parts += [f"K{self.seq + self.extra_keys}"] * bool(self.extra_keys)
-        parts += ["x".join(map(str, self.block_size))]
-        parts += ["heads"] * self.per_head + ["strided"] * self.strided
-        parts += [f"T{self.text}"] * bool(self.text)
-        parts += ["valid" + "_".join(map(str, self.text_valid or ()))] * (self.text_valid is not None)
-        return "-".join(parts)
-
-    def mask(self) -> BlockMask:
-        """Random, with full blocks, absent blocks and rows that attend nothing; text in the last tokens."""
-        generator = torch.Generator().manual_seed(self.seq)
-        keys = self.seq + self.extra_keys
-        bits = (
-            torch.rand(self.heads if self.per_head else 1, self.seq, keys, generator=generator) < self.density
-        )
-        bits[:, : self.seq // 3, : keys // 2] = True
-        bits[:, self.seq // 2 :, : keys // 4] = False
-        bits[:, -1, -1] = True
-        if self.seq > 16:
-            bits[:, 9:13] = False
-            bits[:, self.seq // 2 : self.seq // 2 + self.block_size[0] * 2] &= self.seq < 200
-        if self.text:
-            bits[..., self.seq - self.text : self.seq] = True
-        bits = bits if self.per_head else bits[0]
-        text = (self.seq - self.text, self.seq) if self.text else (0, 0)
-        return BlockMask.from_token_mask(bits, self.block_size, text)
-
-    def inputs(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        lengths = (self.seq, self.seq + self.extra_keys, self.seq + self.extra_keys)
-        if self.strided:  # (batch, seq, heads, dim), as attention layers hold them, with a gap between tokens
-            wide = (
-                torch.randn(self.batch, n, self.heads, 2 * self.dim, generator=generator) for n in lengths
-            )
-            return [x.to(self.dtype)[..., : self.dim].transpose(1, 2) for x in wide]
-        shapes = ((self.batch, self.heads, n, self.dim) for n in lengths)
-        return [torch.randn(*shape, generator=generator).to(self.dtype) for shape in shapes]
-
-    def valid(self) -> torch.Tensor | None:
-        return None if self.text_valid is None else torch.tensor(self.text_valid)
-
-
-def plain(q, k, v, allowed, scale):
-    """Ordinary attention, all of it in the dtype of its inputs."""
-    scores = (q @ k.mT * scale).masked_fill(~allowed, -math.inf)
-    nothing = ~allowed.any(-1, keepdim=True)
-    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v
-
-
-def error(result, expected) -> float:
-    return (result - expected).abs().max().item()
-
-
-def check(case: Case, backend: str, with_lse: bool = True) -> None:
-    q, k, v = case.inputs()
-    mask, valid, scale = case.mask(), case.valid(), case.dim**-0.5
-    exact = [x.double() for x in (q, k, v)]
-    expected, expected_lse = reference.attention(*exact, mask, scale=scale, text_valid=valid)
-    allowed = reference.dense_mask(mask, case.heads, valid)
-    rounding = torch.finfo(case.dtype).eps * expected.abs().max().item()
-    tolerance = 2 * error(plain(q, k, v, allowed, scale), expected) + rounding
-    result = block_sparse_attention(q, k, v, mask, text_valid=valid, backend=backend)
-    assert result.shape == q.shape
-    assert result.dtype == q.dtype
-    assert error(result, expected) <= tolerance
-    if not with_lse:
-        return
-    again, lse = block_sparse_attention(q, k, v, mask, text_valid=valid, backend=backend, return_lse=True)
-    assert error(again, expected) <= tolerance
-    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
-    single = [x.to(lse.dtype) for x in (q, k)]
-    plain_lse = (single[0] @ single[1].mT * scale).masked_fill(~allowed, -math.inf).logsumexp(-1)
-    finite = expected_lse.isfinite()
-    assert torch.equal(lse == -math.inf, ~finite)
-    rounding = torch.finfo(lse.dtype).eps * expected_lse[finite].abs().max().item()
-    plain_error = error(plain_lse[finite], expected_lse[finite])
-    assert error(lse[finite], expected_lse[finite]) <= 2 * plain_error + rounding
-
-
-LENGTHS = [
-    Case(n, batch=2, dtype=t) for n in (1, 63, 128, 300, 1027) for t in (torch.float32, torch.bfloat16)
-]
-VARIANTS = [
-    Case(300, torch.float16),
-    Case(300, torch.bfloat16, strided=True, batch=2),
-    Case(300, strided=True, dim=40),
-    Case(300, dim=256),
-    Case(300, dim=8, block_size=(16, 8)),
-    Case(300, block_size=(128, 64)),
-    Case(300, torch.bfloat16, block_size=(128, 128)),
-    Case(300, heads=3, per_head=True, batch=2),
-    Case(300, torch.bfloat16, heads=3, per_head=True, text=40, text_valid=(5,)),
-    Case(300, extra_keys=77),
-    Case(300, batch=2, text=40, text_valid=(40, 0)),
-    Case(300, torch.bfloat16, batch=2, text=40, text_valid=(17, 1)),
-    Case(300, batch=2, text=40, text_valid=(3, 0), density=0.0),
-    Case(300, density=0.0),
-]
+from dit_accel.kernels.block_sparse import gather, native, reference
 
 
 @pytest.mark.parametrize("case", LENGTHS + VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", ["gather", "reference"])
+@pytest.mark.parametrize("backend", ["native", "gather", "reference"])
 def test_matches_the_specification(backend, case):
+    if backend == "native" and case.block_size[1] % native.PANEL:
+        pytest.skip("native takes key blocks of whole panels only")
     check(case, backend)
 
 
@@ -178,15 +60,18 @@ def test_a_full_mask_is_dense_attention(dtype):
     assert error(block_sparse_attention(q, k, v, mask), exact) <= tolerance
 
 
-def test_uninitialised_memory_is_never_read(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize("backend", ["native", "gather"])
+def test_uninitialised_memory_is_never_read(monkeypatch, backend, dtype):
     def poisoned(*args, _empty=torch.empty, **kwargs):
         return _empty(*args, **kwargs).fill_(math.nan)
 
-    case = Case(300, batch=2, text=40, text_valid=(17, 0))
+    case = Case(300, dtype, batch=2, dim=40, text=40, text_valid=(17, 0))
     q, k, v = case.inputs()
-    expected = block_sparse_attention(q, k, v, case.mask(), text_valid=case.valid(), return_lse=True)
+    options = {"text_valid": case.valid(), "return_lse": True, "backend": backend}
+    expected = block_sparse_attention(q, k, v, case.mask(), **options)
     monkeypatch.setattr(torch, "empty", poisoned)
-    result = block_sparse_attention(q, k, v, case.mask(), text_valid=case.valid(), return_lse=True)
+    result = block_sparse_attention(q, k, v, case.mask(), **options)
     assert torch.equal(result[0], expected[0])
     assert torch.equal(result[1], expected[1])
 
@@ -211,7 +96,8 @@ def test_key_lists_can_be_made_when_needed(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1.0, 7.0, 1e4, -1e4])
-def test_scores_of_any_size(size):
+@pytest.mark.parametrize("backend", ["native", "gather"])
+def test_scores_of_any_size(backend, size):
     """Small ones are exponentiated as they are, large ones shifted by the largest of their row."""
     case = Case(300, batch=2, text=20, text_valid=(20, 3))
     q, k, v = case.inputs()
@@ -222,7 +108,7 @@ def test_scores_of_any_size(size):
     )
     single = reference.attention(q, k, v, case.mask(), scale=0.125, text_valid=case.valid(), return_lse=True)
     got = block_sparse_attention(
-        q, k, v, case.mask(), text_valid=case.valid(), return_lse=True, backend="gather"
+        q, k, v, case.mask(), text_valid=case.valid(), return_lse=True, backend=backend
     )
     finite = exact[1].isfinite()
     assert torch.equal(got[1].isfinite(), finite)
@@ -265,9 +151,9 @@ def test_gradients(text_valid, with_lse):
 def test_the_plan_is_made_once_per_mask(monkeypatch):
     case = Case(300)
     mask, (q, k, v) = case.mask(), case.inputs()
-    first = block_sparse_attention(q, k, v, mask)
+    first = block_sparse_attention(q, k, v, mask, backend="gather")
     monkeypatch.setattr(gather, "_BlockLists", None)
-    assert torch.equal(block_sparse_attention(q, k, v, mask), first)
+    assert torch.equal(block_sparse_attention(q, k, v, mask, backend="gather"), first)
 
 
 def test_scale():
@@ -280,14 +166,14 @@ def test_scale():
 # -- choice of the backend -----------------------------------------------------------------------------------
 
 
-def test_auto_takes_gather_on_a_cpu_and_says_so_once(caplog):
+def test_auto_takes_native_on_a_cpu_and_says_so_once(caplog):
     block_sparse._log_choice.cache_clear()
     case = Case(63)
     with caplog.at_level(logging.INFO, logger="dit_accel"):
         for _ in range(2):
             block_sparse_attention(*case.inputs(), case.mask())
     assert [record.message for record in caplog.records] == [
-        "block_sparse_attention on cpu, torch.float32: backend 'gather' (not triton: device is a CPU)"
+        "block_sparse_attention on cpu, torch.float32: backend 'native'"
     ]
 
 
