@@ -73,12 +73,12 @@ inline float total(vec x) {
 
 }  // namespace
 
-// As in native.py. Strides count elements; those of q, k, v are of batch, head and token.
+// As in native.py. Strides of batch, head and token count elements.
 struct Job {
   const void *q, *k, *v;
   void *k_packed, *v_packed, *out;
   float* lse;  // or null
-  int64_t q_stride[3], k_stride[3], v_stride[3];
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   const int32_t *full_ptr, *full_idx, *part_ptr, *part_idx, *part_tile, *group_of_head, *row_order;
   const uint8_t* tiles;
   const int64_t* text_valid;  // or null
@@ -186,13 +186,14 @@ __attribute__((always_inline)) inline void soften(float* scores, const Panel* pa
   store(sum, added);
 }
 
-// What is left to do with a finished row: its result, converted by `put`, and its log-sum-exp.
-template <class Put>
-inline void finish(const Job& job, const Scratch& scratch, int64_t r, int64_t width, int64_t place, Put put) {
+// A finished row: its result, and its log-sum-exp where wanted.
+template <class Format>
+inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename Format::type* out, float* lse) {
   const float top = scratch.top[r], sum = total(load(scratch.sum + r * W));
   const float inverse = top == -INFINITY ? 0.0f : 1.0f / sum;
-  for (int64_t i = 0; i < job.dim; i++) put(place * job.dim + i, scratch.out[r * width + i] * inverse);
-  if (job.lse) job.lse[place] = top == -INFINITY ? -INFINITY : (top + log2f(sum)) * float(M_LN2);
+  const float* result = scratch.out + r * Format::width(job.dim);
+  for (int64_t i = 0; i < job.dim; i++) out[i] = Format::converted(result[i] * inverse);
+  if (lse) *lse = top == -INFINITY ? -INFINITY : (top + log2f(sum)) * float(M_LN2);
 }
 
 // -- float32 ----------------------------------------------------------------------------------------------------------
@@ -465,9 +466,10 @@ void run(const Job& job) {
         }
         Format::attend(job, q, k, v, some, masked, count, scratch);
       }
+      type* out = (type*)at(job.out, job.out_stride, plane) + first * job.out_stride[2];
+      float* lse = job.lse ? job.lse + plane * job.seq_len + first : nullptr;
       for (int64_t r = 0; r < count; r++)
-        finish(job, scratch, r, width, plane * job.seq_len + first + r,
-               [&](int64_t i, float x) { ((type*)job.out)[i] = Format::converted(x); });
+        finish<Format>(job, scratch, r, out + r * job.out_stride[2], lse ? lse + r : nullptr);
     }
   }
 }

@@ -69,7 +69,8 @@ def attention(
     batch, heads, _, dim = q.shape
     panels = batch * heads * mask.num_cols * mask.block_size[1]
     packed = [torch.empty(panels * -(-dim // 32) * 32, dtype=dtype) for _ in range(2)]
-    out = torch.empty(q.shape, dtype=dtype)
+    out = torch.empty_like(inputs[0])  # with q's strides, where they leave no gaps
+    out = out if out.stride(3) == 1 else torch.empty(q.shape, dtype=dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     groups = mask.group_of_heads(heads)
     valid = None if text_valid is None else text_valid.long().contiguous()
@@ -77,7 +78,7 @@ def attention(
     lists = (mask.full_ptr, mask.full_idx, mask.part_ptr, mask.part_idx, mask.part_tile, groups, _rows(mask))
     job = _Job(
         *(None if x is None else x.data_ptr() for x in pointers),
-        *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in inputs),
+        *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (*inputs, out)),
         *(x.data_ptr() for x in lists),
         mask.tiles.data_ptr(),
         None if valid is None else valid.data_ptr(),
@@ -94,7 +95,7 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_packed", "v_packed", "out", "lse")),
-        *((name, ctypes.c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
         *((name, ctypes.c_void_p) for name in ("full_ptr", "full_idx", "part_ptr", "part_idx", "part_tile")),
         *((name, ctypes.c_void_p) for name in ("group_of_head", "row_order", "tiles", "text_valid")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "seq_len", "kv_len", "dim")),

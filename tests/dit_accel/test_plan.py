@@ -150,7 +150,7 @@ class TestDensities:
         *others, auto = answer.orders
         assert auto.takes in [row.order for row in others]
         assert auto.block_density == next(r.block_density for r in others if r.order == auto.takes)
-        assert answer.block_density == auto.block_density
+        assert answer.block_density == pytest.approx(auto.block_density, rel=1e-12)  # averaged over layers
 
     def test_heads_that_choose_have_orders_of_their_own(self):
         pattern = SparseVideoGen(keep=0.5, block_size=16)
