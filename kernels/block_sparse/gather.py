@@ -9,30 +9,23 @@ kept in `mask.cache`.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from dit_accel.blockmask import BlockMask
 
+from .gather_plan import Chunk, Round, packed_tiles, plan
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_CHUNK_BYTES_CPU = 3 << 20  # scores and gathered keys or values of one chunk
-_CHUNK_BYTES_ACCELERATOR = 256 << 20
-_PADDING = 0.06  # rows of a chunk may be shorter than the longest by this share of it
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
-_KEYS_BYTES = 64 << 20  # lists of key blocks beyond this are made when they are needed
 _LOG2_E = math.log2(math.e)
 _BOUND = 60.0  # of scores in base 2 that need no shift
-_OMP_PAUSE_SOFT = 1
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -61,7 +54,7 @@ def attention(
     dtype = _compute_dtype(q, return_lse)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with torch.inference_mode(False):  # what is kept must be usable under autograd later
-        chunks = _plan(mask, batch, heads, dim, dtype)
+        chunks = plan(mask, batch, heads, dim, dtype)
         table = _tile_table(mask, dtype)
     q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
     bounded = _in_base_2(dtype, grad) and _are_bounded(q, k, scale)
@@ -92,7 +85,7 @@ class _Job:
     out: torch.Tensor
     lse: torch.Tensor | None
 
-    def compute(self, chunk: _Chunk, part: _Round, workspace: _Workspace) -> None:
+    def compute(self, chunk: Chunk, part: Round, workspace: _Workspace) -> None:
         """Attend from the query blocks of one chunk in some heads.
 
         Every operator called here releases and takes Python's lock, where threads wait for each other: hence
@@ -130,7 +123,7 @@ class _Job:
             self.lse.index_copy_(0, row, lse.view(len(row), -1))
 
 
-def _run(job: _Job, chunks: list[_Chunk]) -> None:
+def _run(job: _Job, chunks: list[Chunk]) -> None:
     """Compute all chunks; on a CPU each thread takes whole rounds, free of parallel operators' barriers."""
     waiting = deque((chunk, part) for chunk in chunks for part in chunk.rounds)
     threads = min(torch.get_num_threads(), len(waiting)) if job.q.device.type == "cpu" else 1
@@ -149,7 +142,6 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
     if threads < 2 or job.grad:
         work()
         return
-    _stop_spinning()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # of this thread, and of those that start now
     try:
@@ -160,24 +152,6 @@ def _run(job: _Job, chunks: list[_Chunk]) -> None:
             other.result()
     finally:
         torch.set_num_threads(before)
-
-
-def _stop_spinning() -> None:
-    """End OpenMP's idle threads, which it starts again when it needs them.
-
-    They spin for milliseconds after every parallel operator, on the cores that our threads need.
-    """
-    if (pause := _omp_pause()) is not None:
-        pause(_OMP_PAUSE_SOFT)
-
-
-@cache
-def _omp_pause() -> Callable[[int], int] | None:
-    """OpenMP's own function for it, where the process has one."""
-    try:
-        return ctypes.CDLL(None).omp_pause_resource_all
-    except (AttributeError, OSError, TypeError):
-        return None
 
 
 def _attend(
@@ -235,7 +209,7 @@ class _Workspace:
         self.block_size, self.dim = block_size, q_blocks.shape[1] // block_size[0]
         self.flat: dict[str, torch.Tensor] = {}
         self.known: dict[tuple[int, ...], _Views] = {}
-        self.bias: tuple[_Chunk | None, torch.Tensor | None] = (None, None)  # of the chunk computed last
+        self.bias: tuple[Chunk | None, torch.Tensor | None] = (None, None)  # of the chunk computed last
 
     def take(self, name: str, *shape: int) -> torch.Tensor | None:
         if not self.reuse:
@@ -246,7 +220,7 @@ class _Workspace:
             self.known.clear()
         return self.flat[name][:size].view(shape)
 
-    def bias_of(self, chunk: _Chunk, table: torch.Tensor) -> torch.Tensor | None:
+    def bias_of(self, chunk: Chunk, table: torch.Tensor) -> torch.Tensor | None:
         """What to add to the masked columns of a chunk, or None."""
         if self.bias[0] is not chunk:
             self.bias = chunk, _tile_bias(chunk, table, self) if chunk.tiles.numel() else None
@@ -287,130 +261,7 @@ class _Views:
         return scores.view(self.by_head)[..., self.first :]
 
 
-# -- what depends on the mask alone --------------------------------------------------------------------------
-
-
-class _Round(NamedTuple):
-    """n heads of a chunk, counted through batch and heads, in blocks of all of them.
-
-    `first_key` is where their key blocks start: int32 (n, 1). `query_blocks` are their query blocks, int64
-    (n * r,), and `keys` the listed key blocks, int32 (n * r * l,), or None where lists would take too much.
-    """
-
-    first_key: torch.Tensor
-    query_blocks: torch.Tensor
-    keys: torch.Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Query blocks computed together; their lists of key blocks are padded to one length.
-
-    `rows` are query blocks: int64 (r,). Each round computes some heads.
-    `cols` are key blocks, full ones first: int32 (r, l). `tiles` is the tile of every key block from
-    `first_masked` on: int32 (r, l - first_masked), T meaning all attended and T + 1 (padding) nothing.
-    """
-
-    rounds: tuple[_Round, ...]
-    rows: torch.Tensor
-    cols: torch.Tensor
-    tiles: torch.Tensor
-    first_masked: int
-    touches_text: bool
-    may_attend_nothing: bool
-
-
-def _plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[_Chunk]:
-    """Chunks that cover every query block that has keys, for all samples and heads; kept in `mask.cache`."""
-    on_cpu = mask.device.type == "cpu"
-    name = ("gather", batch, heads, dim, dtype)
-    if name not in mask.cache:
-        limit = _CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR
-        limit_in_blocks = limit // (mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize)
-        lists, group_of_head = _BlockLists(mask), mask.group_of_heads(heads).to(mask.device)
-        listed = len(lists.cols) // mask.num_groups * heads * batch * 4 <= _KEYS_BYTES
-        chunks = []
-        for group in range(mask.num_groups):
-            in_group = (group_of_head == group).nonzero()[:, 0]
-            places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1).int()
-            for rows in lists.similar_rows(group, limit_in_blocks):
-                chunk = lists.chunk(group, rows)
-                at_once = max(1, limit_in_blocks // chunk.cols.numel())
-                rounds = (_round(mask, chunk, heads, listed) for heads in places[:, None].split(at_once))
-                chunks.append(replace(chunk, rounds=tuple(rounds)))
-        mask.cache[name] = chunks
-    return mask.cache[name]
-
-
-def _round(mask: BlockMask, chunk: _Chunk, heads: torch.Tensor, listed: bool) -> _Round:
-    first_key = heads * mask.num_cols
-    query_blocks = (heads * mask.num_rows + chunk.rows).view(-1)
-    return _Round(first_key, query_blocks, (first_key + chunk.cols.view(-1)).view(-1) if listed else None)
-
-
-class _BlockLists:
-    """Key blocks (full ones first) and their tiles for every query block, rows counted through all groups."""
-
-    def __init__(self, mask: BlockMask):
-        self.mask = mask
-        in_row = mask.block_rows()
-        count = mask.num_groups * mask.num_rows
-        self.num_full = torch.bincount(in_row[0], minlength=count)
-        self.length = self.num_full + torch.bincount(in_row[1], minlength=count)
-        self.start = self.length.cumsum(0) - self.length
-        order = torch.argsort(torch.cat(in_row), stable=True)
-        self.all_attended, self.none_attended = mask.tiles.shape[0], mask.tiles.shape[0] + 1
-        self.cols = torch.cat([mask.full_idx, mask.part_idx])[order]
-        self.tiles = torch.cat([torch.full_like(mask.full_idx, self.all_attended), mask.part_tile])[order]
-        self.attends = _packed_tiles(mask).any(-1).T  # (T + 2, bq)
-        query = torch.arange(mask.num_rows * mask.block_size[0], device=mask.device)
-        self.outside = (query >= mask.seq_len).view(mask.num_rows, -1)
-
-    def similar_rows(self, group: int, limit: int) -> Iterator[torch.Tensor]:
-        """Query blocks of a group, longest first, in runs of similar length of at most `limit` key blocks."""
-        rows = slice(group * self.mask.num_rows, (group + 1) * self.mask.num_rows)
-        length, order = self.length[rows].cpu().sort(descending=True, stable=True)
-        length = length.tolist()
-        at, end = 0, sum(n > 0 for n in length)
-        while at < end:
-            stop, most = at + 1, at + limit // length[at]
-            while stop < min(end, most) and length[stop] >= length[at] * (1 - _PADDING):
-                stop += 1
-            yield order[at:stop].sort().values.to(self.mask.device)
-            at = stop
-
-    def chunk(self, group: int, rows: torch.Tensor) -> _Chunk:
-        """The chunk of some query blocks of a group, without its heads."""
-        (text_start, text_stop), bk = self.mask.text, self.mask.block_size[1]
-        row = rows + group * self.mask.num_rows
-        length = self.length[row][:, None]
-        column = torch.arange(int(length.max()), device=row.device)
-        listed, where = column < length, self.start[row][:, None] + column
-        where = where.clamp(max=len(self.cols) - 1)
-        cols = torch.where(listed, self.cols[where], 0)
-        tiles = torch.where(listed, self.tiles[where], self.none_attended)
-        first_masked = int(self.num_full[row].min())
-        in_text = listed & (cols * bk < text_stop) & (cols * bk + bk > text_start)
-        attends = self.attends[tiles.long()].any(1) | self.outside[rows]
-        return _Chunk(
-            rounds=(),
-            rows=rows,
-            cols=cols,
-            tiles=tiles[:, first_masked:].contiguous(),
-            first_masked=first_masked,
-            touches_text=bool(in_text.any()),
-            may_attend_nothing=not bool(attends.all()),
-        )
-
-
 # -- masks as terms added to the scores ----------------------------------------------------------------------
-
-
-def _packed_tiles(mask: BlockMask) -> torch.Tensor:
-    """The mask's tiles, then one that attends all and one that attends nothing: uint8 (bq, T + 2, bk / 8)."""
-    shape = (1, *mask.tiles.shape[1:])
-    tiles = torch.cat([mask.tiles, mask.tiles.new_full(shape, 255), mask.tiles.new_zeros(shape)])
-    return tiles.transpose(0, 1).contiguous()
 
 
 def _as_bias(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -421,16 +272,16 @@ def _as_bias(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _tile_table(mask: BlockMask, dtype: torch.dtype) -> torch.Tensor:
-    """`_packed_tiles`, already expanded by `_as_bias` unless there are too many; kept in `mask.cache`."""
+    """`packed_tiles`, already expanded by `_as_bias` unless there are too many; kept in `mask.cache`."""
     name = ("gather tiles", dtype)
     if name not in mask.cache:
-        packed = _packed_tiles(mask)
+        packed = packed_tiles(mask)
         small = packed.numel() * 8 * dtype.itemsize <= _BIAS_BYTES
         mask.cache[name] = _as_bias(packed, dtype) if small else packed
     return mask.cache[name]
 
 
-def _tile_bias(chunk: _Chunk, table: torch.Tensor, workspace: _Workspace) -> torch.Tensor:
+def _tile_bias(chunk: Chunk, table: torch.Tensor, workspace: _Workspace) -> torch.Tensor:
     """What to add to the masked columns of a chunk: (rows, bq, L')."""
     if table.dtype == torch.uint8:
         bias = _as_bias(table.index_select(1, chunk.tiles.view(-1)), workspace.dtype)
@@ -440,7 +291,7 @@ def _tile_bias(chunk: _Chunk, table: torch.Tensor, workspace: _Workspace) -> tor
     return bias.view(len(bias), len(chunk.rows), -1).transpose(0, 1)
 
 
-def _text_bias(chunk: _Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _text_bias(chunk: Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What hides padded text in the masked columns, given each head's `valid`: (heads, rows, 1, L')."""
     (start, stop), bk = mask.text, mask.block_size[1]
     cols = chunk.cols[:, chunk.first_masked :]

@@ -14,7 +14,7 @@ from attention_cases import LENGTHS, SHORT, VARIANTS, Case, check, error, plain
 from dit_accel import BlockMask
 from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse, block_sparse_attention, can_run, default_block_size, support_table
-from dit_accel.kernels.block_sparse import gather, native, reference
+from dit_accel.kernels.block_sparse import gather, gather_plan, native, reference
 
 
 @pytest.mark.parametrize("case", LENGTHS + VARIANTS, ids=str)
@@ -79,7 +79,7 @@ def test_uninitialised_memory_is_never_read(monkeypatch, backend, dtype):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 14, 1 << 30])
 def test_chunking_does_not_change_the_result(monkeypatch, chunk_bytes, threads):
-    monkeypatch.setattr(gather, "_CHUNK_BYTES_CPU", chunk_bytes)
+    monkeypatch.setattr(gather_plan, "_CHUNK_BYTES_CPU", chunk_bytes)
     torch.set_num_threads(threads)
     check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
     assert torch.get_num_threads() == threads
@@ -91,7 +91,7 @@ def test_many_tiles_stay_packed(monkeypatch):
 
 
 def test_key_lists_can_be_made_when_needed(monkeypatch):
-    monkeypatch.setattr(gather, "_KEYS_BYTES", 0)
+    monkeypatch.setattr(gather_plan, "_KEYS_BYTES", 0)
     check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
 
 
@@ -152,7 +152,7 @@ def test_the_plan_is_made_once_per_mask(monkeypatch):
     case = Case(300)
     mask, (q, k, v) = case.mask(), case.inputs()
     first = block_sparse_attention(q, k, v, mask, backend="gather")
-    monkeypatch.setattr(gather, "_BlockLists", None)
+    monkeypatch.setattr(gather_plan, "_BlockLists", None)
     assert torch.equal(block_sparse_attention(q, k, v, mask, backend="gather"), first)
 
 
