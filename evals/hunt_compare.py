@@ -33,6 +33,7 @@ from ..guidance.hunter import FOUND, LOG
 from ..guidance.objectives import BUNDLED, named
 from ..guidance.trials import Pair, Trials
 from . import media, table
+from .bootstrap import interval, mean_interval, resamples
 from .distribution import frechet
 from .features import Scenes
 from .pretrained import Sources
@@ -40,7 +41,6 @@ from .pretrained import Sources
 SCALES = (1.0, 2.0, 4.0, 8.0)
 NONE, HUNTED = "none", "found heads"
 KEPT = "compare"  # folder of images and scores, in the search's
-BOOTSTRAP = {"resamples": 2000, "interval": (2.5, 97.5), "seed": 0}
 FRECHET_RESAMPLES = 200
 Features = Callable[[Sequence[np.ndarray]], torch.Tensor]  # of uint8 pictures
 
@@ -83,22 +83,11 @@ def block_calls(trials: Trials, guidance: HeadPerturbation | None, pair: Pair) -
     return calls
 
 
-def resamples(n: int, count: int) -> np.ndarray:
-    """Indices (count, n) of bootstrap resamples, the same for every method: comparisons are paired."""
-    return np.random.default_rng(BOOTSTRAP["seed"]).integers(0, n, (count, n))
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, BOOTSTRAP["interval"])
-    return float(low), float(high)
-
-
 def mean(name: str, scores: np.ndarray, plain: np.ndarray) -> dict[str, float]:
     """The mean of per-sample scores (n,), and its change from `plain` (n,) on the same pairs, as `name`."""
-    picks = resamples(len(scores), BOOTSTRAP["resamples"])
     answer = {}
     for key, values in ((name, scores), (f"{name}_change", scores - plain)):
-        low, high = interval(values[picks].mean(1))
+        low, high = mean_interval(values)
         answer |= {key: values.mean(), f"{key}_low": low, f"{key}_high": high}
     return answer
 
@@ -109,7 +98,7 @@ def distance(features: torch.Tensor, plain: torch.Tensor, reference: torch.Tenso
     Resampling adds to a Fréchet distance, and much the same to both: intervals are of the change alone.
     """
     value, before = frechet(features, reference), frechet(plain, reference)
-    picks = torch.from_numpy(resamples(len(features), FRECHET_RESAMPLES))
+    picks = map(torch.from_numpy, resamples(len(features), FRECHET_RESAMPLES))
     changes = [frechet(features[p], reference) - frechet(plain[p], reference) for p in picks]
     low, high = interval(np.array(changes))
     change = {"frechet_change": value - before, "frechet_change_low": low, "frechet_change_high": high}

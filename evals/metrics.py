@@ -18,37 +18,43 @@ Better = Literal["higher", "lower"]
 class Metric:
     """One metric, and what it needs beyond the core dependencies.
 
-    `extra` brings its packages. `kind` and `extractor` are for metrics of sets: the statistic, and whose
+    `extra` brings its packages, or what `install` names. `also` are files beside the weights. `prompt` says
+    that it judges by the prompt. `kind` and `extractor` are for metrics of sets: the statistic, and whose
     features it is of.
     """
 
     name: str
-    command: Literal["pairs", "dist", "attributes", "vbench"]
+    command: Literal["pairs", "dist", "scores", "attributes", "vbench"]
     description: str
     better: Better = "higher"
     packages: tuple[str, ...] = ()
     extra: str = "eval"
-    weights: pretrained.WeightsFile | pretrained.HubModel | None = None
+    install: str | None = None
+    weights: pretrained.WeightsFile | pretrained.HubFiles | None = None
+    also: tuple[pretrained.HubFiles, ...] = ()
+    prompt: bool = False
     kind: str | None = None
     extractor: str | None = None
 
     def missing(self, sources: Sources) -> str | None:
         """Why the metric cannot run here, and the remedy; None if it can."""
-        reason = self.missing_package()
-        return reason or (self.weights.missing(sources) if self.weights else None)
+        reasons = (files.missing(sources) for files in (self.weights, *self.also) if files)
+        return self.missing_package() or "; ".join(filter(None, reasons)) or None
 
     def missing_package(self) -> str | None:
         """Which package cannot be used, why, and the remedy; None if all can.
 
         They are imported, not looked up: torchvision is often there for another build of torch.
         """
+        remedy = f"pip install {self.install}" if self.install else f"pip install 'dit-accel[{self.extra}]'"
         for name in self.packages:
             try:
                 importlib.import_module(name)
             except ModuleNotFoundError as error:
-                return f"{error.name} is not installed: pip install 'dit-accel[{self.extra}]'"
+                return f"{error.name} is not installed: {remedy}"
             except Exception as error:  # whatever goes wrong in there
-                return f"{name} cannot be imported ({error}): install its build for the torch that is here"
+                remedy = remedy if self.install else "install its build for the torch that is here"
+                return f"{name} cannot be imported ({error}): {remedy}"
         return None
 
     def describe(self, sources: Sources) -> dict[str, Any]:
@@ -63,6 +69,8 @@ class Metric:
             "reason": reason,
             "packages": list(self.packages),
             "weights": self.weights and self.weights.describe(),
+            "also": [files.describe() for files in self.also],
+            "needs_prompts": self.prompt,
         }
 
 
@@ -101,6 +109,51 @@ def _set_metrics() -> list[Metric]:
     ]
 
 
+COSINE = "exp(logit scale) x cosine of image and prompt, mean over frames"
+
+
+def _scores() -> list[Metric]:
+    """Those that are CLIP models, and those of packages of their own."""
+    described = {
+        "clip": ("clip", f"CLIP ViT-L/14: {COSINE}"),
+        "pick": ("pickscore", f"PickScore, of human choices: {COSINE}"),
+        "hps": ("hpsv2", f"HPSv2, of human choices: {COSINE}"),
+        "aesthetics": ("aesthetics", "LAION's aesthetics v2, linear, from 1 to 10, mean over frames"),
+    }
+    clips = [
+        Metric(
+            name,
+            "scores",
+            description,
+            weights=pretrained.SCORERS[scorer][0],
+            also=tuple(one for one in pretrained.SCORERS[scorer][1:] if one != pretrained.SCORERS[scorer][0]),
+            prompt=name != "aesthetics",
+        )
+        for name, (scorer, description) in described.items()
+    ]
+    return [
+        *clips,
+        Metric(
+            "image-reward",
+            "scores",
+            "ImageReward 1.0, of human choices, mean over frames",
+            packages=("ImageReward",),
+            install="image-reward git+https://github.com/openai/CLIP 'transformers<5'",
+            weights=pretrained.IMAGE_REWARD,
+            also=(pretrained.BERT,),
+            prompt=True,
+        ),
+        Metric(
+            "topiq",
+            "scores",
+            "TOPIQ without reference, of KonIQ-10k, from 0 to 1, mean over frames",
+            packages=("pyiqa",),
+            install="pyiqa",
+            weights=pretrained.TOPIQ,
+        ),
+    ]
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in [
@@ -117,6 +170,7 @@ METRICS: dict[str, Metric] = {
             weights=pretrained.ALEXNET,
         ),
         *_set_metrics(),
+        *_scores(),
         Metric("attributes", "attributes", "what the bundled models draw, read back from pixels by rule"),
         Metric("temporal_flickering", "vbench", "VBench's, from the difference of successive frames"),
         Metric(

@@ -16,7 +16,7 @@ import torch
 from ..errors import UnavailableError
 from .folders import digest
 
-HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+MODEL_FILES = (("config.json",), ("model.safetensors", "pytorch_model.bin"))  # of a group one is enough
 
 
 @dataclass(frozen=True)
@@ -78,47 +78,103 @@ class WeightsFile:
 
 
 @dataclass(frozen=True)
-class HubModel:
-    """A transformers model in the Hugging Face cache, or in a subfolder of the user's folder."""
+class HubFiles:
+    """Files of a repository in the Hugging Face cache, or in a subfolder of the user's folder.
+
+    Of a group of `files` one is enough. `only_cache` is for packages that look nowhere else.
+    """
 
     repository: str
+    files: tuple[tuple[str, ...], ...]
+    only_cache: bool = False
 
     @property
     def _subfolder(self) -> str:
         return self.repository.split("/")[-1]
 
+    @property
+    def _wanted(self) -> str:
+        *others, last = (" or ".join(group) for group in self.files)
+        return f"{', '.join(others)} and {last}" if others else last
+
     def describe(self) -> dict[str, Any]:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         return {
-            "file": f"config.json and {' or '.join(HUB_WEIGHTS)}",
+            "file": self._wanted,
             "sha256": None,
             "url": f"https://huggingface.co/{self.repository}",
             "put_into": HF_HUB_CACHE,
         }
 
-    def _found(self, sources: Sources) -> str | None:
+    def _in_folder(self, sources: Sources) -> list[Path] | None:
+        """The files in the user's folder, one of each group; None if they are not all there."""
+        if sources.folder is None or self.only_cache:
+            return None
+        folder = sources.folder / self._subfolder
+        found = [[folder / name for name in group if (folder / name).is_file()] for group in self.files]
+        return [group[0] for group in found] if all(found) else None
+
+    def _in_cache(self) -> list[Path] | None:
+        """The files in the Hugging Face cache, one of each group; None if they are not all there."""
         from huggingface_hub import try_to_load_from_cache
 
-        if sources.folder is not None:
-            folder = sources.folder / self._subfolder
-            if (folder / "config.json").is_file() and any((folder / n).is_file() for n in HUB_WEIGHTS):
-                return str(folder)
-        config, *weights = (
-            isinstance(try_to_load_from_cache(self.repository, name), str)
-            for name in ("config.json", *HUB_WEIGHTS)
-        )
-        return self.repository if config and any(weights) else None
+        places = [[try_to_load_from_cache(self.repository, name) for name in group] for group in self.files]
+        found = [[Path(place) for place in group if isinstance(place, str)] for group in places]
+        return [group[0] for group in found] if all(found) else None
+
+    def found(self, sources: Sources) -> str | None:
+        """What `from_pretrained` is to be given, a folder or the repository; None if neither has all."""
+        files = self._in_folder(sources)
+        if files is not None:
+            return str(files[0].parent)
+        return self.repository if self._in_cache() is not None else None
 
     def missing(self, sources: Sources) -> str | None:
-        """Why the model cannot be used, and the remedy; None if it can."""
-        if sources.download or self._found(sources) is not None:
+        """Why the files cannot be used, and the remedy; None if they can."""
+        if sources.download or self.found(sources) is not None:
             return None
-        return (
-            f"{self.repository} is not in the Hugging Face cache; put its config.json and "
-            f"{' or '.join(HUB_WEIGHTS)} into {self._subfolder}/ in a folder given with --weights, or pass "
-            "--allow-download"
-        )
+        place = f"put its {self._wanted} into {self._subfolder}/ in a folder given with --weights"
+        if self.only_cache:
+            place = f"fetch its {self._wanted} (hf download {self.repository})"
+        return f"{self.repository} is not in the Hugging Face cache; {place}, or pass --allow-download"
+
+    def place(self, sources: Sources) -> str:
+        """As `found`, or the repository if it may be downloaded.
+
+        Raises:
+            UnavailableError: naming what to do.
+        """
+        reason = self.missing(sources)
+        if reason is not None:
+            raise UnavailableError(reason)
+        return self.found(sources) or self.repository
+
+    def get(self, sources: Sources) -> list[Path]:
+        """The files, one of each group, downloaded if they must and may be.
+
+        Raises:
+            UnavailableError: naming what to do.
+        """
+        reason = self.missing(sources)
+        if reason is not None:
+            raise UnavailableError(reason)
+        found = self._in_folder(sources) or self._in_cache()
+        if found is not None:
+            return found
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return [Path(hf_hub_download(self.repository, group[0])) for group in self.files]
+        except (OSError, RuntimeError) as error:  # no network, or not there
+            raise UnavailableError(f"{self.repository} could not be downloaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class HubModel(HubFiles):
+    """A transformers model."""
+
+    files: tuple[tuple[str, ...], ...] = MODEL_FILES
 
     def load(self, model_class: Any, sources: Sources) -> torch.nn.Module:
         """The model, downloaded if it must and may be.
@@ -126,17 +182,14 @@ class HubModel:
         Raises:
             UnavailableError: naming what to do; also for files that lack some of the model's weights.
         """
-        reason = self.missing(sources)
-        if reason is not None:
-            raise UnavailableError(reason)
-        found = self._found(sources)
-        options = {"local_files_only": found is not None, "output_loading_info": True}
+        place = self.place(sources)
+        options = {"local_files_only": self.found(sources) is not None, "output_loading_info": True}
         try:
-            model, info = model_class.from_pretrained(found or self.repository, **options)
+            model, info = model_class.from_pretrained(place, **options)
             if info["missing_keys"]:  # transformers would leave these random
                 raise ValueError(f"the weights lack {min(info['missing_keys'])}")
         except (OSError, ValueError, RuntimeError) as error:
-            raise UnavailableError(f"{found or self.repository} cannot be loaded: {error}") from error
+            raise UnavailableError(f"{place} cannot be loaded: {error}") from error
         return model
 
 
@@ -164,3 +217,24 @@ ALEXNET = WeightsFile(
 CLIP = HubModel("openai/clip-vit-large-patch14-336")
 CLIP_B32 = HubModel("openai/clip-vit-base-patch32")
 DINO = HubModel("facebook/dino-vitb16")
+
+_CLIP_L = "openai/clip-vit-large-patch14"
+_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_HPS = "adams-story/HPSv2-hf"
+_READERS = (
+    ("preprocessor_config.json", "processor_config.json"),
+    ("tokenizer.json", "vocab.json"),
+)
+_WHOLE_L, _WHOLE_HPS = (HubModel(name, (*MODEL_FILES, *_READERS)) for name in (_CLIP_L, _HPS))
+SCORERS = {  # of `dit_accel.guidance.scorers`: the weights, and image processor and tokenizer
+    "clip": (_WHOLE_L, _WHOLE_L),
+    "pickscore": (HubModel("yuvalkirstain/PickScore_v1"), HubFiles(_CLIP_H, _READERS)),
+    "hpsv2": (_WHOLE_HPS, _WHOLE_HPS),
+    "aesthetics": (
+        HubModel("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE"),
+        HubFiles(_CLIP_L, _READERS[:1]),
+    ),
+}
+IMAGE_REWARD = HubFiles("THUDM/ImageReward", (("ImageReward.pt",), ("med_config.json",)))
+BERT = HubFiles("bert-base-uncased", (("vocab.txt",),), only_cache=True)  # ImageReward's tokenizer
+TOPIQ = HubFiles("chaofengc/IQA-PyTorch-Weights", (("cfanet_nr_koniq_res50-9a73138b.pth",),))

@@ -73,6 +73,9 @@ def cell(quantity: dict[str, Any] | None) -> str:
         return ""
     if quantity["value"] is None:
         return "identical" if quantity.get("identical") else "none"
+    if quantity.get("interval"):
+        low, high = quantity["interval"]
+        return f"{quantity['value']:.4g} [{low:.4g}, {high:.4g}]"
     return f"{quantity['value']:.4g}"
 
 
@@ -82,6 +85,8 @@ def notes(results: dict[str, dict[str, Any]]) -> list[str]:
     for label, result in results.items():
         if any(name.endswith("-scenes") for name in result["metrics"]):
             lines["`-scenes`: features of the bundled scene encoder; not comparable with FID or KID."] = None
+        if any(quantity.get("interval") for quantity in result["metrics"].values()):
+            lines["In brackets: 95% bootstrap intervals of the mean over files."] = None
         for line in result.get("warnings", ()):
             lines[f"{label}: {line}."] = None
         for name, reason in result.get("skipped", {}).items():

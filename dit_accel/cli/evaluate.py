@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate_files, sweep, vbench
+from . import evaluate_files, scores, sweep, vbench
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -140,6 +140,7 @@ def report(
 
 def register(app: typer.Typer) -> None:
     evaluate_files.register(evaluations)
+    scores.register(evaluations)
     sweep.register(evaluations)
     vbench.register(evaluations)
     app.add_typer(evaluations, name="eval")

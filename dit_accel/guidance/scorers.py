@@ -20,16 +20,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisio
 
 from ..errors import UnavailableError
 from ..evals import scene_encoder
+from ..evals.pretrained import SCORERS
 from .objectives import read_caption
 
 FRAMES = 8  # of a video that are scored
-_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-_CLIP_L = "openai/clip-vit-large-patch14"
 SOURCES = {  # hub ids: of the weights, and of the image processor and tokenizer
-    "clip": (_CLIP_L, _CLIP_L),
-    "pickscore": ("yuvalkirstain/PickScore_v1", _CLIP_H),
-    "hpsv2": ("adams-story/HPSv2-hf", "adams-story/HPSv2-hf"),
-    "aesthetics": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", _CLIP_L),
+    name: (weights.repository, processor.repository) for name, (weights, processor) in SCORERS.items()
 }
 
 
@@ -89,6 +85,11 @@ class Scorer:
     def __init__(self, name: str, model: nn.Module, images: object, tokenizer: object | None):
         self.name, self.model, self.images, self.tokenizer = name, model.eval(), images, tokenizer
 
+    @property
+    def longest(self) -> int:
+        """How many tokens of a prompt are read."""
+        return self.model.config.text_config.max_position_embeddings
+
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, prompts: list[str]) -> list[float]:
         videos = pick_frames(images)
@@ -103,8 +104,8 @@ class Scorer:
         )
 
     def _match(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        options = {"padding": "max_length", "truncation": True, "max_length": self.longest}
+        options["return_tensors"] = "pt"
         text = self.tokenizer(prompts, **options).to(self.model.device)
         out = self.model(pixel_values=pixels, **text)
         each = out.text_embeds.repeat_interleave(len(pixels) // len(prompts), 0)
@@ -127,17 +128,28 @@ def load(
         UnavailableError: its files are not there.
     """
     weights, processor = (folder, folder) if folder else SOURCES[name]
-    kind = AestheticsModel if name == "aesthetics" else CLIPModel
-    options = {"local_files_only": not allow_download}
     try:
-        images = AutoImageProcessor.from_pretrained(processor, **options)
-        tokenizer = None if name == "aesthetics" else AutoTokenizer.from_pretrained(processor, **options)
-        model, info = kind.from_pretrained(weights, output_loading_info=True, **options)
-        if info["missing_keys"]:  # transformers would leave these random
-            raise ValueError(f"the weights lack {min(info['missing_keys'])}")
+        return assemble(name, weights, processor, device, allow_download)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnavailableError(_missing(name, folder, allow_download, reason)) from error
+
+
+def assemble(
+    name: str, weights: str, processor: str, device: str | torch.device, allow_download: bool
+) -> Scorer:
+    """The scorer called `name`, of weights, and image processor and tokenizer, in folders or repositories.
+
+    Raises:
+        OSError, ValueError: files that are missing, or that lack some of the weights.
+    """
+    kind = AestheticsModel if name == "aesthetics" else CLIPModel
+    options = {"local_files_only": not allow_download}
+    images = AutoImageProcessor.from_pretrained(processor, **options)
+    tokenizer = None if name == "aesthetics" else AutoTokenizer.from_pretrained(processor, **options)
+    model, info = kind.from_pretrained(weights, output_loading_info=True, **options)
+    if info["missing_keys"]:  # transformers would leave these random
+        raise ValueError(f"the weights lack {min(info['missing_keys'])}")
     return Scorer(name, model.to(device), images, tokenizer)
 
 

@@ -74,3 +74,12 @@ def test_other_files_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"cannot be read as a result|is no result"):
         report.load(path)
+
+
+def test_intervals_are_in_brackets():
+    one = result(clip=26.12345)
+    one["metrics"]["clip"]["interval"] = [25.5, 26.75]
+    text = report.markdown({"a": one, "b": result(clip=1.0)})
+    assert "| a | 26.12 [25.5, 26.75] |" in text
+    assert text.count("In brackets: 95% bootstrap intervals") == 1
+    assert "In brackets" not in report.markdown({"b": result(clip=1.0)})

@@ -2,7 +2,6 @@
 random weights.
 """
 
-import json
 import random
 import re
 from dataclasses import replace
@@ -10,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_clip import save_aesthetics, save_clip
 
 from dit_accel import UnavailableError
 from dit_accel.evals import scene_encoder
@@ -153,38 +153,11 @@ class TestScenes:
 
 # -- trained scorers -----------------------------------------------------------------------------------------
 
-WORDS = ("<|startoftext|>", "<|endoftext|>", "a", "red", "blue", "circle")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Weights, image processor and tokenizer of a tiny random CLIP."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("clip")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 6, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
-    config = CLIPConfig(
-        text_config={**text, "pad_token_id": 1, "projection_dim": 8},
-        vision_config={**sizes, "image_size": 16, "patch_size": 8, "projection_dim": 8},
-        projection_dim=8,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(path)
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [(WORDS[0], 0), (WORDS[1], 1)]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{WORDS[0]} $A {WORDS[1]}", special_tokens=ends
-    )
-    named = {"bos_token": WORDS[0], "eos_token": WORDS[1], "pad_token": WORDS[1]}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(path)
-    values = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}}
-    values |= {"crop_size": {"height": 16, "width": 16}}
-    (path / "preprocessor_config.json").write_text(json.dumps(values))
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -227,17 +200,9 @@ def test_a_video_scores_the_mean_of_its_frames(folder, images):
 
 
 def test_aesthetics_are_linear_layers_on_the_embedding(folder, images, tmp_path):
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPVisionModelWithProjection
 
-    from dit_accel.guidance.scorers import AestheticsModel
-
-    config = CLIPVisionConfig.from_pretrained(folder)
-    config.projection_dim = 8
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AestheticsModel(config).eval()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
+    model = save_aesthetics(tmp_path, folder)
     scores = named(f"aesthetics:{tmp_path}")(images, ["a", "a"])
     with torch.no_grad():
         plain = CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
