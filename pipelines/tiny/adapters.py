@@ -20,6 +20,16 @@ class Adapter(ABC):
     """Trains a pipeline of one family; ``pipe`` holds the modules that are trained in place."""
 
     crop: ClassVar[Size]  # what the autoencoder is trained on
+    canvases: ClassVar[tuple[int, ...]] = (
+        48,
+        64,
+        64,
+        96,
+        128,
+        192,
+        256,
+        512,
+    )  # sides of scenes it is cut from
     text_encoders: ClassVar[tuple[str, ...]]
     text_length: ClassVar[int] = TEXT_LENGTH
 
@@ -209,6 +219,11 @@ class WanAdapter(VideoAdapter):
 
 
 class HunyuanVideoAdapter(VideoAdapter):
+    # Its padding keeps a crop of one colour constant all through, and group norm divides by its deviation:
+    # gradients of a few such crops drown all others. So every crop is large and shows some of an object.
+    crop = (9, 64, 64)
+    canvases = (64, 96, 128, 192)
+    anywhere = 0.0
     text_encoders = ("text_encoder", "text_encoder_2")
 
     @property

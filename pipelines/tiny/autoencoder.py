@@ -12,18 +12,17 @@ from .loop import Draw
 from .scenes import Scene, render, sample
 
 KL_WEIGHT = 3e-4
-CANVASES = (48, 64, 64, 96, 128, 192, 256, 512)
 CLIPS = (9, 17, 17, 29, 29, 61, 125)  # frames a moving scene takes in all
 
 
-def _crop(rng: random.Random, scene: Scene, shape: tuple[int, int, int]) -> np.ndarray:
+def _crop(rng: random.Random, scene: Scene, shape: tuple[int, int, int], adapter: Adapter) -> np.ndarray:
     """A crop (frames, height, width, 3) of ``scene``, more often than not across its object's outline."""
     frames, height, width = shape
-    canvas = max(rng.choice(CANVASES), height)
+    canvas = max(rng.choice(adapter.canvases), height)
     total = rng.choice([clip for clip in CLIPS if clip >= frames]) if frames > 1 else 1
     first = rng.randint(0, total - frames)
     centre_x, centre_y = scene.centre((first + frames / 2) / total)
-    if rng.random() < 0.25:
+    if rng.random() < adapter.anywhere:
         centre_x, centre_y = rng.random(), rng.random()
     else:
         centre_x += rng.uniform(-1.2, 1.2) * scene.radius
@@ -45,15 +44,17 @@ def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return error.abs().mean() + error.square().mean()
 
 
-def _crops(draw: Draw, shape: tuple[int, int, int], batch: int, device: torch.device) -> torch.Tensor:
+def _crops(
+    adapter: Adapter, draw: Draw, shape: tuple[int, int, int], batch: int, device: torch.device
+) -> torch.Tensor:
     """Crops (B, 3, F, H, W) in [-1, 1] of random training scenes."""
     scenes = [sample(draw.rng, video=shape[0] > 1) for _ in range(batch)]
-    return pixels([_crop(draw.rng, scene, shape) for scene in scenes]).to(device)
+    return pixels([_crop(draw.rng, scene, shape, adapter) for scene in scenes]).to(device)
 
 
 def loss(adapter: Adapter, draw: Draw, batch: int, device: torch.device) -> torch.Tensor:
     """Error of the reconstruction, plus a small share of the latents' divergence from N(0, 1)."""
-    target = _crops(draw, adapter.crop, batch, device)
+    target = _crops(adapter, draw, adapter.crop, batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         posterior = adapter.posterior(target)
         mean, std = posterior.mean.float(), posterior.std.float()
@@ -69,7 +70,7 @@ def decoder_loss(adapter: Adapter, draw: Draw, clips: dict[int, int], device: to
     fourth.
     """
     frames = draw.rng.choice(tuple(clips))
-    target = _crops(draw, (frames, *adapter.crop[1:]), clips[frames], device)
+    target = _crops(adapter, draw, (frames, *adapter.crop[1:]), clips[frames], device)
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
             posterior = adapter.posterior(target)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .captions import chat_tokenizer, tokenizer
+from .starting import keep_signals
 from .text_encoders import TEXT_LENGTH, clip, llama
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def build() -> DiffusionPipeline:
         mid_block_add_attention=False,  # it spans whole clips, so it would act differently at every size
         scaling_factor=1.0,
     )
+    keep_signals(vae, latent_channels)
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=latent_channels,
         out_channels=latent_channels,

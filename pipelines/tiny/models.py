@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from . import hunyuan
 from .captions import tokenizer
+from .starting import keep_signals
 from .text_encoders import TEXT_DIM, TEXT_LENGTH, clip, t5
 
 if TYPE_CHECKING:
@@ -140,18 +141,10 @@ def build_sd3() -> DiffusionPipeline:
 
 
 def _prepare_wan_vae(vae) -> None:
-    """Starting values that an autoencoder this narrow learns from quickly."""
-    import torch
+    """Starting values of tiny-wan's autoencoder."""
     from torch import nn
 
-    # PyTorch's default weights shrink a signal by sqrt(3) per convolution; after a dozen only the biases are
-    # left, which this autoencoder's norms, unlike group norm, never remove.
-    with torch.no_grad():
-        for module in vae.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                module.weight.mul_(3**0.5)
-                nn.init.zeros_(module.bias)
-        vae.quant_conv.bias[vae.z_dim :] = -5.0  # narrow posteriors: a wide one drowns the first signal
+    keep_signals(vae, vae.z_dim)
     # Its attention spans whole frames, so it would act differently at every size: kept at zero instead.
     for half in (vae.encoder, vae.decoder):
         for attention in half.mid_block.attentions:
