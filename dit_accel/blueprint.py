@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UnavailableError
 from .layout import TokenLayout
 from .pipelines import families
 from .pipelines.attention import Family
@@ -270,16 +270,18 @@ def of_model(name: str) -> Blueprint:
 
     Raises:
         ValueError: neither of the two, or a transformer of no supported family.
-        UnavailableError: a bundled model without its folder.
     """
     from .pipelines import tiny
 
     if name not in tiny.NAMES:
         return _of_folder(Path(name).expanduser(), name)
-    if not tiny.trained(name):
-        raise UnavailableError(f"{name} is not trained yet, so {tiny.weights_dir(name)} holds no pipeline")
     info = tiny.INFO[name]
-    return _of_folder(tiny.weights_dir(name), name, info.max_sequence_length, info.demo, info.steps)
+    known = info.max_sequence_length, info.demo, info.steps
+    if tiny.trained(name):
+        return _of_folder(tiny.weights_dir(name), name, *known)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        info.build().save_pretrained(folder)  # as it will be when it is trained
+        return _of_folder(Path(folder), name, *known)
 
 
 def _of_folder(

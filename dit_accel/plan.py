@@ -160,7 +160,6 @@ def plan(
     Raises:
         ValueError: no such model, a size it would round, a recipe of another family, a pattern that does not
             fit the size.
-        UnavailableError: a bundled model that is not trained yet.
     """
     blueprint = _blueprint(model, family, variant)
     recipe = resolve(recipe)

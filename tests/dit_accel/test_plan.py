@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dit_accel import Recipe, TokenLayout, UnavailableError, accelerated
+from dit_accel import Recipe, TokenLayout, accelerated
 from dit_accel.binding import block_sizes
 from dit_accel.blueprint import Blueprint, of_model
 from dit_accel.cli.runs import Request, build_masks, load
@@ -273,10 +273,12 @@ class TestRefuses:
         with pytest.raises(ValueError, match="'flux-clear-r16' is for the family 'flux', but small-wan"):
             plan("flux-clear-r16", model=WAN)
 
-    def test_a_bundled_model_that_is_not_trained(self, monkeypatch):
+    def test_a_bundled_model_can_be_planned_before_it_is_trained(self, monkeypatch):
+        trained = of_model("tiny-flux")
+        state = torch.get_rng_state()
         monkeypatch.setattr(tiny, "trained", lambda name: False)
-        with pytest.raises(UnavailableError, match="not trained yet"):
-            of_model("tiny-wan")
+        assert of_model("tiny-flux") == trained
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestFolder:
