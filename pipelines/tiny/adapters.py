@@ -20,16 +20,9 @@ class Adapter(ABC):
     """Trains a pipeline of one family; ``pipe`` holds the modules that are trained in place."""
 
     crop: ClassVar[Size]  # what the autoencoder is trained on
-    canvases: ClassVar[tuple[int, ...]] = (
-        48,
-        64,
-        64,
-        96,
-        128,
-        192,
-        256,
-        512,
-    )  # sides of scenes it is cut from
+    canvases: ClassVar[tuple[int, ...]] = (48, 64, 64, 96, 128, 192, 256, 512)  # sides of whole scenes
+    anywhere: ClassVar[float] = 0.25  # share of crops that need not lie across an object's outline
+    still: ClassVar[float] = 0.0  # share of the autoencoder's stage, at its start, on single frames
     text_encoders: ClassVar[tuple[str, ...]]
     text_length: ClassVar[int] = TEXT_LENGTH
 
@@ -221,9 +214,11 @@ class WanAdapter(VideoAdapter):
 class HunyuanVideoAdapter(VideoAdapter):
     # Its padding keeps a crop of one colour constant all through, and group norm divides by its deviation:
     # gradients of a few such crops drown all others. So every crop is large and shows some of an object.
-    crop = (9, 64, 64)
+    # Colours it learns from pictures within a hundred steps, from moving crops hardly in a thousand.
+    crop = (5, 64, 64)
     canvases = (64, 96, 128, 192)
     anywhere = 0.0
+    still = 0.1
     text_encoders = ("text_encoder", "text_encoder_2")
 
     @property

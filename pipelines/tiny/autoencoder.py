@@ -52,9 +52,12 @@ def _crops(
     return pixels([_crop(draw.rng, scene, shape, adapter) for scene in scenes]).to(device)
 
 
-def loss(adapter: Adapter, draw: Draw, batch: int, device: torch.device) -> torch.Tensor:
+def loss(adapter: Adapter, draw: Draw, progress: float, batch: int, device: torch.device) -> torch.Tensor:
     """Error of the reconstruction, plus a small share of the latents' divergence from N(0, 1)."""
-    target = _crops(adapter, draw, adapter.crop, batch, device)
+    if progress < adapter.still:
+        target = _crops(adapter, draw, (1, *adapter.crop[1:]), 2 * batch, device)
+    else:
+        target = _crops(adapter, draw, adapter.crop, batch, device)
     with torch.autocast(device.type, torch.bfloat16):
         posterior = adapter.posterior(target)
         mean, std = posterior.mean.float(), posterior.std.float()

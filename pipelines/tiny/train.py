@@ -93,8 +93,8 @@ PLANS: dict[str, Plan] = {
         clips={17: 4, 29: 2, 61: 1, 125: 1},
     ),
     "tiny-hunyuan-video": Plan(
-        autoencoder=Stage("vae", steps=1600, rate=2e-3, decay=0.5, averaging=0.99),
-        crops=2,
+        autoencoder=Stage("vae", steps=1500, rate=1e-3, decay=0.5, averaging=0.99),
+        crops=4,
         flow=Stage("flow", steps=6000, rate=1e-3, averaging=0.998, muon=True),
         diets=(
             Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
@@ -234,7 +234,9 @@ class Training:
         """Trains the autoencoder and measures its latents."""
         loop = self._loop(self.plan.autoencoder, {"vae": self.pipe.vae})
         loop.run(
-            lambda draw, progress: autoencoder.loss(self.adapter, draw, self.plan.crops, self.device),
+            lambda draw, progress: autoencoder.loss(
+                self.adapter, draw, progress, self.plan.crops, self.device
+            ),
             minutes=minutes,
             log_every=20,
             save_every=100,
