@@ -1,9 +1,10 @@
 // Block-sparse attention on a CPU, the twin of the Triton kernel; compiled and called by native.py.
 //
-// For every query block, online softmax (Milakov and Gimelshein 2018, FlashAttention) over its key blocks, 64 keys at
-// a time: scores of a strip of rows, their powers of two, their product with V, all in the first-level cache.
-// Keys and values are first packed by panels of 16 keys, so that the blocks of a list need not be gathered.
-// Where the processor has AMX, bfloat16 inputs stay bfloat16 and its tiles compute the products.
+// For every query block, online softmax (Milakov and Gimelshein 2018, FlashAttention) over its key blocks, 64
+// keys at a time: scores of a strip of rows, their powers of two, their product with V, all in the
+// first-level cache. Keys and values are first packed by panels of 16 keys, so that the blocks of a list need
+// not be gathered. Where the processor has AMX, bfloat16 inputs stay bfloat16 and its tiles compute the
+// products.
 
 #include <cmath>
 #include <cstdint>
@@ -26,8 +27,8 @@ constexpr int W = 8, N = 2;
 #else
 constexpr int W = 4, N = 4;
 #endif
-constexpr int M = 6;                                 // rows of a strip: M x N accumulators fill the registers
-constexpr int PANEL = 16, PANELS = 4;                // keys of a panel, panels at a time
+constexpr int M = 6;                   // rows of a strip: M x N accumulators fill the registers
+constexpr int PANEL = 16, PANELS = 4;  // keys of a panel, panels at a time
 constexpr int KEYS = PANEL * PANELS, VECTORS = KEYS / W;
 
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -39,7 +40,8 @@ inline void store(float* p, vec x) { *(loose*)p = x; }
 inline vec splat(float x) { return x - vec{}; }  // x + 0 would be an addition
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// 2^x for x <= 0 to a relative error of 1e-7. What would vanish in any sum with 1 is 0: denormal numbers are slow.
+// 2^x for x <= 0 to a relative error of 1e-7. What would vanish in any sum with 1 is 0: denormal numbers are
+// slow.
 inline vec exp2(vec x) {
   const vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits are now round(x)
   const vec f = x - (shifted - 12582912.0f);
@@ -152,8 +154,9 @@ struct Scratch {
 };
 
 // Scores of one row with KEYS keys to powers of two in place, below the row's largest so far.
-__attribute__((always_inline)) inline void soften(float* scores, const Panel* panels, bool masked, int64_t row, int64_t bits_stride, float factor,
-                   float* top, float* sum, float* out, int64_t width) {
+__attribute__((always_inline)) inline void soften(float* scores, const Panel* panels, bool masked,
+                                                  int64_t row, int64_t bits_stride, float factor, float* top,
+                                                  float* sum, float* out, int64_t width) {
   ivec bit;
   for (int i = 0; i < W; i++) bit[i] = 1 << i;
   vec x[VECTORS];
@@ -188,7 +191,8 @@ __attribute__((always_inline)) inline void soften(float* scores, const Panel* pa
 
 // A finished row: its result, and its log-sum-exp where wanted.
 template <class Format>
-inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename Format::type* out, float* lse) {
+inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename Format::type* out,
+                   float* lse) {
   const float top = scratch.top[r], sum = total(load(scratch.sum + r * W));
   const float inverse = top == -INFINITY ? 0.0f : 1.0f / sum;
   const float* result = scratch.out + r * Format::width(job.dim);
@@ -196,7 +200,7 @@ inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename F
   if (lse) *lse = top == -INFINITY ? -INFINITY : (top + log2f(sum)) * float(M_LN2);
 }
 
-// -- float32 ----------------------------------------------------------------------------------------------------------
+// -- float32 ---------------------------------------------------------------------------------------------------
 
 struct Single {
   typedef float type;
@@ -207,8 +211,8 @@ struct Single {
   static int64_t v_size(int64_t dim) { return width(dim) * PANEL; }
 
   // k to (dim, PANEL), v to (PANEL, width), zero past `count` tokens and past dim.
-  static void pack(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t count, int64_t dim,
-                   float* k_packed, float* v_packed) {
+  static void pack(const float* k, const float* v, int64_t k_stride, int64_t v_stride, int64_t count,
+                   int64_t dim, float* k_packed, float* v_packed) {
     memset(v_packed, 0, 4 * v_size(dim));
     if (count < PANEL) memset(k_packed, 0, 4 * k_size(dim));
     for (int64_t j = 0; j < count; j++) {
@@ -263,13 +267,13 @@ struct Single {
   }
 
   template <int R>
-  static void strip(const Job& job, const float* q, const float* const* k, const float* const* v, const Panel* panels,
-                    bool masked, int64_t row, Scratch& scratch) {
+  static void strip(const Job& job, const float* q, const float* const* k, const float* const* v,
+                    const Panel* panels, bool masked, int64_t row, Scratch& scratch) {
     const int64_t wide = width(job.dim);
     score<R>(q + row * job.q_stride[2], job.q_stride[2], k, job.dim, scratch.scores);
     for (int m = 0; m < R; m++)
-      soften(scratch.scores + m * KEYS, panels, masked, row + m, job.block_k / 8, job.factor, scratch.top + row + m,
-             scratch.sum + (row + m) * W, scratch.out + (row + m) * wide, wide);
+      soften(scratch.scores + m * KEYS, panels, masked, row + m, job.block_k / 8, job.factor,
+             scratch.top + row + m, scratch.sum + (row + m) * W, scratch.out + (row + m) * wide, wide);
     float* out = scratch.out + row * wide;
     int64_t column = 0;
     for (; column + N * W <= wide; column += N * W) add_columns<R, N>(scratch.scores, v, column, wide, out);
@@ -281,8 +285,8 @@ struct Single {
   static void begin(const Job&, const float*, int64_t, Scratch&) {}
 
   // All rows of a query block with the keys of some panels.
-  static void attend(const Job& job, const float* q, const float* k, const float* v, const Panel* panels, bool masked,
-                     int64_t rows, Scratch& scratch) {
+  static void attend(const Job& job, const float* q, const float* k, const float* v, const Panel* panels,
+                     bool masked, int64_t rows, Scratch& scratch) {
     const float *keys[PANELS], *values[PANELS];
     for (int i = 0; i < PANELS; i++) {
       keys[i] = k + panels[i].index * k_size(job.dim);
@@ -302,7 +306,7 @@ struct Single {
   static float converted(float x) { return x; }
 };
 
-// -- bfloat16 on AMX --------------------------------------------------------------------------------------------------
+// -- bfloat16 on AMX -------------------------------------------------------------------------------------------
 
 #ifdef TILES
 
@@ -317,8 +321,8 @@ struct Tiles {
   static int64_t v_size(int64_t dim) { return width(dim) * PANEL; }
 
   // k to (depth / 2, PANEL, 2), v to (width / 16, PANEL / 2, 16, 2), zero past `count` tokens and past dim.
-  static void pack(const type* k, const type* v, int64_t k_stride, int64_t v_stride, int64_t count, int64_t dim,
-                   type* k_packed, type* v_packed) {
+  static void pack(const type* k, const type* v, int64_t k_stride, int64_t v_stride, int64_t count,
+                   int64_t dim, type* k_packed, type* v_packed) {
     memset(k_packed, 0, 2 * k_size(dim));
     memset(v_packed, 0, 2 * v_size(dim));
     for (int64_t j = 0; j < count; j++)
@@ -334,8 +338,8 @@ struct Tiles {
     for (int64_t r = 0; r < rows; r++) memcpy(scratch.q + r * deep, q + r * job.q_stride[2], 2 * job.dim);
   }
 
-  static void attend(const Job& job, const type*, const type* k, const type* v, const Panel* panels, bool masked,
-                     int64_t rows, Scratch& scratch) {
+  static void attend(const Job& job, const type*, const type* k, const type* v, const Panel* panels,
+                     bool masked, int64_t rows, Scratch& scratch) {
     const int64_t deep = depth(job.dim), wide = width(job.dim), half = PANEL / 2 * 32;
     const type* keys[PANELS];
     for (int i = 0; i < PANELS; i++) {
@@ -438,8 +442,10 @@ void run(const Job& job) {
       const int64_t plane = item / panels, key = item % panels * PANEL, left = job.kv_len - key;
       Format::pack(at(job.k, job.k_stride, plane) + key * job.k_stride[2],
                    at(job.v, job.v_stride, plane) + key * job.v_stride[2], job.k_stride[2], job.v_stride[2],
-                   left < 0 ? 0 : left < PANEL ? left : PANEL, dim, (type*)job.k_packed + item * k_size,
-                   (type*)job.v_packed + item * v_size);
+                   left < 0       ? 0
+                   : left < PANEL ? left
+                                  : PANEL,
+                   dim, (type*)job.k_packed + item * k_size, (type*)job.v_packed + item * v_size);
     }
     Setting setting;
     (void)setting;
@@ -447,7 +453,8 @@ void run(const Job& job) {
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < planes * rows; item++) {
       const int64_t plane = item / rows, head = plane % job.heads;
-      const int64_t row = job.row_order[job.group_of_head[head] * rows + item % rows], first = row * job.block_q;
+      const int64_t row = job.row_order[job.group_of_head[head] * rows + item % rows],
+                    first = row * job.block_q;
       const int64_t count = job.seq_len - first < job.block_q ? job.seq_len - first : job.block_q;
       const type* q = at(job.q, job.q_stride, plane) + first * job.q_stride[2];
       const type* k = (const type*)job.k_packed + plane * panels * k_size;
