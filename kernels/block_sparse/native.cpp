@@ -200,7 +200,7 @@ inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename F
   if (lse) *lse = top == -INFINITY ? -INFINITY : (top + log2f(sum)) * float(M_LN2);
 }
 
-// -- float32 ---------------------------------------------------------------------------------------------------
+// -- float32 ------------------------------------------------------------------------------------------------
 
 struct Single {
   typedef float type;
@@ -306,7 +306,7 @@ struct Single {
   static float converted(float x) { return x; }
 };
 
-// -- bfloat16 on AMX -------------------------------------------------------------------------------------------
+// -- bfloat16 on AMX ----------------------------------------------------------------------------------------
 
 #ifdef TILES
 
