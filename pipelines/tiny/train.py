@@ -93,7 +93,7 @@ PLANS: dict[str, Plan] = {
         clips={17: 4, 29: 2, 61: 1, 125: 1},
     ),
     "tiny-hunyuan-video": Plan(
-        autoencoder=Stage("vae", steps=1500, rate=1e-3, decay=0.5, averaging=0.99),
+        autoencoder=Stage("vae", steps=3000, rate=1e-3, decay=0.5, averaging=0.99),
         crops=4,
         flow=Stage("flow", steps=6000, rate=1e-3, averaging=0.998, muon=True),
         diets=(
@@ -108,7 +108,7 @@ PLANS: dict[str, Plan] = {
             Diet((65, 176, 176), 1, 64, ((0.5, 0.12),), Neighborhood((3, 22, 22))),
             Diet((65, 176, 176), 1, 64, ((0.5, 0.04),), Radial(0.2, block_size=32)),
         ),
-        decoder=Stage("decoder", steps=400, rate=1e-3, decay=0.6, averaging=0.99),
+        decoder=Stage("decoder", steps=800, rate=1e-3, decay=0.6, averaging=0.99),
         clips={17: 2, 29: 1, 61: 1},
     ),
 }
