@@ -105,7 +105,7 @@ class Scorer:
 
     def _match(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": self.longest}
-        options["return_tensors"] = "pt"
+        options |= {"return_tensors": "pt", "return_token_type_ids": False}
         text = self.tokenizer(prompts, **options).to(self.model.device)
         out = self.model(pixel_values=pixels, **text)
         each = out.text_embeds.repeat_interleave(len(pixels) // len(prompts), 0)
