@@ -6,6 +6,7 @@
 // not be gathered. Where the processor has AMX, bfloat16 inputs stay bfloat16 and its tiles compute the
 // products.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -439,13 +440,11 @@ void run(const Job& job) {
   {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < planes * panels; item++) {
-      const int64_t plane = item / panels, key = item % panels * PANEL, left = job.kv_len - key;
+      const int64_t plane = item / panels, key = item % panels * PANEL;
       Format::pack(at(job.k, job.k_stride, plane) + key * job.k_stride[2],
                    at(job.v, job.v_stride, plane) + key * job.v_stride[2], job.k_stride[2], job.v_stride[2],
-                   left < 0       ? 0
-                   : left < PANEL ? left
-                                  : PANEL,
-                   dim, (type*)job.k_packed + item * k_size, (type*)job.v_packed + item * v_size);
+                   std::clamp<int64_t>(job.kv_len - key, 0, PANEL), dim, (type*)job.k_packed + item * k_size,
+                   (type*)job.v_packed + item * v_size);
     }
     Setting setting;
     (void)setting;
@@ -455,7 +454,7 @@ void run(const Job& job) {
       const int64_t plane = item / rows, head = plane % job.heads;
       const int64_t row = job.row_order[job.group_of_head[head] * rows + item % rows],
                     first = row * job.block_q;
-      const int64_t count = job.seq_len - first < job.block_q ? job.seq_len - first : job.block_q;
+      const int64_t count = std::min(job.seq_len - first, job.block_q);
       const type* q = at(job.q, job.q_stride, plane) + first * job.q_stride[2];
       const type* k = (const type*)job.k_packed + plane * panels * k_size;
       const type* v = (const type*)job.v_packed + plane * panels * v_size;
