@@ -11,6 +11,7 @@ else:
         block_sparse_attention,
         can_run,
         default_block_size,
+        fastest_backend,
         support_table,
     )
 
@@ -20,5 +21,6 @@ else:
         "block_sparse_attention",
         "can_run",
         "default_block_size",
+        "fastest_backend",
         "support_table",
     ]

@@ -161,20 +161,24 @@ def automatic_backend(
     device: torch.device | str, dtype: torch.dtype, **inputs: Any
 ) -> tuple[str, str | None]:
     """The backend that `"auto"` stands for with such inputs (as for `can_run`), and why it is none better."""
-    best = _best(device)
+    best = fastest_backend(device)
     reason = can_run(best, device=device, dtype=dtype, **inputs)
     return (best, None) if reason is None else ("gather", reason)
 
 
-def _best(device: torch.device | str) -> str:
-    """The fastest backend of a kind of device."""
+def fastest_backend(device: torch.device | str) -> str:
+    """The fastest backend of a device type, which `"auto"` takes where it can run."""
     return "native" if torch.device(device).type == "cpu" else "triton"
 
 
 @cache  # once per device type, dtype and reason
 def _log_choice(chosen: str, device: str, dtype: torch.dtype, reason: str | None) -> None:
-    why = "" if reason is None else f" (not {_best(device)}: {reason})"
-    _log.info("block_sparse_attention on %s, %s: backend %r%s", device, dtype, chosen, why)
+    if reason is None:
+        _log.info("block_sparse_attention on %s, %s: backend %r", device, dtype, chosen)
+    else:
+        best = fastest_backend(device)
+        text = "block_sparse_attention on %s, %s: backend %r, which is slower than %r: %s"
+        _log.warning(text, device, dtype, chosen, best, reason)
 
 
 def _triton_unavailable(device, dtype, head_dim, block_size, requires_grad) -> str | None:

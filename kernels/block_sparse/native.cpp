@@ -57,7 +57,11 @@ inline vec exp2(vec x) {
 
 template <int HALF, size_t... I>
 inline vec swapped(vec x, std::index_sequence<I...>) {
+#ifdef __clang__
   return __builtin_shufflevector(x, x, int(I ^ HALF)...);
+#else  // GCC has the other since version 12
+  return __builtin_shuffle(x, ivec{int32_t(I ^ HALF)...});
+#endif
 }
 
 template <int HALF = W / 2>

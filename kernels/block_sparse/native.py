@@ -124,22 +124,26 @@ def _reason() -> str | None:
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled library, or None and the reason why there is none."""
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))), None
-    )
-    if compiler is None:
-        return None, "native compiles C++ and no compiler was found; install g++ or clang++"
-    try:
-        path = _compiled(compiler)
-        library = ctypes.CDLL(str(path))
-    except subprocess.CalledProcessError as error:
-        return None, f"native could not be compiled: `{compiler}` says {error.stderr.strip()[-500:]}"
-    except OSError as error:
-        return None, f"native could not be kept or loaded ({error}); set XDG_CACHE_HOME to a folder for it"
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+    reasons = []
+    for compiler in dict.fromkeys(filter(None, map(shutil.which, names))):
+        try:
+            return _loaded(_compiled(compiler)), None
+        except subprocess.CalledProcessError as error:
+            reasons.append(f"native could not be compiled: `{compiler}` says {error.stderr.strip()[-500:]}")
+        except (OSError, RuntimeError) as error:  # a RuntimeError: there is no home folder
+            why = f"native could not be kept or loaded ({error}); set XDG_CACHE_HOME to a folder for it"
+            reasons.append(why)
+    missing = "native compiles C++ and no compiler was found; install g++ or clang++"
+    return None, "; ".join(dict.fromkeys(reasons)) or missing
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     for name in ("attend_float32", "attend_bfloat16"):
         getattr(library, name).argtypes = (ctypes.POINTER(_Job),)
         getattr(library, name).restype = None
-    return library, None
+    return library
 
 
 def _compiled(compiler: str) -> Path:
