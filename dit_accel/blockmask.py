@@ -301,13 +301,9 @@ _POPCOUNT = torch.tensor([bin(i).count("1") for i in range(256)], dtype=torch.in
 
 def check_block_size(block_size: tuple[int, int]) -> None:
     """Raise ValueError unless (query, key) block sizes are positive multiples of 16 and 8."""
-    if (
-        len(block_size) != 2
-        or block_size[0] < 16
-        or block_size[1] < 8
-        or block_size[0] % 16
-        or block_size[1] % 8
-    ):
+    sizes = block_size if isinstance(block_size, (tuple, list)) else ()
+    whole = len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)
+    if not whole or sizes[0] % 16 or sizes[1] % 8:
         raise ValueError(f"`block_size` must be (a multiple of 16, a multiple of 8), got {block_size!r}")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import TokenLayout
-from .base import AxisWise
+from .base import AxisWise, integers
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ class InwardWindow(AxisWise):
     half_window: tuple[int, int]
 
     def __post_init__(self):
-        value = tuple(self.half_window)
-        if len(value) != 2 or any(type(d) is not int or d < 0 for d in value):
-            raise ValueError(
-                f"`half_window` must be two integers (dh, dw) of at least 0, got {self.half_window!r}"
-            )
-        object.__setattr__(self, "half_window", value)
+        object.__setattr__(self, "half_window", integers("half_window", self.half_window, "(dh, dw)", 0))
 
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
         frames, height, width = layout.grid

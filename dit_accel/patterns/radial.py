@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,7 +44,7 @@ class Radial(Pattern):
     exact: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.decay_factor, (int, float)) or not self.decay_factor > 0:
+        if not isinstance(self.decay_factor, (int, float)) or not 0 < self.decay_factor < math.inf:
             raise ValueError(f"`decay_factor` must be a positive number, got {self.decay_factor!r}")
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"`block_size` must be a positive integer, got {self.block_size!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import TokenLayout
-from .base import AxisWise, Grid
+from .base import AxisWise, Grid, integers
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,7 @@ class SlidingTile(AxisWise):
 
     def __post_init__(self):
         for name in ("window", "tile"):
-            value = tuple(getattr(self, name))
-            if len(value) != 3 or any(type(n) is not int or n < 1 for n in value):
-                raise ValueError(
-                    f"`{name}` must be three positive integers (t, h, w), got {getattr(self, name)!r}"
-                )
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, integers(name, getattr(self, name), "(t, h, w)", 1))
 
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
         tables = []
