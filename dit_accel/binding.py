@@ -16,13 +16,13 @@ from .errors import UnavailableError
 from .geometry import Geometry, block_sizes, cheapest
 from .guidance.branch import Branch, Call
 from .kernels.block_sparse import opaque
-from .layers import plan_layers
+from .layers import LayerPlan, plan_layers
 from .layout import TokenLayout
 from .pipelines.attention import DENSE, Family, SparseProcessor
 from .rates import Rates, measured
 from .recipe import Recipe
 
-_GEOMETRIES_KEPT = 8
+_GEOMETRIES_KEPT = 16
 _SPATIAL_CACHES = ("FasterCacheConfig", "SeaCacheConfig")  # they take Fourier transforms over the frame
 
 
@@ -46,22 +46,26 @@ class Binding:
         self.heads = transformer.config.num_attention_heads
         self.head_dim = transformer.config.attention_head_dim
         self.plans = plan_layers(recipe, list(self.modules), self.heads)
+        used = dict.fromkeys(pattern for plan in self.plans for pattern in plan.patterns)
+        self._changing = [pattern for pattern in used if len(pattern.variants) > 1]  # from step to step
         self._rates = rates
         self.branch: Branch | None = None
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads)
         self.processors: dict[str, SparseProcessor] = {}
+        self.device = device  # of the latest call, before one where the first is expected
         self.geometry: Geometry | None = None  # of the latest call
         self.tally: Any = None  # called with each tick and geometry; set by the handle
         self._geometries: dict[tuple, Geometry] = {}
         self._memo: dict = {}
-        self._temporal: dict[str, torch.Tensor] = {}
+        self._run: int | None = None
+        self._temporal: dict[str, torch.Tensor] = {}  # in the latest run, by layer
         self._moved: Geometry | None = None  # of the call in progress, if its tokens are permuted
         self._hooks: list = []
         self._inputs = [
             name for name in inspect.signature(type(transformer).forward).parameters if name != "self"
         ]
-        self._check(device)
+        self._check()
 
     @property
     def sparse_layers(self) -> list[str]:
@@ -80,38 +84,46 @@ class Binding:
 
     @property
     def backend(self) -> str:
-        """The kernel backend of sparse layers, where the transformer is now; after `auto`, the one chosen."""
+        """The kernel backend of sparse layers, the one chosen where the recipe leaves it to `auto`."""
         if self.recipe.backend != "auto":
             return self.recipe.backend
-        device, dtype = self.transformer.device, self.transformer.dtype
-        size = next(iter(block_sizes(self.recipe, device)))
-        chosen, _ = kernels.automatic_backend(device, dtype, head_dim=self.head_dim, block_size=size)
-        return f"auto: {chosen}"
+        size = next(iter(block_sizes(self.recipe, self.device)))
+        chosen, _ = kernels.automatic_backend(
+            self.device, self.transformer.dtype, head_dim=self.head_dim, block_size=size
+        )
+        return chosen
 
-    def rates(self, device: torch.device) -> Rates:
-        """How fast attention was measured to be on a device in the transformer's dtype."""
+    def rates(self) -> Rates:
+        """How fast attention was measured to be with the backend and the transformer's dtype."""
+        if self._rates is not None:
+            return self._rates
         dtype = str(self.transformer.dtype).removeprefix("torch.")
-        rates = self._rates or measured(device.type, dtype, self.head_dim)
-        return rates.of_backend(self.recipe.backend, device.type)
+        return measured(self.device.type, dtype, self.head_dim).of_backend(self.backend, self.device.type)
 
-    def _check(self, device: torch.device) -> None:
+    def _check(self) -> None:
         for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
             if reason is not None:
                 raise UnavailableError(f"layer {name} of this {self.family.name} transformer {reason}")
         if self.sparse_layers:
-            dtype = self.transformer.dtype
-            size = next(iter(block_sizes(self.recipe, device)))
+            size = next(iter(block_sizes(self.recipe, self.device)))
             reason = kernels.can_run(
-                self.recipe.backend, device=device, dtype=dtype, head_dim=self.head_dim, block_size=size
+                self.recipe.backend,
+                device=self.device,
+                dtype=self.transformer.dtype,
+                head_dim=self.head_dim,
+                block_size=size,
             )
             if reason is not None:
                 raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
-            if self.recipe.min_tokens == "auto" and not self.rates(device).break_even:
-                raise UnavailableError(
-                    f"`min_tokens='auto'` needs a break-even length, and that of backend "
-                    f"{self.recipe.backend!r} was not measured on {device.type} in {dtype}; give a number"
-                )
+            self._check_break_even()
+
+    def _check_break_even(self) -> None:
+        if self.recipe.min_tokens == "auto" and not self.rates().break_even:
+            raise UnavailableError(
+                f"`min_tokens='auto'` needs a break-even length, and that of backend {self.backend!r} was "
+                f"not measured on {self.device.type} in {self.transformer.dtype}; give a number"
+            )
 
     def adopt(self, other: Binding) -> None:
         """Go on with the clock and the masks of a binding of the same transformer and patterns."""
@@ -158,11 +170,13 @@ class Binding:
             self._check_checkpointing()
             layout = self.family.layout(self.transformer, inputs, self._memo)
             text_valid = self.family.text_valid(inputs, self._memo)
-            self.geometry = self.geometry_of(layout, inputs["hidden_states"].device)
-            geometry = self.geometry
+            self.device = inputs["hidden_states"].device
+            earlier, geometry = self.geometry, self.geometry_of(layout, tick.step)
+            if tick.run != self._run or earlier is None or geometry.layout != earlier.layout:
+                self._run, self._temporal = tick.run, {}
+            self.geometry = geometry
             choices = {mask for mask in geometry.masks if isinstance(mask, HeadChoice)}
             samples = {} if dense else {choice: choice.sample(tick.step) for choice in choices}
-            self._temporal = {} if tick.new_run else self._temporal
             for plan, mask, own in zip(self.plans, geometry.masks, geometry.layouts, strict=True):
                 if plan.name in self.processors:
                     processor = self.processors[plan.name]
@@ -171,9 +185,9 @@ class Binding:
                     processor.sample, processor.temporal = samples.get(mask), None
             for mask in set(geometry.masks) - {None}:
                 opaque.announce(mask.mask if isinstance(mask, HeadChoice) else mask)
-            if self.geometry.permutation is not None and (not dense or self._keeps_tokens()):
+            if geometry.permutation is not None and (not dense or self._keeps_tokens()):
                 self._check_cache()
-                self._moved = self.geometry
+                self._moved = geometry
                 inputs = self.family.enter(self.transformer, inputs, layout, self._permute)
         self.tally(tick, dense or not self.sparse_layers, self.geometry)
         if self.branch is not None:
@@ -270,15 +284,27 @@ class Binding:
 
     # -- geometry ------------------------------------------------------------------------------------------
 
-    def geometry_of(self, layout: TokenLayout, device: torch.device) -> Geometry:
-        """Masks of all layers on a layout, built once and kept."""
-        key = (layout, device)
+    def geometry_of(self, layout: TokenLayout, step: int = 0) -> Geometry:
+        """Masks of all layers on a layout at a sampler step, built once for each device and dtype and kept.
+
+        Where patterns change from step to step, block size and token order stay as they are at all of them.
+        """
+        key = (layout, self.device, self.transformer.dtype)
+        geometry = self._kept(key, self.plans)
+        if not self._changing:
+            return geometry
+        shapes = tuple(pattern.at_step(step) for pattern in self._changing)
+        return self._kept((*key, shapes), [plan.at_step(step) for plan in self.plans], geometry)
+
+    def _kept(self, key: tuple, plans: list[LayerPlan], like: Geometry | None = None) -> Geometry:
         if key not in self._geometries:
+            self._check_break_even()
             while len(self._geometries) >= _GEOMETRIES_KEPT:
                 del self._geometries[next(iter(self._geometries))]
-            layouts = [self.family.layer_layout(plan.name, layout) for plan in self.plans]
+            layout = key[0]
+            layouts = [self.family.layer_layout(plan.name, layout) for plan in plans]
             leading = self.family.leading(self.transformer, layout)
             self._geometries[key] = cheapest(
-                self.recipe, self.plans, layout, layouts, leading, device, self.rates(device)
+                self.recipe, plans, layout, layouts, leading, self.device, self.rates(), like
             )
         return self._geometries[key]

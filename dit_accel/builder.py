@@ -15,6 +15,7 @@ from .rules import Rule, first_of_each, hash_rows
 
 HILBERT_UP_TO = 65_536  # tokens; beyond, the curve takes longer to draw than it has ever saved
 _SAMPLED_ROWS = 48
+_TILES_TRIED = 3  # of all shapes, judged by their boxes first, which ignores that cut tiles share blocks
 _PAIRS_AT_ONCE = 8_192
 
 
@@ -22,7 +23,8 @@ def build(pattern, layout: TokenLayout, block_size: tuple[int, int], order) -> B
     """The `BlockMask` of `pattern` on `layout`; see `Pattern.block_mask`."""
     check_block_size(block_size)
     rule = pattern.rule(layout)
-    permutation = resolve_order(rule, layout, block_size, order, pattern.natural_orders(layout))
+    rules = [variant.rule(layout) for variant in pattern.variants]
+    permutation = resolve_order(rules, layout, block_size, order, pattern.natural_orders(layout))
     q, k = (_Blocks.cut(rule, layout, permutation, size, pattern.anchor_sees_visual) for size in block_size)
     text = (layout.visual_len + layout.anchor_len, layout.seq_len)
     never_full = unmaskable(len(k.visual), block_size[1], layout.seq_len, text)
@@ -160,7 +162,7 @@ def _distinct(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def resolve_order(
-    rule: Rule,
+    rules: Sequence[Rule],
     layout: TokenLayout,
     block_size: tuple[int, int],
     order: str | Sequence[int] | torch.Tensor = "auto",
@@ -168,8 +170,8 @@ def resolve_order(
 ) -> torch.Tensor:
     """The permutation of the visual tokens that `order` names: int64 (V,).
 
-    `"auto"` takes the order with the fewest blocks to compute, estimated on a sample of query blocks, and the
-    model's own order when nothing beats it by 2%.
+    `"auto"` takes the order with the fewest blocks to compute, for all rules together, estimated on a sample
+    of query blocks, and the model's own order when nothing beats it by 2%.
 
     Raises:
         ValueError: an unknown name, or something that is not a permutation of the visual tokens.
@@ -187,19 +189,18 @@ def resolve_order(
         raise ValueError(
             f"`order` must be 'auto', 'raster', 'tile', 'hilbert' or a permutation, got {order!r}"
         )
-    cost, tile = min(
-        (_tile_cost(rule, layout, tile, block_size), tile) for tile in tile_shapes(layout.grid, block_size[0])
-    )
-    others = list(natural_orders)
+    shapes = tile_shapes(layout.grid, block_size[0])
+    shapes.sort(key=lambda tile: _tile_cost(rules, layout, tile, block_size))
+    candidates = [orders.tiles(layout.grid, tile) for tile in shapes[:_TILES_TRIED]]
+    candidates += natural_orders
     if order == "auto" and layout.visual_len <= HILBERT_UP_TO:
-        others.append(orders.hilbert(layout.grid))
-    costs = [_cost(rule, layout, permutation, block_size) for permutation in others]
-    least = min([cost, *costs])
+        candidates.append(orders.hilbert(layout.grid))
+    costs = [_cost(rules, layout, permutation, block_size) for permutation in candidates]
     if order == "auto":
         raster = orders.raster(layout.grid)
-        if _cost(rule, layout, raster, block_size) <= 1.02 * least:
+        if _cost(rules, layout, raster, block_size) <= 1.02 * min(costs):
             return raster
-    return orders.tiles(layout.grid, tile) if least == cost else others[costs.index(least)]
+    return candidates[costs.index(min(costs))]
 
 
 def tile_shapes(grid: tuple[int, int, int], volume: int) -> list[tuple[int, int, int]]:
@@ -213,13 +214,12 @@ def tile_shapes(grid: tuple[int, int, int], volume: int) -> list[tuple[int, int,
     return fitting or [(1, 1, volume)]
 
 
-def _tile_cost(rule: Rule, layout: TokenLayout, tile, block_size: tuple[int, int]) -> float:
+def _tile_cost(rules: Sequence[Rule], layout: TokenLayout, tile, block_size: tuple[int, int]) -> float:
     """Expected key blocks per query block under tile order, from the tiles' boxes, not the order itself."""
     q, q_weight = _tile_blocks(layout, tile, block_size[0])
     k, k_weight = _tile_blocks(layout, tile, block_size[1])
     rows = torch.linspace(0, len(q) - 1, min(_SAMPLED_ROWS, len(q))).long()
-    maybe, _ = rule.classify(rule.side(q[rows]), rule.side(k), slice(None))
-    per_row = (maybe * k_weight).sum(1)
+    per_row = sum((_maybe(rule, q[rows], k) * k_weight).sum(1) for rule in rules)
     return float((per_row * q_weight[rows]).sum() / q_weight[rows].sum())
 
 
@@ -239,12 +239,18 @@ def _tile_blocks(layout: TokenLayout, tile, size: int) -> tuple[torch.Tensor, to
     return tokens[exists], weight[exists]
 
 
-def _cost(rule: Rule, layout: TokenLayout, permutation: torch.Tensor, block_size: tuple[int, int]) -> float:
+def _cost(
+    rules: Sequence[Rule], layout: TokenLayout, permutation: torch.Tensor, block_size: tuple[int, int]
+) -> float:
     """Key blocks per query block under any order, from the boxes of its blocks."""
     q, k = (
         permutation[torch.arange(-(-layout.visual_len // n) * n).clamp(max=layout.visual_len - 1)].view(-1, n)
         for n in block_size
     )
     rows = torch.linspace(0, len(q) - 1, min(_SAMPLED_ROWS, len(q))).long()
-    maybe, _ = rule.classify(rule.side(q[rows]), rule.side(k), slice(None))
-    return float(maybe.sum(1).float().mean())
+    return sum(float(_maybe(rule, q[rows], k).sum(1).float().mean()) for rule in rules)
+
+
+def _maybe(rule: Rule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Which blocks of query tokens (r, b) may attend to which of key tokens (c, b): bool (r, c)."""
+    return rule.classify(rule.side(q), rule.side(k), slice(None))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,14 @@ from .recipe import Recipe
 class Geometry:
     """What depends on the token geometry: the visual tokens' permutation, each layer's layout and mask.
 
-    `kept` says why a layer with a pattern keeps the model's own attention at this size, or is empty.
+    `order` is the order of the visual tokens in the masks, int64 (V,); `permutation` the same, or None where
+    no token moves. `kept` says why a layer with a pattern keeps the model's own attention at this size, or is
+    empty.
     """
 
     layout: TokenLayout
     block_size: tuple[int, int]
+    order: torch.Tensor
     permutation: torch.Tensor | None
     inverse: torch.Tensor | None
     layouts: list[TokenLayout]
@@ -56,6 +60,7 @@ def cheapest(
     leading: int,
     device: torch.device,
     rates: Rates,
+    like: Geometry | None = None,
 ) -> Geometry:
     """Masks of all layers in the block size that is expected to take the least time.
 
@@ -65,11 +70,14 @@ def cheapest(
         leading: how many visual tokens must stay in front.
         device: where masks are to be.
         rates: measured on it.
+        like: has the token order and block size to take instead.
     """
-    sizes = block_sizes(recipe, device)
+    sizes, asked = block_sizes(recipe, device), recipe.order
+    if like is not None:
+        sizes, asked = {like.block_size: 1.0}, like.order
     built = []
     for size in sizes:
-        masks, order = _masks(recipe.order, plans, layouts, leading, size, device)
+        masks, order = _masks(asked, plans, layouts, leading, size, device)
         kept = [_too_short(recipe, mask, own, rates) for mask, own in zip(masks, layouts, strict=True)]
         masks = [None if reason else mask for mask, reason in zip(masks, kept, strict=True)]
         in_place = torch.equal(order, torch.arange(layout.visual_len)) or all(mask is None for mask in masks)
@@ -77,6 +85,7 @@ def cheapest(
             Geometry(
                 layout=layout,
                 block_size=size,
+                order=order,
                 permutation=None if in_place else order.to(device),
                 inverse=None if in_place else torch.argsort(order).to(device),
                 layouts=list(layouts),
@@ -132,8 +141,12 @@ def _too_short(recipe: Recipe, mask: BlockMask | HeadChoice | None, layout: Toke
     """Why a layer is below the recipe's `min_tokens`, or an empty text."""
     if mask is None:
         return ""
-    least = recipe.min_tokens if recipe.min_tokens != "auto" else rates.least_tokens(mask.density) or 0
-    return "" if layout.seq_len >= least else f"{layout.seq_len} tokens, fewer than min_tokens ({least:.0f})"
+    least = recipe.min_tokens if recipe.min_tokens != "auto" else rates.least_tokens(mask.density)
+    if layout.seq_len >= least:
+        return ""
+    if math.isinf(least):
+        return f"at density {mask.density:.2f} sparse attention was not measured to be faster at any length"
+    return f"{layout.seq_len} tokens, fewer than min_tokens ({least:.0f})"
 
 
 def block_sizes(recipe: Recipe, device: torch.device | str) -> dict[tuple[int, int], float]:

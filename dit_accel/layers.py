@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import selectors
 from .patterns import Dense, Pattern, SparseVideoGen
@@ -25,6 +25,10 @@ class LayerPlan:
     def patterns(self) -> list[Pattern]:
         """The distinct patterns, in order of first use."""
         return list(dict.fromkeys(self.heads))
+
+    def at_step(self, step: int) -> LayerPlan:
+        """The same with what the patterns are at a sampler step."""
+        return replace(self, heads=tuple(pattern.at_step(step) for pattern in self.heads))
 
 
 def plan_layers(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPlan]:

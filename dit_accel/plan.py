@@ -23,7 +23,7 @@ from .builder import HILBERT_UP_TO
 from .choice import HeadChoice
 from .clock import Clock
 from .geometry import Geometry, visual_permutation
-from .kernels import default_block_size
+from .kernels import automatic_backend, default_block_size, fastest_backend
 from .layout import TokenLayout
 from .patterns import Dense, Pattern, SparseVideoGen
 from .rates import Rates, measured
@@ -171,14 +171,14 @@ def plan(
     transformer = blueprint.transformer()
     grid = blueprint.grid(transformer, pixels)
     layout = blueprint.layout(grid)
-    # masks are built here, whatever they are for, and a backend of another machine is as good as any
+    # masks are built here, whatever they are for, and any backend will do for that
     blocks = None if device == "cpu" else default_block_size(device)
     built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
     head_dim, number = transformer.config.attention_head_dim, str(dtype).removeprefix("torch.")
     rates = rates or measured(device, number, head_dim, blueprint.name)
-    rates = rates.of_backend(recipe.backend, device)
+    rates = rates.of_backend(_backend(recipe, device, dtype, head_dim), device)
     binding = Binding(transformer, blueprint.description, built, Clock(), torch.device("cpu"), rates)
-    geometry = binding.geometry_of(layout, torch.device("cpu"))
+    geometry = binding.geometry_of(layout)
     flops = blueprint.flops(transformer, grid)
     dense_steps = sum(recipe.is_dense_step(step, steps) for step in range(steps))
     sparse = [pair for pair in zip(geometry.masks, geometry.layouts, strict=True) if pair[0] is not None]
@@ -234,6 +234,16 @@ def _pixels(blueprint: Blueprint, size: tuple[int, int] | None, frames: int | No
     if min(chosen) < 1:
         raise ValueError(f"frames, height and width must be positive, got {chosen}")
     return chosen
+
+
+def _backend(recipe: Recipe, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What a recipe's backend is: on a CPU as found here, of another device the one meant for it."""
+    if recipe.backend != "auto":
+        return recipe.backend
+    if device != "cpu":
+        return fastest_backend(device)
+    size = recipe.block_size or default_block_size(device)
+    return automatic_backend(device, dtype, head_dim=head_dim, block_size=size)[0]
 
 
 # -- what it does --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import evals
+from . import evals, kernels
 
 RESULTS = Path(evals.__file__).parent / "results"
 _SHAPE = re.compile(r"B1-H(\d+)-N(\d+)-D(\d+)-(\w+)( |$)")
@@ -43,14 +43,14 @@ class Rates:
     fixed: float = 0.0
 
     def of_backend(self, backend: str, device: str) -> Rates:
-        """What holds for a recipe's backend: all of this for the one that `"auto"` takes on the device."""
-        if backend in ("auto", "native" if device == "cpu" else "triton"):
+        """What holds for a backend: all of this for the device's fastest, which is what is measured."""
+        if backend == kernels.fastest_backend(device):
             return self
         return Rates(None, self.rest, f"backend {backend!r} is not measured")
 
-    def least_tokens(self, density: float) -> float | None:
-        """The break-even length at the next measured density from `density` up; None where there is none."""
-        return next((tokens for measured, tokens in self.break_even if measured >= density), None)
+    def least_tokens(self, density: float) -> float:
+        """The break-even length at the next measured density from `density` up; infinite where none is."""
+        return next((tokens for measured, tokens in self.break_even if measured >= density), math.inf)
 
     def describe_break_even(self) -> str:
         """One line about the lengths from which sparse attention pays."""

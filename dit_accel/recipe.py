@@ -75,8 +75,8 @@ class Recipe:
         object.__setattr__(self, "dense_layers", _index_spec("dense_layers", self.dense_layers))
         object.__setattr__(self, "dense_steps", _index_spec("dense_steps", self.dense_steps, fraction=True))
         if self.block_size is not None:
-            object.__setattr__(self, "block_size", tuple(self.block_size))
             check_block_size(self.block_size)
+            object.__setattr__(self, "block_size", tuple(self.block_size))
         if self.guidance is not None and not isinstance(self.guidance, HeadPerturbation):
             raise TypeError(
                 "`guidance` must be a `HeadPerturbation` of `dit_accel.guidance` or None, got "
@@ -91,6 +91,9 @@ class Recipe:
         for name in ("backend", "name", "source"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"`{name}` must be text, got {getattr(self, name)!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.content == other.content
 
     def __hash__(self) -> int:
         return hash(self.tag)
@@ -110,6 +113,16 @@ class Recipe:
             raise ValueError(f"{what} is for the family {self.family!r}, but {found}")
 
     @property
+    def content(self) -> dict[str, Any]:
+        """All that is compared, as plain data; selectors are pairs in a list, since their order matters."""
+        plain = dataclasses.replace(self, guidance=None, name="", source="").to_dict()
+        if isinstance(self.attention, dict):
+            plain["attention"] = list(map(list, plain["attention"].items()))
+        if self.guidance is not None:
+            plain["guidance"] = repr(self.guidance)
+        return plain
+
+    @property
     def tag(self) -> str:
         """A short name for file names and CSV rows, the same for equal recipes: `"clear-16-0c1d9e"`."""
         label = self.name
@@ -117,11 +130,7 @@ class Recipe:
             chosen = self.attention.values() if isinstance(self.attention, dict) else [self.attention]
             label = "+".join(dict.fromkeys(_slug(p) for p in chosen))
             label += f"+{self.guidance.kind}" if self.guidance else ""
-        plain = dataclasses.replace(self, guidance=None).to_dict()
-        content = {k: v for k, v in plain.items() if k not in ("name", "source")}
-        if self.guidance is not None:
-            content["guidance"] = repr(self.guidance)
-        digest = hashlib.sha1(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha1(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)[:48]}-{digest[:6]}"
 
     def dense_layer_indices(self, layers: int) -> frozenset[int]:

@@ -70,7 +70,7 @@ def _titles(handle: Handle) -> list[str]:
             )
         titles.append(line)
         if binding.sparse_layers:
-            titles.append(binding.rates(binding.transformer.device).describe_break_even())
+            titles.append(binding.rates().describe_break_even())
         if binding.branch is not None:
             titles.append(binding.branch.describe())
     if handle.run_density is not None:
@@ -84,7 +84,8 @@ def _titles(handle: Handle) -> list[str]:
 
 def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
     geometry, rows = binding.geometry, []
-    backend = binding.backend if binding.sparse_layers else None
+    automatic = "auto: " if binding.recipe.backend == "auto" else ""
+    backend = f"{automatic}{binding.backend}" if binding.sparse_layers else None
     temporal = {} if geometry is None else binding.temporal_heads()
     for index, plan in enumerate(binding.plans):
         row = _row(name, plan, binding.recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,20 @@ class Handle:
         self.recipe, self.bindings, self.clock = recipe, bindings, clock
         self.step: int | None = None
         self.total_steps: int | None = None
+        self._run: int | None = None
         self._calls = 0
         self._density = self._block_density = 0.0
         self._dense_steps: set[int] = set()
 
     @property
+    def transformers(self) -> list[nn.Module]:
+        """The transformers it was made for."""
+        return [binding.transformer for binding in self.bindings.values()]
+
+    @property
     def active(self) -> bool:
         """Whether it is still enabled."""
-        return any(getattr(b.transformer, _HANDLE, None) is self for b in self.bindings.values())
+        return self in _handles(self.transformers)
 
     @property
     def run_density(self) -> float | None:
@@ -96,7 +102,8 @@ class Handle:
             setattr(binding.transformer, _HANDLE, self)
 
     def _tally(self, tick: Tick, dense: bool, geometry: Geometry | None) -> None:
-        if tick.new_run:
+        if tick.run != self._run:
+            self._run = tick.run
             self._calls, self._density, self._block_density, self._dense_steps = 0, 0.0, 0.0, set()
         self.step, self.total_steps = tick.step, tick.total
         self._calls += 1
@@ -137,14 +144,14 @@ def enable(target: Any, recipe: Recipe | Pattern | str | Path) -> Handle:
         )
     transformers = _transformers(target)
     clock = Clock(None if isinstance(target, nn.Module) else target)
-    previous = {id(h): h for t in transformers.values() if (h := getattr(t, _HANDLE, None)) is not None}
+    previous = _handles(transformers.values())
     # The old processors come off while the new recipe is checked, and back if it fails.
-    for handle in previous.values():
+    for handle in previous:
         handle.disable()
     try:
         bindings = {name: _bind(target, t, recipe, clock) for name, t in transformers.items()}
     except Exception:
-        for handle in previous.values():
+        for handle in previous:
             handle._attach()
         raise
     handle = Handle(recipe, bindings, clock)
@@ -154,38 +161,52 @@ def enable(target: Any, recipe: Recipe | Pattern | str | Path) -> Handle:
 
 def disable(target: Any) -> None:
     """Restore the original attention of a pipeline or transformer, bit for bit; idempotent."""
-    for transformer in _transformers(target).values():
-        handle = getattr(transformer, _HANDLE, None)
-        if handle is not None:
-            handle.disable()
+    for handle in _handles(_transformers(target).values()):
+        handle.disable()
 
 
 @contextmanager
 def accelerated(target: Any, recipe: Recipe | Pattern | str | Path) -> Iterator[Handle]:
     """`enable` for the length of a `with` block; what was enabled before is enabled again after it."""
-    before = handle_of(target)
+    transformers = list(_transformers(target).values())
+    before = _handles(transformers)
     handle = enable(target, recipe)
     try:
         yield handle
     finally:
-        handle.disable()
-        if before is not None and not before.active:
-            before._attach()
+        # those of the target and, as an earlier handle may be of more, all that will be enabled again
+        for other in _handles([*transformers, *(t for earlier in before for t in earlier.transformers)]):
+            other.disable()
+        for earlier in before:
+            earlier._attach()
 
 
 def handle_of(target: Any) -> Handle | None:
     """The handle of an enabled pipeline or transformer, or None."""
-    handles = (getattr(t, _HANDLE, None) for t in _transformers(target).values())
-    return next((h for h in handles if h is not None), None)
+    return next(iter(_handles(_transformers(target).values())), None)
+
+
+def _handles(transformers: Iterable[nn.Module]) -> list[Handle]:
+    """The handles that are enabled on transformers, each once."""
+    found = (getattr(transformer, _HANDLE, None) for transformer in transformers)
+    return list(dict.fromkeys(handle for handle in found if handle is not None))
 
 
 def _bind(target: Any, transformer: nn.Module, recipe: Recipe, clock: Clock) -> Binding:
     family = family_of(transformer)
     recipe.check_family(family.name, f"this is a {family.name} transformer")
-    # where it runs, which differs from where its weights are while they are offloaded
-    device = getattr(target, "_execution_device", None)
-    device = device if isinstance(device, torch.device) else transformer.device
-    return Binding(transformer, family, recipe, clock, device)
+    return Binding(transformer, family, recipe, clock, _execution_device(target, transformer))
+
+
+def _execution_device(target: Any, transformer: nn.Module) -> torch.device:
+    """Where a transformer runs, which differs from where its weights are while they are offloaded."""
+    device = getattr(target, "_execution_device", None)  # a pipeline's
+    if isinstance(device, torch.device):
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in transformer.modules())  # accelerate's
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
+    return transformer.device if device is None else torch.device(device)
 
 
 def _transformers(target: Any) -> dict[str, nn.Module]:

@@ -127,6 +127,7 @@ class Branch:
         self.first = 0 if outside else first
         self.alone = False
         self.calls = self.blocks = 0
+        self._run: int | None = None
         self._shared: Any = None  # output of the block before the first perturbed one, in the latest call
         self._call: Call | None = None
         self._evaluation: tuple | None = None  # of the delta
@@ -173,8 +174,8 @@ class Branch:
 
         `inputs` are those the forward gets; `perturb` makes it a perturbed one, at a strength.
         """
-        if tick.new_run:
-            self.calls = self.blocks = 0
+        if tick.run != self._run:
+            self._run, self.calls, self.blocks = tick.run, 0, 0
             self._evaluation = self._delta = None
         self._call = self._shared = None
         strength = self.perturbation.strength_at(tick.step, tick.total, self.alone)

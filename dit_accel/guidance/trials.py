@@ -84,11 +84,10 @@ class Trials:
         self._call, self._generate = dict(call or {}), generate
         before = handle_of(pipe)
         self._recipe = replace(Recipe(Dense()) if before is None else before.recipe, guidance=None)
-        recipe = {k: v for k, v in self._recipe.to_dict().items() if k not in ("name", "source")}
         self.made_by = {
             "model": fingerprint(pipe),
             "device": pipe._execution_device.type,
-            "recipe": recipe,
+            "recipe": self._recipe.content,
             "call": self._call,
             "generate": name_of(generate),
             "batch": batch,

@@ -27,6 +27,15 @@ class Pattern:
 
     anchor_sees_visual = True
 
+    def at_step(self, step: int) -> Pattern:
+        """What this pattern is at a sampler step; of the same density at all."""
+        return self
+
+    @property
+    def variants(self) -> Sequence[Pattern]:
+        """All that it is at some step. They share a token order, which `"auto"` chooses for all of them."""
+        return (self,)
+
     def rule(self, layout: TokenLayout) -> Rule:
         """Which visual tokens attend to which, on this layout.
 
@@ -117,4 +126,18 @@ def per_axis(name: str, value, axes: int, kinds: type | tuple = int) -> tuple:
         raise ValueError(
             f"`{name}` must be one value or {axes} of them (one per windowed axis), got {value!r}"
         )
+    return values
+
+
+def integers(name: str, value, axes: str, least: int | None = None) -> tuple[int, ...]:
+    """`value` as a tuple of integers, one for each of `axes`, such as `"(rows, columns)"`, from `least` up.
+
+    Raises:
+        ValueError: something else.
+    """
+    count = axes.count(",") + 1
+    values = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) != count or any(type(n) is not int or (least is not None and n < least) for n in values):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"`{name}` must be {count} integers {axes}{bound}, got {value!r}")
     return values

@@ -1,6 +1,7 @@
 """Break-even lengths: read from measured results, shown by `summary` and `plan`, kept to by `min_tokens`."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import dit_accel
 from dit_accel import Recipe, UnavailableError
 from dit_accel.evals.table import COLUMNS
+from dit_accel.kernels.block_sparse import native
 from dit_accel.patterns import Clear
 from dit_accel.plan import plan
 from dit_accel.rates import Rates, measured
@@ -46,7 +48,7 @@ def test_lengths_of_the_nearest_head_dim_and_the_dtype_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("density", "tokens"), [(0.05, 500), (0.1, 500), (0.2, 1000), (0.5, 3000), (0.6, None)]
+    ("density", "tokens"), [(0.05, 500), (0.1, 500), (0.2, 1000), (0.5, 3000), (0.6, math.inf)]
 )
 def test_a_density_takes_the_length_of_the_next_measured_one(density, tokens):
     assert Rates(break_even=LENGTHS).least_tokens(density) == tokens
@@ -79,6 +81,32 @@ def test_short_layers_keep_the_models_own_attention(flux):
 def test_auto_needs_a_measurement(flux):
     with pytest.raises(UnavailableError, match="break-even length, and that of backend 'reference'"):
         dit_accel.enable(flux.pipe, Recipe(Clear(1), min_tokens="auto", backend="reference"))
+
+
+def test_a_density_beyond_the_measured_ones_stays_dense(flux):
+    with dit_accel.accelerated(flux.pipe, Recipe(Clear(1000), min_tokens="auto")) as handle:
+        flux.run(flux.pipe)
+        assert handle.run_density == 1.0
+        notes = [row["note"] for row in dit_accel.summary(flux.pipe).rows]
+    assert all("at density 1.00 sparse attention was not measured to be faster" in note for note in notes)
+
+
+def test_a_dtype_without_a_measurement_is_refused_at_its_first_call(flux):
+    dit_accel.enable(flux.pipe, Recipe(Clear(1), min_tokens="auto"))
+    flux.run(flux.pipe)
+    flux.pipe.to(torch.float16)
+    with pytest.raises(UnavailableError, match=r"was not measured on cpu in torch\.float16"):
+        flux.run(flux.pipe)
+
+
+def test_what_was_measured_is_not_claimed_for_a_slower_backend(flux, monkeypatch):
+    assert plan(Clear(4), model="tiny-flux", size=(256, 256)).attention.predicted is not None
+    monkeypatch.setattr(native, "unavailable", lambda *inputs: "there is no compiler")
+    assert plan(Clear(4), model="tiny-flux", size=(256, 256)).attention.predicted is None
+    with pytest.raises(UnavailableError, match="that of backend 'gather' was not measured"):
+        dit_accel.enable(flux.pipe, Recipe(Clear(1), min_tokens="auto"))
+    dit_accel.enable(flux.pipe, Clear(1))
+    assert "break-even length: not measured" in str(dit_accel.summary(flux.pipe))
 
 
 @pytest.mark.parametrize(("lengths", "sparse"), [(((1.0, 10.0),), True), (((1.0, 10_000.0),), False)])

@@ -47,7 +47,7 @@ def cases(draw):
             st.builds(Radial, st.sampled_from([0.2, 0.95]), st.sampled_from([16, 128]), flag, flag),
             st.builds(SlidingTile, window=st.tuples(side, side, side), tile=st.tuples(side, side, side)),
             st.builds(InwardWindow, st.tuples(side, side)),
-            st.builds(ShiftedWindow, st.tuples(side, side), st.tuples(side, side)),
+            st.builds(ShiftedWindow, st.tuples(side, side), st.tuples(side, side) | st.integers(0, 3)),
             st.builds(LocalGlobal, st.tuples(side, side), st.tuples(side, side), flag),
             neighborhoods(layout),
         )

@@ -59,6 +59,17 @@ def test_tag_is_safe_and_stable(recipe):
     assert dataclasses.replace(recipe, dense_steps=7).tag != recipe.tag
 
 
+@pytest.mark.parametrize("name", ["", "named"])
+def test_the_order_of_selectors_matters(name):
+    """Later ones override earlier ones."""
+    a, b = (Recipe(attention, name=name) for attention in (
+        {"all": Clear(8), "1": Clear(2)}, {"1": Clear(2), "all": Clear(8)}
+    ))  # fmt: skip
+    assert a != b
+    assert a.tag != b.tag
+    assert len({a, b, Recipe({"all": Clear(8), "1": Clear(2)}, name=name)}) == 2
+
+
 def test_tag_and_repr():
     recipe = Recipe(Neighborhood((5, 9, 9)), dense_steps=2)
     assert recipe.tag.startswith("neighborhood-5x9x9-")

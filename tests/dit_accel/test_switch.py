@@ -1,13 +1,16 @@
 import copy
 import dataclasses
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 from dit_accel.errors import UnavailableError
-from dit_accel.patterns import Clear, Dense, Neighborhood
+from dit_accel.layout import TokenLayout
+from dit_accel.patterns import Clear, Dense, Neighborhood, ShiftedWindow
 from dit_accel.recipe import Recipe
+from dit_accel.summary import summary
 from dit_accel.switch import accelerated, disable, enable, handle_of
 
 SPARSE = Recipe(Clear(3), block_size=(16, 16))
@@ -75,6 +78,19 @@ class TestRestore:
             assert not torch.equal(case.run(case.pipe), expected)
         assert handle_of(case.pipe) is outer
         assert torch.equal(case.run(case.pipe), expected)
+
+    def test_what_was_enabled_inside_accelerated_ends_with_it(self, case):
+        before = processors(case.pipe)
+        outer = enable(case.pipe, SPARSE)
+        expected = case.run(case.pipe)
+        with accelerated(case.pipe, Dense()):
+            inner = enable(case.pipe, Clear(2))
+        assert not inner.active
+        assert handle_of(case.pipe) is outer
+        assert torch.equal(case.run(case.pipe), expected)
+        disable(case.pipe)
+        assert all(a is b for a, b in zip(processors(case.pipe), before, strict=True))
+        assert hooks(case.pipe.transformer) == 0
 
     def test_foreign_processor_survives_disable(self, case):
         enable(case.pipe, SPARSE)
@@ -200,11 +216,36 @@ class TestBareTransformer:
         case.run(case.pipe, steps=4)
         assert handle.stats()["dense_steps"] == [0, 1]
 
+    def test_it_runs_where_offloading_brings_its_weights(self, case):
+        """Between the calls they are on the meta device."""
+        transformer = case.make().transformer
+        accelerate.cpu_offload(transformer, execution_device=torch.device("cpu"))
+        enable(transformer, dataclasses.replace(SPARSE, backend="native"))
+        with torch.no_grad():
+            transformer(**case.inputs(case.pipe))
+        assert {row["backend"] for row in summary(transformer).rows} == {"native"}
+        enable(transformer, SPARSE)
+        assert {row["backend"] for row in summary(transformer).rows} == {"auto: native"}
+
     def test_forward_must_not_be_bypassed(self, case):
         enable(case.pipe, SPARSE)
         inputs = case.inputs(case.pipe)
         with pytest.raises(RuntimeError, match="call the transformer itself"):
             case.pipe.transformer.forward(**inputs)
+
+
+def test_patterns_that_change_keep_block_size_and_token_order(flux):
+    """Caches that carry tokens from step to step rely on it."""
+    handle = enable(flux.pipe, Recipe({"all": ShiftedWindow(), "1": ShiftedWindow(seed=1)}))
+    binding, layout = handle.bindings["transformer"], TokenLayout((1, 16, 24), 5, text_first=True)
+    geometries = [binding.geometry_of(layout, step) for step in range(20)]
+    assert len(set(geometries)) > 4
+    assert len({geometry.block_size for geometry in geometries}) == 1
+    assert all(torch.equal(geometry.order, geometries[0].order) for geometry in geometries)
+    densities = {tuple(geometry.densities) for geometry in geometries}
+    assert densities == {(ShiftedWindow().density(layout),) * 4}
+    again = binding.geometry_of(layout, 19)
+    assert again is geometries[19]
 
 
 class TestErrors:

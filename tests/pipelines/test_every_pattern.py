@@ -180,7 +180,8 @@ class Oracle:
             own = dataclasses.replace(layout, text_len=0) if name.endswith("attn2") else layout
             temporal = call.temporal.get(name)
             samples = [[None] * len(heads)] if temporal is None else temporal.tolist()
-            rows = [[token_mask(pattern_of(index, h), own, sample[h]) for h in heads] for sample in samples]
+            patterns = [pattern_of(index, h).at_step(call.step) for h in heads]
+            rows = [[token_mask(patterns[h], own, sample[h]) for h in heads] for sample in samples]
             masks[name] = torch.stack([torch.stack(row) for row in rows])
         return masks
 
@@ -296,6 +297,19 @@ def test_matches_dense_attention_under_masks(models, name, case, form):
         sizes = model.sizes
     for call, grid in zip(calls, sizes, strict=True):
         model.oracle.check(call, grid, pattern_of)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_that_move_from_step_to_step(models, name):
+    """Those of head 1 by draws of their own."""
+    model, windows = models(name), {1: ShiftedWindow(seed=1)}
+    assert len({ShiftedWindow().at_step(step) for step in range(4)}) > 1
+    grid = (2, 9, 16)[-len(model.sizes[0]) :]  # quarters of windows are 1 and 2 tokens
+    recipe = Recipe({"all": ShiftedWindow(), "heads.1": windows[1]}, block_size=(16, 16))
+    calls = recorded(model.pipe, recipe, lambda pipe: model._run(pipe, grid=grid, text_len=7, steps=4))
+    assert [call.step for call in calls] == [0, 1, 2, 3]
+    for call in calls:
+        model.oracle.check(call, grid, lambda layer, head: windows.get(head, ShiftedWindow()))
 
 
 @pytest.mark.parametrize("reference", [(3, 5)], ids=str)

@@ -292,10 +292,11 @@ def test_at_dense_steps_as_well(case):
 def test_two_transformers_are_one(case):
     pipe = case.make(two=True)
     handle = enable(pipe, Recipe(Dense(), guidance=GUIDANCE))
-    guided = case.run(pipe, steps=6, cfg=G)
-    forwards = [stats["forwards"] for stats in handle.stats()["guidance"].values()]
-    assert sum(forwards) == 6
-    assert min(forwards) > 0
+    for _ in range(2):
+        guided = case.run(pipe, steps=6, cfg=G)
+        forwards = [stats["forwards"] for stats in handle.stats()["guidance"].values()]
+        assert sum(forwards) == 6
+        assert min(forwards) > 0
     disable(pipe)
     assert not torch.allclose(case.run(pipe, steps=6, cfg=G), guided, atol=1e-2)
 

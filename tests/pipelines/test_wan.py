@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from dit_accel import TokenLayout
-from dit_accel.patterns import Neighborhood, Radial, SlidingTile
+from dit_accel import TokenLayout, summary
+from dit_accel.patterns import Clear, Dense, Neighborhood, Radial, SlidingTile, SparseVideoGen
 from dit_accel.pipelines.wan import FAMILY, rotate
 from dit_accel.recipe import Recipe
 from dit_accel.switch import accelerated, disable, enable, handle_of
@@ -96,6 +96,25 @@ class TestTwoTransformers:
         disable(pipe.transformer_2)
         assert handle_of(pipe) is None
         assert torch.equal(wan.run(pipe, steps=6), dense)
+
+    def test_recipes_of_their_own_return_after_accelerated(self, wan):
+        pipe = wan.make(two=True)
+        recipes = {"transformer": NEAR, "transformer_2": Clear(2)}
+        handles = [enable(getattr(pipe, name), recipe) for name, recipe in recipes.items()]
+        with accelerated(pipe, Dense()):
+            assert not any(handle.active for handle in handles)
+        assert [handle_of(getattr(pipe, name)) for name in recipes] == handles
+
+    def test_the_latest_run_is_that_of_both(self, wan):
+        """The first call of a run is the first transformer's alone."""
+        pipe = wan.make(two=True)
+        recipe = Recipe(SparseVideoGen(0.4, True, True, block_size=8, profile_frames=2), min_tokens=90)
+        handle = enable(pipe, recipe)
+        wan.run(pipe, grid=(4, 4, 6), steps=6)
+        assert set(handle.stats()["temporal_heads"]) == {"transformer", "transformer_2"}
+        wan.run(pipe, grid=(3, 4, 6), steps=6)  # too few tokens: no head chooses
+        assert handle.stats()["temporal_heads"] == {}
+        assert "fewer than min_tokens" in str(summary(pipe))
 
     def test_steps_count_through_both(self, wan):
         pipe = wan.make(two=True)

@@ -42,5 +42,5 @@ def test_the_best_order_spares_blocks_at_1080p():
 
 @pytest.mark.parametrize("value", [(1,), (-1, 2), (1.5, 2)])
 def test_bad_arguments(value):
-    with pytest.raises(ValueError, match="`half_window` must be two integers"):
+    with pytest.raises(ValueError, match="`half_window` must be 2 integers"):
         InwardWindow(value)

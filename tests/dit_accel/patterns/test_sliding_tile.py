@@ -38,5 +38,5 @@ def test_definition(window):
     "arguments", [{"window": (3, 3)}, {"window": (3, 3, 0)}, {"window": (3, 3, 3), "tile": (0, 8, 8)}]
 )
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="must be three positive integers"):
+    with pytest.raises(ValueError, match=r"must be 3 integers \(t, h, w\) of at least 1"):
         SlidingTile(**arguments)
