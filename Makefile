@@ -53,4 +53,4 @@ wheel: env ## build a wheel into dist
 	$(BIN)/python -m build --wheel
 
 clean: ## remove build products, not the environment
-	rm -rf build dist outputs *.egg-info
+	rm -rf build dist *.egg-info

@@ -206,7 +206,7 @@ def plan(
         **_speedups(binding, geometry, flops, rates, dense_steps / steps),
         memory=_memory(binding, geometry, dtype),
         rates=rates,
-        notes=_notes(blueprint, binding, rates),
+        notes=_notes(blueprint, binding, rates, layout.seq_len),
         mask=mask,
         layout=of_mask,
     )
@@ -330,7 +330,7 @@ def _bytes(mask: BlockMask | HeadChoice) -> int:
     return own + (_bytes(mask.mask) if isinstance(mask, HeadChoice) else 0)
 
 
-def _notes(blueprint: Blueprint, binding: Binding, rates: Rates) -> tuple[str, ...]:
+def _notes(blueprint: Blueprint, binding: Binding, rates: Rates, tokens: int) -> tuple[str, ...]:
     notes = []
     if rates.efficiency is None:
         notes.append(
@@ -342,6 +342,11 @@ def _notes(blueprint: Blueprint, binding: Binding, rates: Rates) -> tuple[str, .
             f"attention from a measured speed-up x block density of {middle:.2f} ({least:.2f} to {most:.2f}; "
             f"{rates.source}): it pays below a block density of {middle:.2f}"
         )
+        if tokens < rates.shortest:
+            notes.append(
+                f"{tokens} tokens are fewer than were measured for this (at least {rates.shortest}): what is "
+                "predicted for attention may be far off"
+            )
     if rates.rest is None:
         notes.append(
             f"the rest of a step is not measured for {blueprint.name}: "

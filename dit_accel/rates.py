@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -34,6 +34,7 @@ class Rates:
         source: what the numbers were measured on, or that they were not.
         break_even: pairs of a pattern's density and the number of tokens from which block-sparse attention is
             faster than dense, by density; empty where not measured.
+        shortest: tokens of the shortest case that `efficiency` and `fixed` are from.
     """
 
     efficiency: tuple[float, float, float] | None = None
@@ -41,6 +42,7 @@ class Rates:
     source: str = "not measured"
     break_even: tuple[tuple[float, float], ...] = ()
     fixed: float = 0.0
+    shortest: int = 0
 
     def of_backend(self, backend: str, device: str) -> Rates:
         """What holds for a backend: all of this for the device's fastest, which is what is measured."""
@@ -63,6 +65,8 @@ class Rates:
 def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Path | None = None) -> Rates:
     """The rates in `bench_<device>.csv`, `plan_<device>.csv` and `overhead_<device>.csv` of a folder.
 
+    What was measured several times counts as it was last.
+
     Args:
         device: a device type, `"cpu"` or `"cuda"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -70,7 +74,7 @@ def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Pa
         model: the name under which its rest of a step may have been measured.
         folder: where the files are, `evals/results` unless given.
     """
-    found: dict[int, list[tuple[float, float]]] = {}  # by head_dim: pairs in computed blocks, efficiency
+    found: dict[int, list[tuple[int, float, float]]] = {}  # by head_dim: tokens, computed pairs, efficiency
     lengths: dict[int, dict[float, float]] = {}
     rest, devices, block_density = [], set(), {}
     for row in _rows(folder or RESULTS, device):
@@ -79,7 +83,7 @@ def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Pa
         if row["metric"] == "efficiency" and (shape := _SHAPE.match(row["shape"])) and shape[4] == dtype:
             heads, tokens, dim = (int(number) for number in shape.groups()[:3])
             pairs = block_density[row["shape"]] * heads * tokens**2
-            found.setdefault(dim, []).append((pairs, float(row["median"])))
+            found.setdefault(dim, []).append((tokens, pairs, float(row["median"])))
             devices.add(row["device"])
         if row["metric"] == "tokens" and (shape := _BREAK_EVEN.fullmatch(row["shape"])) and shape[2] == dtype:
             lengths.setdefault(int(shape[1]), {})[float(shape[3])] = float(row["median"])
@@ -91,9 +95,10 @@ def measured(device: str, dtype: str, head_dim: int, model: str = "", folder: Pa
         source = f"block-sparse attention is not measured on {device} in {dtype}"
         return Rates(None, rest, source, break_even)
     nearest, cases = _nearest(found, head_dim)
-    fixed, values = _without_fixed(cases)
+    fixed, values = _without_fixed([case[1:] for case in cases])
+    shortest = min(tokens for tokens, *_ in cases)
     source = f"{len(values)} cases with head_dim {nearest} on {', '.join(sorted(devices))}"
-    return Rates((min(values), median(values), max(values)), rest, source, break_even, fixed)
+    return Rates((min(values), median(values), max(values)), rest, source, break_even, fixed, shortest)
 
 
 def _without_fixed(cases: list[tuple[float, float]]) -> tuple[float, list[float]]:
@@ -114,9 +119,13 @@ def _nearest(found: dict[int, Any], head_dim: int) -> tuple[int, Any]:
     return nearest, found[nearest]
 
 
-def _rows(folder: Path, device: str) -> Iterator[dict[str, str]]:
+def _rows(folder: Path, device: str) -> Iterable[dict[str, str]]:
+    """The rows of all files, of each thing measured the last."""
+    rows = {}
     for name in ("bench", "plan", "overhead"):
         path = folder / f"{name}_{device}.csv"
         if path.is_file():
             with path.open(newline="") as file:
-                yield from csv.DictReader(file)
+                for row in csv.DictReader(file):
+                    rows[tuple(row[key] for key in ("kernel", "provider", "metric", "shape"))] = row
+    return rows.values()

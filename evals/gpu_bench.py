@@ -29,6 +29,7 @@ from . import gpu_attention, gpu_steps, scaling
 from .gpu_attention import CASES, Case
 from .gpu_steps import STEPS, Step
 from .peers import PROVIDERS, Provider
+from .plots import check_plot
 from .scaling import GPU, GPU_SERIES, Timer, Times
 from .table import RESULTS, append, machine, markdown
 
@@ -191,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         describe(options)
         return UNAVAILABLE
+    if "scaling" in options.part:
+        check_plot(options.out / f"scaling_{GPU.device}.png")
     here, wrong, attention, steps = environment(), 0, [], []
     timer = interleaved_on_gpu
     with torch.inference_mode():

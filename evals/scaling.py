@@ -28,6 +28,7 @@ from ..kernels import block_sparse_attention
 from ..layout import TokenLayout
 from ..patterns import Clear, Dense, Neighborhood, Pattern, Radial
 from .bench import cheapest_mask, excess_error, interleaved
+from .plots import check_plot
 from .table import RESULTS, append, machine, markdown, row
 
 Times = tuple[float, float, float]  # milliseconds: the 20%, 50% and 80% quantiles
@@ -225,6 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each kind (default 5)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder for the files (default {RESULTS})")
     options = parser.parse_args(arguments)
+
+    check_plot(options.out / f"scaling_{CPU.device}.png")
 
     def timer(*pair: Callable) -> list[Times]:
         return interleaved(*pair, options.repeats)

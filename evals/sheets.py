@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     where = f"{here['cpu']['name']}, {here['cpu']['torch_threads']} threads, " + ", ".join(
         f"{name} {here['packages'][name]}" for name in ("torch", "diffusers", "dit-accel")
     )
+    where += f", commit {here['commit']}"
     pipe = load(options.model)
     pipe.set_progress_bar_config(disable=True)
     results = options.out / f"{options.model}.json"

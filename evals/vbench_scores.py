@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnavailableError
-from . import report
+from . import plots, report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND, SCORES_KIND = "vbench", "vbench-scores"
-PLOTS = (".png", ".svg", ".pdf")
 RESULTS = "_eval_results.json"  # how the names of VBench's result files end
 
 
@@ -244,21 +242,6 @@ def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.2f}"
 
 
-def check_plot(path: Path) -> None:
-    """Refuses a picture that cannot be drawn.
-
-    Raises:
-        UnavailableError: matplotlib, which draws it, is not installed.
-        ValueError: a suffix that is not one of `PLOTS`.
-    """
-    if path.suffix not in PLOTS:
-        raise ValueError(f"a plot is written as {', '.join(PLOTS)}, got the file name {path.name!r}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnavailableError('the plot needs matplotlib: pip install "dit-accel[eval]"') from None
-
-
 def radar(models: Mapping[str, Scores], path: Path) -> Figure:
     """Draws the normalised scores of models of one suite, a closed line each; what is missing is a gap.
 
@@ -270,7 +253,7 @@ def radar(models: Mapping[str, Scores], path: Path) -> Figure:
         ValueError: models of several suites; or see `check_plot`.
         UnavailableError: see `check_plot`.
     """
-    check_plot(path)
+    plots.check_plot(path)
     from matplotlib.figure import Figure
 
     from .media import atomic

@@ -108,15 +108,15 @@ def hunt(
     For quality instead of a style: --rounds 1 --top-k 24 -n 20 --strength 0.25.
     """
     from .. import enable
+    from ..evals.plots import check_plot
     from ..guidance import HeadHunter
-    from ..guidance.hunt_pictures import check_matplotlib
     from ..guidance.objectives import BUNDLED
     from ..recipe import resolve
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must be a folder, got the file {out}")
     if pictures:
-        check_matplotlib()
+        check_plot(out / MAP, ", or do without (--no-pictures)")
     check_guidance(guidance)
     width, height = parse_size(size) or (None, None)
     chosen = resolve(recipe) if recipe else None

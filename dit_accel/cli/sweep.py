@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UnavailableError
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -117,17 +118,23 @@ def sweep(
     sweep.md and sweep.png, every run in runs.json, and what was generated, without loss, in media/.
     """
     from ..evals import memory, sweep_report
+    from ..evals.plots import check_plot
     from ..evals.sweep import Sweep
     from ..evals.sweep_rows import Judges, judge
-    from ..evals.vbench_scores import check_plot
     from ..pipelines import tiny
     from .environment import environment
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must be a folder, got the file {out}")
     files = {suffix: out / f"{sweep_report.NAME}.{suffix}" for suffix in sweep_report.SUFFIXES}
+    without: dict[str, str] = {}
     if plot:
-        check_plot(files["png"])
+        try:
+            check_plot(files["png"], ", or do without (--no-plot)")
+        except UnavailableError as error:
+            if not allow_skipped:
+                raise
+            plot, without = False, {"plot": str(error)}
     width, height = parse_size(size) or (None, None)
     check_guidance(guidance)
     bundled = model in tiny.NAMES
@@ -163,7 +170,7 @@ def sweep(
         "picture": plan.picture(),
         "memory": memory.describe(target),
         **vars(judged),
-        "skipped": skipped,
+        "skipped": skipped | without,
         "files": {suffix: path.name for suffix, path in files.items() if plot or suffix != "png"},
     }
     sweep_report.write(answer, out)

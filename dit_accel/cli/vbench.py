@@ -298,7 +298,7 @@ def aggregate(
 
     A score that lacks a dimension is null, unless --missing-as-zero.
     """
-    from ..evals import vbench_scores
+    from ..evals import plots, vbench_scores
     from ..evals.report import load_all
 
     if suite not in vbench_scores.SUITES:
@@ -306,7 +306,7 @@ def aggregate(
     for path in filter(None, (out, plot)):
         check_output(path)
     if plot is not None:
-        vbench_scores.check_plot(plot)
+        plots.check_plot(plot)
     raw = vbench_scores.read(files)
     raw = {name: value / 100 if percent else value for name, value in raw.items()}
     scores = vbench_scores.aggregate(raw, suite, missing_as_zero)

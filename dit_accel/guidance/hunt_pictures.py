@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UnavailableError
 from ..evals import media
+from ..evals.plots import check_plot
 from .hunter import Hunt
 from .perturbation import Head
 
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
 
 LABEL, HEADER = 96, 24  # pixels of the sheet's first column and first row
 CHOSEN = (214, 39, 40)  # the colour of frames around chosen heads
-
-
-def check_matplotlib() -> None:
-    """Raises UnavailableError where matplotlib, which draws the heat map, is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnavailableError(
-            'the heat map needs matplotlib; `pip install "dit-accel[eval]"`, or do without (--no-pictures)'
-        ) from None
 
 
 def heat_map(hunt: Hunt, path: str | Path) -> Figure:
@@ -42,7 +32,7 @@ def heat_map(hunt: Hunt, path: str | Path) -> Figure:
     Raises:
         UnavailableError: matplotlib is not installed.
     """
-    check_matplotlib()
+    check_plot(Path(path))
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

@@ -99,6 +99,14 @@ def test_a_dtype_without_a_measurement_is_refused_at_its_first_call(flux):
         flux.run(flux.pipe)
 
 
+def test_the_plan_says_where_it_extrapolates():
+    said = [
+        any("fewer than were measured" in note for note in plan(Clear(4), model="tiny-flux", size=size).notes)
+        for size in ((128, 128), (512, 512))
+    ]
+    assert said == [True, False]
+
+
 def test_what_was_measured_is_not_claimed_for_a_slower_backend(flux, monkeypatch):
     assert plan(Clear(4), model="tiny-flux", size=(256, 256)).attention.predicted is not None
     monkeypatch.setattr(native, "unavailable", lambda *inputs: "there is no compiler")

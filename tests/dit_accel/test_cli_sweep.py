@@ -126,8 +126,13 @@ def test_unavailable_metrics_are_exit_code_3(sweep, recipes, tmp_path):
 
 def test_the_plot_needs_matplotlib(sweep, recipes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    arguments = ("-m", "tiny-flux", "-r", recipes[0], *SMALL, "-o", tmp_path / "out", "--allow-skipped")
-    assert "pip install" in sweep.error(*arguments, code=3)
+    arguments = ("-m", "tiny-flux", "-r", recipes[0], *SMALL, "-o", tmp_path / "out")
+    message = 'sweep.png needs matplotlib: pip install "dit-accel[eval]", or do without (--no-plot)'
+    assert message in sweep.error(*arguments, code=3)
+    answer = json.loads(sweep.run(*arguments, "--allow-skipped", "--json").stdout)
+    assert answer["skipped"]["plot"].startswith("sweep.png needs matplotlib")
+    assert "png" not in answer["files"]
+    assert not (tmp_path / "out" / "sweep.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_rates_are_read_from_the_nearest_head_dim(tmp_path):
     rows = [f"k,p,{metric},{shape},{value},,,here,," for metric, shape, value in rows]
     (tmp_path / "bench_cpu.csv").write_text(header + "\n".join(rows) + "\n")
     rates = measured("cpu", "float32", 128, "m", tmp_path)
-    assert rates == Rates((0.6, pytest.approx(0.7), 0.8), 0.4, "2 cases with head_dim 64 on here")
+    assert rates == Rates((0.6, pytest.approx(0.7), 0.8), 0.4, "2 cases with head_dim 64 on here", shortest=9)
     assert measured("cpu", "float32", 40, "other", tmp_path).efficiency == (0.3, 0.3, 0.3)
     assert measured("cpu", "float16", 64, "m", tmp_path).efficiency is None
 
@@ -39,6 +39,16 @@ def test_a_fixed_cost_is_told_from_cost_by_pairs(tmp_path):
     rates = measured("cpu", "float32", 64, folder=tmp_path)
     assert rates.fixed == pytest.approx(5000)
     assert rates.efficiency == pytest.approx((0.5, 0.5, 1 / ((2 + 5000 / 90_000) / 1.3 - 5000 / 90_000)))
+
+
+def test_what_is_measured_again_counts_as_it_was_last(tmp_path):
+    lines = ["kernel,provider,metric,shape,median,p20,p80,device,versions,commit"]
+    for machine, efficiency in (("old", 0.2), ("new", 0.8)):
+        for metric, value in (("block_density", 0.25), ("efficiency", efficiency)):
+            lines.append(f"k,p,{metric},B1-H4-N9-D64-float32 a,{value},,,{machine},,")
+    (tmp_path / "bench_cpu.csv").write_text("\n".join(lines) + "\n")
+    rates = measured("cpu", "float32", 64, folder=tmp_path)
+    assert (rates.efficiency, rates.source) == ((0.8, 0.8, 0.8), "1 cases with head_dim 64 on new")
 
 
 @pytest.mark.skipif(not (RESULTS / "bench_cpu.csv").is_file(), reason="no committed results here")
