@@ -41,6 +41,7 @@ ALLOWED = 0.01  # of a step
 EVERYTHING = Clear(1000)
 SIDES = (8, 12, 16, 24, 32, 48, 64)  # of square images in tokens
 DENSITIES = (0.1, 0.25, 0.5)
+POINTS = ("density", "tokens", "block density", "SDPA ms", "sparse ms", "kernel speed-up", "layer speed-up")
 
 
 @dataclass(frozen=True)
@@ -214,25 +215,14 @@ def report(
         + markdown(("model", "untouched ms", "enabled ms", f"{dense.added:.3f} ms are"), sizes)
         + f"\nHooks do the same at every size: {dense.added:.3f} ms, measured at the smallest. The goal, "
         f"at most {ALLOWED:.0%} of a step of {step.name}, is {goal}.\n"
-        f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.added / layer.layers:.3f} ms to "
-        f"each of the {layer.layers} layers of {layer.name}, {layer.per_layer:.3f} ms of them beside its "
+        f"\n## A sparse layer\n\nA pattern that covers everything adds {layer.added / layer.layers:.3f} ms "
+        f"to each of the {layer.layers} layers of {layer.name}, {layer.per_layer:.3f} ms of them beside its "
         "kernel: hooks, reordering, processor.\n\n"
         f"## Break-even\n\n{setting}, discs on squares, what a layer takes beside its kernel included. Below "
         "this length dense attention is faster; the layer is the shortest measured beyond it.\n\n"
         + markdown(("density", "tokens", "SDPA ms of the layer", "what is beside the kernel"), lengths)
         + "\n"
-        + markdown(
-            (
-                "density",
-                "tokens",
-                "block density",
-                "SDPA ms",
-                "sparse ms",
-                "kernel speed-up",
-                "layer speed-up",
-            ),
-            points,
-        )
+        + markdown(POINTS, points)
     )
 
 

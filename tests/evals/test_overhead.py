@@ -82,7 +82,7 @@ def test_files(tmp_path, monkeypatch, capsys):
         return [
             (0.5 * n, n / 64, 2.0 * n),
             (0.1, 2.0, 3.0),
-        ]  # as fast at 128 tokens, but for what is beside the kernel
+        ]  # kernels are as fast at 128 tokens
 
     monkeypatch.setattr(overhead, "interleaved", timed)
     assert overhead.main(["--out", str(tmp_path)]) == 1  # 2% is more than 1%
