@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..blockmask import BlockMask
-from ..cli.environment import environment
+from ..environment import environment
 from ..kernels import block_sizes, block_sparse_attention
 from ..layout import TokenLayout
 from ..mask_plot import rows_of

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..cli.environment import environment
+from ..environment import environment
 from ..errors import UnavailableError
 from ..recipe import presets
 from . import gpu_attention, gpu_steps, scaling

@@ -198,8 +198,8 @@ def drawings(scenes: Sequence[Any], height: int, width: int) -> list[np.ndarray]
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    from ..cli.environment import environment
-    from ..cli.hunt import MAP, SHEET
+    from ..environment import environment
+    from ..guidance.hunt_pictures import MAP, SHEET
     from ..pipelines import load, tiny
 
     parser = argparse.ArgumentParser(

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import pipelines, switch
 from ..blueprint import Size, of_model
-from ..cli.environment import environment
+from ..environment import environment
 from ..kernels import block_sparse_attention
 from ..layout import TokenLayout
 from ..patterns import Clear, Dense, Pattern

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import kernels, switch
 from ..blueprint import of_model
-from ..cli.environment import environment
+from ..environment import environment
 from ..pipelines.tiny.models import spec
 from ..plan import Plan, plan
 from ..rates import Rates, measured

@@ -15,9 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..cli.options import read_prompts
-
 SHOWN = 5  # names in a message
+
+
+def read(path: Path) -> list[str]:
+    """The lines of a file of prompts, without empty ones.
+
+    Raises:
+        ValueError: no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"`--prompts`: there is no file {path}")
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
 def of_files(path: Path, names: Sequence[str]) -> dict[str, str]:
@@ -31,7 +40,7 @@ def of_files(path: Path, names: Sequence[str]) -> dict[str, str]:
         ValueError: a file of another form, a name without a prompt, or a prompt without a file.
     """
     if path.suffix != ".json":
-        return _of_lines(path, read_prompts(path), names)
+        return _of_lines(path, read(path), names)
     found = _read(path)
     if "schema" in found:
         settings = found.get("settings")

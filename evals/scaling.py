@@ -23,7 +23,7 @@ from statistics import linear_regression
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..cli.environment import environment
+from ..environment import environment
 from ..kernels import block_sparse_attention
 from ..layout import TokenLayout
 from ..patterns import Clear, Dense, Neighborhood, Pattern, Radial

@@ -112,7 +112,7 @@ def _size(settings: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    from ..cli.environment import environment
+    from ..environment import environment
     from ..pipelines import load
     from ..pipelines.tiny import NAMES
 

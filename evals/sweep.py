@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.runs import DENSE, Request, attempt
 from ..records import check_same, plain, write_json
+from ..runs import DENSE, Request, attempt
 from . import media, memory
 from .folders import Folder, Track, digest, untracked
 

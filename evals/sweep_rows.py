@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..cli.runs import DENSE, Request
+from ..runs import DENSE, Request
 from . import media, pairs, sets
 from .features import EXTRACTORS, Extractor
 from .fidelity import SSIM_WINDOW

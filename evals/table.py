@@ -30,7 +30,7 @@ def row(
 
     Args:
         values: the 20%, 50% and 80% quantiles, or what was measured once.
-        here: the environment, from `dit_accel.cli.environment`.
+        here: the environment, from `dit_accel.environment`.
         device: device type it was measured on, `"cpu"` or `"cuda"`.
     """
     low, middle, high = values if isinstance(values, tuple) else (values,) * 3

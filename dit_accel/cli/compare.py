@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..records import write_json
+from ..runs import DENSE, Request, Run, attempt, build_masks, by_name, check_request, is_video, load
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -29,7 +30,6 @@ from .options import (
     pick_dtype,
 )
 from .output import JsonOption, note, print_json, print_table
-from .runs import DENSE, Request, Run, attempt, build_masks, by_name, check_request, is_video, load
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -81,9 +81,9 @@ def compare(
     attention is a large part of the work; other models at their pipeline's own default.
     """
     from .. import accelerated
+    from ..environment import command_line, environment
     from ..evals import media
     from ..recipe import resolve
-    from .environment import command_line, environment
 
     width, height = parse_size(size) or (None, None)
     check_guidance(guidance)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..runs import Request, check_request, load
 from . import evaluate_files, scores, sweep, vbench
 from .errors import reported
 from .options import (
@@ -24,7 +25,6 @@ from .options import (
 )
 from .output import JsonOption, note, print_json, print_table
 from .results import WeightsOption, head, pick_sources
-from .runs import Request, check_request, load
 
 LIST_SCHEMA = "dit-accel/eval-list/1"
 EXAMPLE = "Example: dit-accel eval attributes --model tiny-flux -n 32 --json"

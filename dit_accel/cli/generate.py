@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..runs import Request, check_request, execute, is_video, load
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -26,7 +27,6 @@ from .options import (
     pick_dtype,
 )
 from .output import JsonOption, note, print_json
-from .runs import Request, check_request, execute, is_video, load
 
 EXAMPLE = (
     "Example: dit-accel generate --model tiny-flux --out circle.png "

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..evals import prompts as prompt_file
+from ..runs import Request, check_request, load, transformers
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -23,10 +25,8 @@ from .options import (
     parse_size,
     pick_dtype,
     pick_shared_device,
-    read_prompts,
 )
 from .output import JsonOption, note, print_json, print_table
-from .runs import Request, check_request, load, transformers
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..guidance.hunter import HeadHunter, Hunt
     from ..guidance.objectives import Objective
 
-MAP, SHEET, RECIPE = "heat-map.png", "sheet.png", "recipe.yaml"
+RECIPE = "recipe.yaml"
 STEPS = {"flux": 15, "sd3": 20}  # published; bundled models have their own
 SIZES = {"flux": 512}
 EXAMPLE = (
@@ -110,6 +110,7 @@ def hunt(
     from .. import enable
     from ..evals.plots import check_plot
     from ..guidance import HeadHunter
+    from ..guidance.hunt_pictures import MAP
     from ..guidance.objectives import BUNDLED
     from ..recipe import resolve
 
@@ -192,7 +193,7 @@ def _pairs(
 
     texts = list(given)
     if file is not None:
-        texts += read_prompts(file)
+        texts += prompt_file.read(file)
     if captions:
         for text in texts:
             read_caption(text)
@@ -246,7 +247,7 @@ def _write(hunter: HeadHunter, found: Hunt, recipe: str | None, pictures: bool) 
     import yaml
 
     from ..evals import media
-    from ..guidance.hunt_pictures import effects_sheet, heat_map
+    from ..guidance.hunt_pictures import MAP, SHEET, effects_sheet, heat_map
     from ..guidance.hunter import FOUND, LOG
     from ..recipe import resolve
 

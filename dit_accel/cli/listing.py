@@ -123,8 +123,8 @@ def show(
 @reported
 def env(json: JsonOption = False) -> None:
     """Show versions, devices, and which attention backends can run here and why not."""
+    from ..environment import environment
     from ..kernels import support_table
-    from .environment import environment
 
     answer = environment()
     answer["backends"] = support_table()

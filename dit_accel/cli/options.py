@@ -105,14 +105,3 @@ def check_output(path: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"`--out {path}`: {folder} is not a folder")
     return path
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a file of prompts, without empty ones.
-
-    Raises:
-        ValueError: no such file.
-    """
-    if not file.is_file():
-        raise ValueError(f"`--prompts`: there is no file {file}")
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]

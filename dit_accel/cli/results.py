@@ -97,8 +97,8 @@ def track(items: Iterable, description: str) -> Iterable:
 
 def head(kind: str, label: str | None) -> dict[str, Any]:
     """What every result begins with: its schema, and the command, versions and hardware it is from."""
+    from ..environment import command_line, environment
     from ..evals.report import SCHEMA
-    from .environment import command_line, environment
 
     return {
         "schema": SCHEMA,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnavailableError
+from ..evals import prompts as prompt_file
+from ..runs import DENSE, Request, build_masks, by_name, check_request, is_video, load
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -22,7 +24,6 @@ from .options import (
     parse_size,
     pick_device,
     pick_dtype,
-    read_prompts,
 )
 from .output import JsonOption, note, print_json, print_table
 from .results import (
@@ -38,7 +39,6 @@ from .results import (
     pick_store,
     track,
 )
-from .runs import DENSE, Request, build_masks, by_name, check_request, is_video, load
 
 if TYPE_CHECKING:
     import torch
@@ -117,12 +117,12 @@ def sweep(
     For each prompt the settings run in turn, each after a warm-up. --out then holds sweep.json, sweep.csv,
     sweep.md and sweep.png, every run in runs.json, and what was generated, without loss, in media/.
     """
+    from ..environment import environment
     from ..evals import memory, sweep_report
     from ..evals.plots import check_plot
     from ..evals.sweep import Sweep
     from ..evals.sweep_rows import Judges, judge
     from ..pipelines import tiny
-    from .environment import environment
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must be a folder, got the file {out}")
@@ -202,7 +202,7 @@ def _prompts(model: str, file: Path | None, samples: int | None, seed: int) -> l
     if file is not None and samples is not None:
         raise typer.BadParameter("give either `--prompts` or `-n`")
     if file is not None:
-        texts = read_prompts(file)
+        texts = prompt_file.read(file)
         if not 1 <= len(texts) <= SEEDS:
             raise ValueError(f"`--prompts`: {file} must hold 1 to {SEEDS} prompts, got {len(texts)}")
         return texts

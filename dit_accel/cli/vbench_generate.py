@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..records import check_same, write_json
+from ..runs import Request, check_request, is_video, load
 from .errors import reported
 from .options import (
     DeviceOption,
@@ -28,7 +29,6 @@ from .options import (
 )
 from .output import JsonOption, note, print_json
 from .results import head, track
-from .runs import Request, check_request, is_video, load
 from .vbench_options import (
     START,
     DimensionsOption,

@@ -16,6 +16,7 @@ from .perturbation import Head
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAP, SHEET = "heat-map.png", "sheet.png"  # what `dit-accel hunt` calls them
 LABEL, HEADER = 96, 24  # pixels of the sheet's first column and first row
 CHOSEN = (214, 39, 40)  # the colour of frames around chosen heads
 

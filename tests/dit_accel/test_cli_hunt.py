@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from dit_accel.cli.hunt import _pairs, _published
-from dit_accel.cli.runs import Request
 from dit_accel.evals import media
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.guidance.objectives import named
 from dit_accel.patterns import Dense
 from dit_accel.recipe import Recipe
+from dit_accel.runs import Request
 
 PROMPT = "a red circle at the top left on a striped background"
 CLIP = ("--objective", "clip", "--model", "tiny-flux", "-p", PROMPT)

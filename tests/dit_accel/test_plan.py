@@ -10,11 +10,11 @@ import torch
 from dit_accel import Recipe, TokenLayout, accelerated
 from dit_accel.binding import block_sizes
 from dit_accel.blueprint import Blueprint, of_model
-from dit_accel.cli.runs import Request, build_masks, load
 from dit_accel.patterns import Dense, Neighborhood, SparseVideoGen
 from dit_accel.pipelines import tiny
 from dit_accel.plan import plan
 from dit_accel.rates import Rates, measured
+from dit_accel.runs import Request, build_masks, load
 
 WIDTH, HEADS, HEAD_DIM, LAYERS, FEED, TEXT = 24, 2, 12, 3, 40, 7
 WAN = Blueprint(

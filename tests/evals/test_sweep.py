@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dit_accel import Recipe, patterns, pipelines
-from dit_accel.cli.runs import Request, execute
 from dit_accel.evals import media, pairs, sets, sweep_report
 from dit_accel.evals.features import Scenes
 from dit_accel.evals.folders import Folder
@@ -19,6 +18,7 @@ from dit_accel.evals.sweep import RUNS, Sweep
 from dit_accel.evals.sweep_rows import Judges, judge, unfit
 from dit_accel.pipelines import tiny
 from dit_accel.pipelines.tiny.evaluate import held_out_scenes
+from dit_accel.runs import Request, execute
 
 CPU = torch.device("cpu")
 METHODS = {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..recipe import Recipe
+    from .recipe import Recipe
 
 DENSE = "dense"  # what runs without a recipe are called
 
@@ -35,7 +35,7 @@ class Request:
 
     def with_defaults(self, model: str, size: Literal["native", "demo"]) -> Request:
         """Fills what is None for a bundled model; other models keep their pipelines' defaults."""
-        from ..pipelines import tiny
+        from .pipelines import tiny
 
         if model not in tiny.NAMES:
             return self
@@ -86,7 +86,7 @@ def load(model: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipel
     import diffusers
     from transformers.utils import logging
 
-    from .. import pipelines
+    from . import pipelines
 
     logging.set_verbosity_error()  # it warns of torchvision, which nothing here needs
     if not sys.stderr.isatty():
@@ -195,7 +195,7 @@ class _StepClock:
 
 def execute(pipe: DiffusionPipeline, request: Request, label: str | None) -> Run:
     """Runs `pipe`, with its own progress bar named `label`, if any, where stderr is a terminal."""
-    from ..evals.media import to_uint8
+    from .evals.media import to_uint8
 
     pipe.set_progress_bar_config(desc=label, disable=True if label is None else None)
     clock = _StepClock(pipe)
@@ -271,7 +271,7 @@ def attempt(
     pipe: DiffusionPipeline, request: Request, recipe: Recipe | None, label: str | None = None
 ) -> Trial:
     """Warms up and runs, dense where `recipe` is None; `label` as in `execute`."""
-    from .. import accelerated, summary
+    from . import accelerated, summary
 
     if recipe is None:
         seconds, run = warm_up(pipe, request), execute(pipe, request, label)

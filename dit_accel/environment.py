@@ -31,7 +31,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, marked `-dirty` if changed; None elsewhere."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
