@@ -115,21 +115,21 @@ COSINE = "exp(logit scale) x cosine of image and prompt, mean over frames"
 def _scores() -> list[Metric]:
     """Those that are CLIP models, and those of packages of their own."""
     described = {
-        "clip": ("clip", f"CLIP ViT-L/14: {COSINE}"),
-        "pick": ("pickscore", f"PickScore, of human choices: {COSINE}"),
-        "hps": ("hpsv2", f"HPSv2, of human choices: {COSINE}"),
-        "aesthetics": ("aesthetics", "LAION's aesthetics v2, linear, from 1 to 10, mean over frames"),
+        "clip": f"CLIP ViT-L/14: {COSINE}",
+        "pickscore": f"PickScore, of human choices: {COSINE}",
+        "hpsv2": f"HPSv2, of human choices: {COSINE}",
+        "aesthetics": "LAION's aesthetics v2, linear, from 1 to 10, mean over frames",
     }
     clips = [
         Metric(
             name,
             "scores",
             description,
-            weights=pretrained.SCORERS[scorer][0],
-            also=tuple(one for one in pretrained.SCORERS[scorer][1:] if one != pretrained.SCORERS[scorer][0]),
+            weights=pretrained.SCORERS[name][0],
+            also=tuple(one for one in pretrained.SCORERS[name][1:] if one != pretrained.SCORERS[name][0]),
             prompt=name != "aesthetics",
         )
-        for name, (scorer, description) in described.items()
+        for name, description in described.items()
     ]
     return [
         *clips,

@@ -31,8 +31,6 @@ from .folders import Folder, Store, Track, combined, digest, read, untracked
 from .metrics import METRICS
 from .pretrained import Sources
 
-SCORERS = {"clip": "clip", "pick": "pickscore", "hps": "hpsv2", "aesthetics": "aesthetics"}
-
 
 @dataclass(frozen=True)
 class Ready:
@@ -62,11 +60,11 @@ def _clip(name: str, sources: Sources, device: torch.device) -> Ready:
     """A scorer of the guidance, a batch of as many frames at a time as it looks at."""
     from ..guidance import scorers
 
-    weights, processor = parts = pretrained.SCORERS[SCORERS[name]]
+    weights, processor = parts = pretrained.SCORERS[name]
     places = [part.place(sources) for part in parts]
     with _loading(weights.repository):
         here = all(part.found(sources) for part in parts)
-        scorer = scorers.assemble(SCORERS[name], *places, device, allow_download=not here)
+        scorer = scorers.assemble(name, *places, device, allow_download=not here)
 
     def score(frames: np.ndarray, prompt: str | None) -> float:
         total = 0.0

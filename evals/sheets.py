@@ -60,7 +60,7 @@ def measure(pipe: Any, model: str, recipe: str, count: int) -> tuple[dict[str, A
         steps=one.steps,
         guidance=one.guidance,
         batch=16 if recipe == NATIVE else 1,
-        progress=sys.stdout.isatty(),
+        progress=sys.stderr.isatty(),
         seen=lambda outputs: kept.extend(outputs[: COLUMNS - len(kept)]),
     )
     return result, contact_sheet(np.stack(kept))

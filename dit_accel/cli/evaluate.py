@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..records import write_json
 from ..runs import Request, check_request, load
 from . import evaluate_files, scores, sweep, vbench
 from .errors import reported
@@ -15,16 +16,18 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    GuidanceOption,
     RecipeOption,
     SizeOption,
     StepsOption,
+    check_guidance,
     check_output,
     parse_size,
     pick_device,
     pick_dtype,
 )
 from .output import JsonOption, note, print_json, print_table
-from .results import WeightsOption, head, pick_sources
+from .results import LabelOption, OutOption, WeightsOption, head, pick_sources
 
 LIST_SCHEMA = "dit-accel/eval-list/1"
 EXAMPLE = "Example: dit-accel eval attributes --model tiny-flux -n 32 --json"
@@ -47,10 +50,13 @@ def attributes(
     size: SizeOption = None,
     frames: FramesOption = None,
     steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of prompts and noise.")] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples generated at once.")] = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    out: OutOption = None,
+    label: LabelOption = None,
     json: JsonOption = False,
 ) -> None:
     """Count how often colour, shape, position, background and motion are what the caption says.
@@ -60,11 +66,15 @@ def attributes(
     from ..evals.attributes import check_bundled, evaluate
     from ..recipe import resolve
 
+    if out is not None:
+        check_output(out)
+    check_guidance(guidance)
     check_bundled(model)
     width, height = parse_size(size) or (None, None)
     chosen = resolve(recipe) if recipe else None
     target = pick_device(device)
-    request = Request("", width, height, frames, steps).with_defaults(model, "demo" if demo else "native")
+    request = Request("", width, height, frames, steps, guidance)
+    request = request.with_defaults(model, "demo" if demo else "native")
     pipe = load(model, pick_dtype(dtype, target), target)
     check_request(pipe, request)
     note(f"{model}: {samples} held-out captions, {chosen.name or chosen.tag if chosen else 'dense'}")
@@ -78,15 +88,23 @@ def attributes(
         steps=request.steps,
         guidance=request.guidance,
         batch=batch,
-        progress=sys.stdout.isatty() and not json,
+        progress=sys.stderr.isatty(),
     )
     density = result.pop("run_density")
     shares = {name: value for name, value in result.items() if isinstance(value, float)}
+    settings = {"model": model, "recipe": chosen and chosen.to_dict(), "samples": samples}
+    metrics = {name: {"value": value, "better": "higher"} for name, value in shares.items()}
+    answer = {
+        **head("attributes", label),
+        **settings,
+        "run_density": density,
+        **result,
+        "metrics": metrics,
+    }
+    if out is not None:
+        write_json(out, answer)
     if json:
-        settings = {"model": model, "recipe": chosen and chosen.to_dict(), "samples": samples}
-        metrics = {name: {"value": value, "better": "higher"} for name, value in shares.items()}
-        fields = {**settings, "run_density": density, **result, "metrics": metrics}
-        return print_json(head("attributes", None) | fields)
+        return print_json(answer)
     rows = [(name, f"{value:.1%}") for name, value in shares.items()]
     print_table(f"{model}, {samples} samples", ("", "accuracy"), rows)
     typer.echo(f"density of the run: {density:.3f}")

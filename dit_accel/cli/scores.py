@@ -30,7 +30,7 @@ from .results import (
 
 EXAMPLE = (
     "Example: dit-accel eval scores --test outputs/sweep/media/dense --prompts outputs/sweep/sweep.json "
-    "--metrics clip,pick --out dense.json"
+    "--metrics clip,pickscore --out dense.json"
 )
 
 
@@ -47,7 +47,9 @@ def scores(
     ] = None,
     metrics: Annotated[
         str,
-        typer.Option("--metrics", help="clip, pick, hps, aesthetics, image-reward, topiq: see `eval list`."),
+        typer.Option(
+            "--metrics", help="clip, pickscore, hpsv2, aesthetics, image-reward, topiq: see `eval list`."
+        ),
     ] = "clip",
     frames: FramesChoice = "all",
     device: DeviceOption = "auto",

@@ -87,12 +87,13 @@ def attribute_accuracy(
         steps: Of the sampler.
         guidance: Classifier-free guidance scale; at most 1 is without.
         batch: Prompts per call.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on stderr.
         seen: Called with the outputs of every batch, as ``generate`` returns them.
 
     Returns:
         Accuracy per attribute, their ``mean``, ``all_correct``, ``n`` and the ``settings``, fit for JSON.
     """
+    from rich.console import Console
     from rich.progress import track
 
     video = is_video(pipe)
@@ -103,7 +104,8 @@ def attribute_accuracy(
     pipe.set_progress_bar_config(disable=True)
     predictions = []
     try:
-        for start in track(range(0, n, batch), "attributes", disable=not progress):
+        starts = range(0, n, batch)
+        for start in track(starts, "attributes", console=Console(stderr=True), disable=not progress):
             chosen = scenes[start : start + batch]
             outputs = generate(
                 pipe,

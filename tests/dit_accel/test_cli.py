@@ -216,13 +216,16 @@ def test_compare_leaves_the_dense_baseline_untouched(cli, flux, recipe, tmp_path
 
 
 @pytest.mark.slow
-def test_eval_attributes(cli):
-    answer = json.loads(
-        cli.run("eval", "attributes", "-m", "tiny-flux", "-n", 4, "--steps", 4, "--json").stdout
-    )
+def test_eval_attributes(cli, tmp_path):
+    out, what = tmp_path / "weak.json", ("--guidance", 1.5, "--label", "weak")
+    command = ("eval", "attributes", "-m", "tiny-flux", "-n", 4, "--steps", 4, *what, "--out", out, "--json")
+    answer = json.loads(cli.run(*command).stdout)
+    assert json.loads(out.read_text()) == answer
     assert answer["model"] == "tiny-flux"
     assert answer["samples"] == answer["n"] == 4
+    assert answer["settings"]["guidance"] == 1.5
     assert 0 <= answer["all_correct"] <= answer["mean"] <= 1
+    assert "weak" in cli.run("eval", "report", out).stdout
     assert "accuracy" in cli.run("eval", "attributes", "-m", "tiny-flux", "-n", 2, "--steps", 2).stdout
 
 

@@ -60,10 +60,10 @@ def test_help_has_an_example(evaluate):
 def test_list_has_every_score_with_its_reason(evaluate, strict, weights):
     rows = strict(evaluate.run("list", "--json", "--weights", weights).stdout)["metrics"]
     rows = {row["name"]: row for row in rows if row["command"] == "scores"}
-    assert set(rows) == {"clip", "pick", "hps", "aesthetics", "image-reward", "topiq"}
-    assert {name for name, row in rows.items() if row["available"]} == {"clip", "hps"}
+    assert set(rows) == {"clip", "pickscore", "hpsv2", "aesthetics", "image-reward", "topiq"}
+    assert {name for name, row in rows.items() if row["available"]} == {"clip", "hpsv2"}
     assert {name for name, row in rows.items() if not row["needs_prompts"]} == {"aesthetics", "topiq"}
-    assert "yuvalkirstain/PickScore_v1" in rows["pick"]["reason"]
+    assert "yuvalkirstain/PickScore_v1" in rows["pickscore"]["reason"]
     assert rows["topiq"]["reason"] == "pyiqa is not installed: pip install pyiqa"
     assert rows["image-reward"]["weights"]["file"] == "ImageReward.pt and med_config.json"
     assert rows["image-reward"]["also"][0]["url"].endswith("/bert-base-uncased")
@@ -71,7 +71,7 @@ def test_list_has_every_score_with_its_reason(evaluate, strict, weights):
 
 def test_scores(evaluate, strict, arguments, tmp_path):
     out = tmp_path / "new" / "scores.json"
-    options = ("--metrics", "clip,hps", "--label", "dense", "--frames", "2")
+    options = ("--metrics", "clip,hpsv2", "--label", "dense", "--frames", "2")
     answer = strict(evaluate.run(*arguments, *options, "--json", "--out", out).stdout)
     assert answer == strict(out.read_text())
     assert (answer["schema"], answer["kind"], answer["label"]) == ("dit-accel/eval/1", "scores", "dense")
@@ -81,7 +81,7 @@ def test_scores(evaluate, strict, arguments, tmp_path):
     assert (answer["frames"], answer["bootstrap"]["resamples"]) == ("2", 2000)
     assert [row["name"] for row in answer["files"]] == ["000.png", "001.png", "002.png", "003.gif"]
     assert [row["prompt"] for row in answer["files"]] == ["a red circle", "a blue circle", "a circle", "red"]
-    for name, backbone in (("clip", "openai/clip-vit-large-patch14"), ("hps", "adams-story/HPSv2-hf")):
+    for name, backbone in (("clip", "openai/clip-vit-large-patch14"), ("hpsv2", "adams-story/HPSv2-hf")):
         metric = answer["metrics"][name]
         assert metric["value"] == pytest.approx(np.mean([row[name] for row in answer["files"]]))
         low, high = metric["interval"]
@@ -166,7 +166,7 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(evaluate, arguments, t
 
 
 def test_wrong_usage_is_exit_code_2(evaluate, arguments, tmp_path):
-    known = "clip, pick, hps, aesthetics, image-reward, topiq; got psnr"
+    known = "clip, pickscore, hpsv2, aesthetics, image-reward, topiq; got psnr"
     assert known in evaluate.usage(*arguments, "--metrics", "psnr")
-    without = ("scores", "--test", tmp_path / "test", "--metrics", "topiq,hps,clip")
-    assert "hps, clip judge by the prompt: give `--prompts`" in evaluate.usage(*without)
+    without = ("scores", "--test", tmp_path / "test", "--metrics", "topiq,hpsv2,clip")
+    assert "hpsv2, clip judge by the prompt: give `--prompts`" in evaluate.usage(*without)

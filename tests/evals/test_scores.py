@@ -17,8 +17,7 @@ from dit_accel.evals.scores import Ready, check, cut_warnings, measure, prepare,
 from dit_accel.guidance.objectives import named
 
 CPU = torch.device("cpu")
-PUBLISHED = {"clip": "clip", "pick": "pickscore", "hps": "hpsv2", "aesthetics": "aesthetics"}
-NAMES = list(PUBLISHED)
+NAMES = ["clip", "pickscore", "hpsv2", "aesthetics"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +62,7 @@ def test_scores_are_the_scorers_mean_over_all_chosen_frames(weights, folder, fra
     rows = measure(folder, prepare(NAMES, Sources(weights), CPU), PROMPTS, frames=frames)
     whole = {}
     for name in NAMES:
-        parts = SCORERS[PUBLISHED[name]]
+        parts = SCORERS[name]
         whole[name] = tmp_path / name
         whole[name].mkdir()
         for part in reversed(parts):  # weights last: their config.json is the model's
@@ -72,7 +71,7 @@ def test_scores_are_the_scorers_mean_over_all_chosen_frames(weights, folder, fra
     for row in rows:
         shown = choose(media.load(folder.path / row["name"]), frames).astype(np.float32) / 255
         for name in NAMES:
-            scorer = named(f"{PUBLISHED[name]}:{whole[name]}")
+            scorer = named(f"{name}:{whole[name]}")
             each = [scorer(frame[None], [PROMPTS[row["name"]]])[0] for frame in shown]
             assert row[name] == pytest.approx(np.mean(each), rel=1e-4, abs=1e-5)
     values = np.array([[row[name] for name in NAMES] for row in rows])
@@ -105,7 +104,7 @@ def test_results_are_kept_by_content_prompt_and_weights(weights, folder, tmp_pat
         measure(folder, kept, changed, store=store)
     only = {"aesthetics": kept["aesthetics"]}
     assert measure(folder, only, changed, store=store)[0]["aesthetics"] == rows[0]["aesthetics"]
-    settings = prepare(["pick"], Sources(weights), CPU)["pick"].settings
+    settings = prepare(["pickscore"], Sources(weights), CPU)["pickscore"].settings
     with pytest.raises(AssertionError, match="computed again"):
         measure(folder, {"clip": Ready(fail, settings)}, PROMPTS, store=store)
 
@@ -150,7 +149,7 @@ def test_unreadable_files_are_found_beforehand(folder):
 
 
 def test_every_repository_that_is_missing_is_named(tmp_path, weights):
-    for name, parts in (("clip", 1), ("pick", 2), ("hps", 1), ("aesthetics", 2)):
+    for name, parts in (("clip", 1), ("pickscore", 2), ("hpsv2", 1), ("aesthetics", 2)):
         reason = METRICS[name].missing(Sources(tmp_path))
         assert reason.count("is not in the Hugging Face cache") == parts, name
         assert METRICS[name].missing(Sources(weights)) is None
