@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,12 +275,7 @@ def of_model(name: str) -> Blueprint:
     if name not in tiny.NAMES:
         return _of_folder(Path(name).expanduser(), name)
     info = tiny.INFO[name]
-    known = info.max_sequence_length, info.demo, info.steps
-    if tiny.trained(name):
-        return _of_folder(tiny.weights_dir(name), name, *known)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        info.build().save_pretrained(folder)  # as it will be when it is trained
-        return _of_folder(Path(folder), name, *known)
+    return _of_folder(tiny.weights_dir(name), name, info.max_sequence_length, info.demo, info.steps)
 
 
 def _of_folder(

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import kernels, switch
+from .. import kernels, pipelines, switch
 from ..blueprint import of_model
 from ..environment import environment
-from ..pipelines.tiny.models import spec
 from ..plan import Plan, plan
 from ..rates import Rates, measured
 from ..recipe import resolve
@@ -143,7 +142,7 @@ def measure(case: Case, planned: Plan, repeats: int) -> Times:
         lambda: kernels.block_sparse_attention(q, k, v, planned.mask),
         repeats,
     )
-    dense = spec(case.model).build().transformer.eval()  # untrained: a call takes as long
+    dense = pipelines.load(case.model).transformer.eval()
     sparse = copy.deepcopy(dense)
     inputs = blueprint.inputs(dense, planned.grid, fill)
     with switch.accelerated(sparse, dataclasses.replace(resolve(case.recipe), dense_steps=0)):

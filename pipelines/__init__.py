@@ -44,18 +44,11 @@ def load(name: str | Path, **kwargs: Any) -> DiffusionPipeline:
 
     Raises:
         ValueError: a folder that is not a pipeline's, or a name that is none of the three.
-        UnavailableError: a bundled model without weights.
     """
     from diffusers import DiffusionPipeline
 
-    from ..errors import UnavailableError
     from . import tiny
 
-    if str(name) in tiny.NAMES and not tiny.trained(str(name)):
-        raise UnavailableError(
-            f"{name} has no weights yet: {tiny.weights_dir(str(name))} holds no pipeline; train it with "
-            f"`python -m dit_accel.pipelines.tiny train {name}`"
-        )
     path = tiny.weights_dir(str(name)) if str(name) in tiny.NAMES else Path(name).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():

@@ -24,10 +24,7 @@ def models(json: JsonOption = False) -> None:
     """List the bundled models."""
     from ..pipelines import tiny
 
-    rows = [
-        _describe_model(name, info, Path(tiny.weights_dir(name)), tiny.trained(name))
-        for name, info in tiny.INFO.items()
-    ]
+    rows = [_describe_model(name, info, tiny.weights_dir(name)) for name, info in tiny.INFO.items()]
     if json:
         return print_json({"models": rows})
     keys = ("name", "family", "native", "demo", "megabytes", "description")
@@ -37,7 +34,7 @@ def models(json: JsonOption = False) -> None:
     return None
 
 
-def _describe_model(name: str, info: Any, folder: Path, trained: bool) -> dict[str, Any]:
+def _describe_model(name: str, info: Any, folder: Path) -> dict[str, Any]:
     axes = ("frames", "height", "width")
     return {
         "name": name,
@@ -47,8 +44,7 @@ def _describe_model(name: str, info: Any, folder: Path, trained: bool) -> dict[s
         "steps": info.steps,
         "guidance": info.guidance,
         "megabytes": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6, 1),
-        "trained": trained,
-        "description": info.description if trained else f"NOT TRAINED YET. {info.description}",
+        "description": info.description,
         "folder": folder,
     }
 

@@ -8,7 +8,7 @@ from .captions import caption
 from .checker import check, score
 from .evaluate import attribute_accuracy
 from .models import SPECS as INFO
-from .models import Spec, trained, weights_dir
+from .models import Spec, weights_dir
 from .scenes import Scene, render, sample
 
 NAMES = tuple(INFO)
@@ -24,6 +24,5 @@ __all__ = [
     "render",
     "sample",
     "score",
-    "trained",
     "weights_dir",
 ]

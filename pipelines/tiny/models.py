@@ -248,10 +248,5 @@ def spec(name: str) -> Spec:
 
 
 def weights_dir(name: str) -> Path:
-    """The pipeline folder of bundled model ``name``; there is none before the model is trained."""
+    """The pipeline folder of bundled model ``name``."""
     return Path(__file__).parent / "weights" / spec(name).name
-
-
-def trained(name: str) -> bool:
-    """Whether bundled model ``name`` has weights."""
-    return (weights_dir(name) / "model_index.json").is_file()

@@ -162,7 +162,7 @@ class TestDensities:
         assert answer.density == mask.density
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.NAMES if tiny.trained(name)])
+@pytest.mark.parametrize("name", tiny.NAMES)
 def test_is_what_a_real_run_builds(name):
     recipe = Recipe(NEAR, dense_layers=1)
     answer = plan(recipe, model=name, size=(96, 64), frames=9 if tiny.INFO[name].video else None)
@@ -272,13 +272,6 @@ class TestRefuses:
     def test_a_recipe_of_another_family(self):
         with pytest.raises(ValueError, match="'flux-clear-r16' is for the family 'flux', but small-wan"):
             plan("flux-clear-r16", model=WAN)
-
-    def test_a_bundled_model_can_be_planned_before_it_is_trained(self, monkeypatch):
-        trained = of_model("tiny-flux")
-        state = torch.get_rng_state()
-        monkeypatch.setattr(tiny, "trained", lambda name: False)
-        assert of_model("tiny-flux") == trained
-        assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestFolder:

@@ -349,8 +349,6 @@ def preset_cases() -> list:
 @pytest.mark.parametrize(("name", "preset", "grid"), preset_cases())
 def test_bundled_models_with_their_presets(masked, name, preset, grid):
     """The pipeline up to its first sparse step, whose call is compared."""
-    if not tiny.trained(name):
-        pytest.skip(f"{name} has no weights yet")
     pipe, info, recipe = load(name), tiny.INFO[name], presets()[preset]
     pipe.set_progress_bar_config(disable=True)
     steps = recipe.dense_steps + 1

@@ -1,15 +1,12 @@
 """The bundled models with untrained weights: they are built, called, trained and saved as the real ones."""
 
-import json
-
 import pytest
 import torch
 
 from dit_accel import TokenLayout
-from dit_accel.errors import UnavailableError
 from dit_accel.patterns import Clear
 from dit_accel.pipelines import load
-from dit_accel.pipelines.tiny import INFO, models
+from dit_accel.pipelines.tiny import INFO
 from dit_accel.pipelines.tiny.adapters import adapter
 from dit_accel.pipelines.tiny.captions import chat_tokenizer
 from dit_accel.pipelines.tiny.evaluate import generate
@@ -191,14 +188,3 @@ def test_latents_of_hunyuan_video_are_standard_and_decode_the_same(hunyuan_video
     torch.testing.assert_close(latents.std(axes), torch.ones_like(std))
     torch.testing.assert_close(after.std, before.std / std.view(-1, 1, 1, 1))
     torch.testing.assert_close(again, decoded)
-
-
-def test_models_without_weights_say_so(monkeypatch, tmp_path, capsys):
-    from dit_accel.cli.listing import models as list_models
-
-    monkeypatch.setattr(models, "weights_dir", lambda name: tmp_path / name)
-    with pytest.raises(UnavailableError, match=r"tiny-sd3 has no weights yet.*tiny train tiny-sd3"):
-        load("tiny-sd3")
-    list_models(json=True)
-    rows = json.loads(capsys.readouterr().out)["models"]
-    assert all(not row["trained"] and "NOT TRAINED YET" in row["description"] for row in rows)

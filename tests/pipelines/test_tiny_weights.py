@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from dit_accel.pipelines.tiny import INFO, NAMES, attribute_accuracy, trained, weights_dir
+from dit_accel.pipelines.tiny import INFO, NAMES, attribute_accuracy, weights_dir
 from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 from dit_accel.pipelines.tiny.models import spec
 
-BUNDLED = [name for name in NAMES if trained(name)]
 CLASSES = {
     "flux": "FluxPipeline",
     "sd3": "StableDiffusion3Pipeline",
@@ -24,14 +23,14 @@ def load(name: str):
     return pipe
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_fit_in_six_megabytes(name):
     files = [file for file in weights_dir(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 6_000_000
     assert {file.suffix for file in files} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_load_into_the_configuration_they_were_trained_in(name):
     pipe, fresh = load(name), spec(name).build()
     for part, module in fresh.components.items():
@@ -47,7 +46,7 @@ def test_weights_load_into_the_configuration_they_were_trained_in(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", NAMES)
 def test_held_out_prompts_are_drawn_as_described(name):
     info = INFO[name]
     frames, height, width = info.native
