@@ -13,10 +13,10 @@ from . import kernels
 from .choice import HeadChoice
 from .clock import Clock
 from .errors import UnavailableError
-from .geometry import Geometry, block_sizes, cheapest
+from .geometry import Geometry, backend, block_sizes, cheapest
 from .guidance.branch import Branch, Call
 from .kernels.block_sparse import opaque
-from .layers import LayerPlan, plan_layers
+from .layers import plan_layers
 from .layout import TokenLayout
 from .pipelines.attention import DENSE, Family, SparseProcessor
 from .rates import Rates, measured
@@ -53,7 +53,8 @@ class Binding:
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads)
         self.processors: dict[str, SparseProcessor] = {}
-        self.device = device  # of the latest call, before one where the first is expected
+        # of the latest call, before one those that are expected
+        self.device, self.dtype = device, transformer.dtype
         self.geometry: Geometry | None = None  # of the latest call
         self.tally: Any = None  # called with each tick and geometry; set by the handle
         self._geometries: dict[tuple, Geometry] = {}
@@ -85,19 +86,13 @@ class Binding:
     @property
     def backend(self) -> str:
         """The kernel backend of sparse layers, the one chosen where the recipe leaves it to `auto`."""
-        if self.recipe.backend != "auto":
-            return self.recipe.backend
-        size = next(iter(block_sizes(self.recipe, self.device)))
-        chosen, _ = kernels.automatic_backend(
-            self.device, self.transformer.dtype, head_dim=self.head_dim, block_size=size
-        )
-        return chosen
+        return backend(self.recipe, self.device, self.dtype, self.head_dim)
 
     def rates(self) -> Rates:
-        """How fast attention was measured to be with the backend and the transformer's dtype."""
+        """How fast attention was measured to be with the backend on the device in the dtype."""
         if self._rates is not None:
             return self._rates
-        dtype = str(self.transformer.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return measured(self.device.type, dtype, self.head_dim).of_backend(self.backend, self.device.type)
 
     def _check(self) -> None:
@@ -110,7 +105,7 @@ class Binding:
             reason = kernels.can_run(
                 self.recipe.backend,
                 device=self.device,
-                dtype=self.transformer.dtype,
+                dtype=self.dtype,
                 head_dim=self.head_dim,
                 block_size=size,
             )
@@ -122,7 +117,7 @@ class Binding:
         if self.recipe.min_tokens == "auto" and not self.rates().break_even:
             raise UnavailableError(
                 f"`min_tokens='auto'` needs a break-even length, and that of backend {self.backend!r} was "
-                f"not measured on {self.device.type} in {self.transformer.dtype}; give a number"
+                f"not measured on {self.device.type} in {self.dtype}; give a number"
             )
 
     def adopt(self, other: Binding) -> None:
@@ -170,7 +165,7 @@ class Binding:
             self._check_checkpointing()
             layout = self.family.layout(self.transformer, inputs, self._memo)
             text_valid = self.family.text_valid(inputs, self._memo)
-            self.device = inputs["hidden_states"].device
+            self.device, self.dtype = inputs["hidden_states"].device, inputs["hidden_states"].dtype
             earlier, geometry = self.geometry, self.geometry_of(layout, tick.step)
             if tick.run != self._run or earlier is None or geometry.layout != earlier.layout:
                 self._run, self._temporal = tick.run, {}
@@ -289,19 +284,21 @@ class Binding:
 
         Where patterns change from step to step, block size and token order stay as they are at all of them.
         """
-        key = (layout, self.device, self.transformer.dtype)
-        geometry = self._kept(key, self.plans)
-        if not self._changing:
-            return geometry
-        shapes = tuple(pattern.at_step(step) for pattern in self._changing)
-        return self._kept((*key, shapes), [plan.at_step(step) for plan in self.plans], geometry)
+        geometry = self._kept(layout)
+        return geometry if not self._changing else self._kept(layout, step, geometry)
 
-    def _kept(self, key: tuple, plans: list[LayerPlan], like: Geometry | None = None) -> Geometry:
+    def _kept(self, layout: TokenLayout, step: int | None = None, like: Geometry | None = None) -> Geometry:
+        """Of the patterns at a step, None for what they are outside a run."""
+        plans, shapes = self.plans, ()
+        if step is not None:
+            shapes = tuple(pattern.at_step(step) for pattern in self._changing)
+        key = (layout, self.device, self.dtype, shapes)
         if key not in self._geometries:
+            if step is not None:
+                plans = [plan.at_step(step) for plan in plans]
             self._check_break_even()
             while len(self._geometries) >= _GEOMETRIES_KEPT:
                 del self._geometries[next(iter(self._geometries))]
-            layout = key[0]
             layouts = [self.family.layer_layout(plan.name, layout) for plan in plans]
             leading = self.family.leading(self.transformer, layout)
             self._geometries[key] = cheapest(

@@ -154,6 +154,14 @@ def block_sizes(recipe: Recipe, device: torch.device | str) -> dict[tuple[int, i
     return {recipe.block_size: 1.0} if recipe.block_size else kernels.block_sizes(device)
 
 
+def backend(recipe: Recipe, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel backend of a recipe, the one chosen on the device where it leaves that to `"auto"`."""
+    if recipe.backend != "auto":
+        return recipe.backend
+    size = next(iter(block_sizes(recipe, device)))
+    return kernels.automatic_backend(device, dtype, head_dim=head_dim, block_size=size)[0]
+
+
 def visual_permutation(mask: BlockMask, layout: TokenLayout) -> torch.Tensor:
     """The order of the visual tokens in a mask: int64 (visual_len,) on the CPU."""
     if mask.order is None:

@@ -22,8 +22,8 @@ from .blueprint import Blueprint, Flops, Size, of_model, published
 from .builder import HILBERT_UP_TO
 from .choice import HeadChoice
 from .clock import Clock
-from .geometry import Geometry, visual_permutation
-from .kernels import automatic_backend, default_block_size, fastest_backend
+from .geometry import Geometry, backend, visual_permutation
+from .kernels import default_block_size, fastest_backend
 from .layout import TokenLayout
 from .patterns import Dense, Pattern, SparseVideoGen
 from .rates import Rates, measured
@@ -176,7 +176,10 @@ def plan(
     built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
     head_dim, number = transformer.config.attention_head_dim, str(dtype).removeprefix("torch.")
     rates = rates or measured(device, number, head_dim, blueprint.name)
-    rates = rates.of_backend(_backend(recipe, device, dtype, head_dim), device)
+    # on a CPU what runs here; another device is taken to run what is meant for it
+    elsewhere = recipe.backend == "auto" and device != "cpu"
+    used = fastest_backend(device) if elsewhere else backend(recipe, device, dtype, head_dim)
+    rates = rates.of_backend(used, device)
     binding = Binding(transformer, blueprint.description, built, Clock(), torch.device("cpu"), rates)
     geometry = binding.geometry_of(layout)
     flops = blueprint.flops(transformer, grid)
@@ -234,16 +237,6 @@ def _pixels(blueprint: Blueprint, size: tuple[int, int] | None, frames: int | No
     if min(chosen) < 1:
         raise ValueError(f"frames, height and width must be positive, got {chosen}")
     return chosen
-
-
-def _backend(recipe: Recipe, device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """What a recipe's backend is: on a CPU as found here, of another device the one meant for it."""
-    if recipe.backend != "auto":
-        return recipe.backend
-    if device != "cpu":
-        return fastest_backend(device)
-    size = recipe.block_size or default_block_size(device)
-    return automatic_backend(device, dtype, head_dim=head_dim, block_size=size)[0]
 
 
 # -- what it does --------------------------------------------------------------------------------------------

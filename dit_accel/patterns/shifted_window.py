@@ -56,7 +56,7 @@ class ShiftedWindow(AxisWise):
     def at_step(self, step: int) -> Pattern:
         if self.shift != "step":
             return self
-        return replace(self, shift=random.Random(f"{self.seed}, {step}").randrange(QUARTERS), seed=0)
+        return self.variants[random.Random(f"{self.seed}, {step}").randrange(QUARTERS)]
 
     @property
     def variants(self) -> Sequence[Pattern]:
@@ -69,6 +69,7 @@ class ShiftedWindow(AxisWise):
         return [ids[:, None] == ids for ids in (frames, *self._window_ids(layout))]
 
     def rule(self, layout: TokenLayout) -> Rule:
+        """By windows, not by places, so that blocks of a window that wraps around are seen to be whole."""
         labels = layout.coordinates.long().unbind(1)[1:]
         ids = [of_axis[label] for of_axis, label in zip(self._window_ids(layout), labels, strict=True)]
         return FactorRule(
