@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dit_accel.blockmask import BlockMask
+from dit_accel.masks.block_mask import BlockMask
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .problem import Backend, Lengths, Problem
+
+# How many shapes and masks a process compiles before another is an error. PyTorch's own limit is 8, and from
+# there on it would go on uncompiled, with all scores in memory.
+SHAPES = 128
 
 
-def unavailable(
-    device: torch.device,
-    dtype: torch.dtype,
-    return_lse: bool = False,
-    requires_grad: bool = False,
-) -> str | None:
-    """Why FlexAttention cannot run with these inputs, or None."""
-    if dtype not in DTYPES:
-        return f"FlexAttention supports float16, bfloat16 and float32, got {dtype}"
-    if device.type == "cuda":
+def condition(problem: Problem) -> str | None:
+    """Why FlexAttention cannot run, or None: on a CPU it can do less, and compiles C++."""
+    if problem.device.type == "cuda":
         return None
-    if device.type != "cpu":
-        return f"FlexAttention is compiled for CUDA and CPU devices only, got {device.type!r}"
-    if return_lse:
+    if problem.device.type != "cpu":
+        return f"FlexAttention is compiled for CUDA and CPU devices only, got {problem.device.type!r}"
+    if problem.return_lse:
         return "FlexAttention on a CPU does not return lse"
-    if requires_grad:
+    if problem.requires_grad:
         return "FlexAttention on a CPU has no backward pass"
     if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
         return "FlexAttention on a CPU needs Linux or Windows on a processor with AVX2"
@@ -46,27 +46,61 @@ def _compiler() -> str | None:
 def _compiled():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    text_valid: torch.Tensor | None = None,
-    return_lse: bool = False,
+@dataclass(frozen=True, eq=False)
+class _FlexMask:
+    """A mask as FlexAttention takes it, and which queries attend to anything.
+
+    Attributes:
+        mask: a `torch.nn.attention.flex_attention.BlockMask`.
+        attends_others: whether a query attends to any key but text, bool (heads or 1, seq_len), where masks
+            differ by sample (batch, heads, seq_len).
+        first_text: the first text token that it attends to, `kv_len` if none, int32 of that shape.
+    """
+
+    mask: Any
+    attends_others: torch.Tensor
+    first_text: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: BlockMask) -> _FlexMask:
+        (bq, bk), (start, stop), device = mask.block_size, mask.text, mask.device
+        rows = mask.num_groups * mask.num_rows
+        others = torch.zeros(rows, bq, dtype=torch.int32, device=device)
+        first = torch.full((rows, bq), mask.kv_len, dtype=torch.int32, device=device)
+        others[mask.full.entries()[0]] = 1
+        row, where = mask.partial.entries()
+        block, tile, bits = mask.partial.index[where], mask.partial.tiles[where].long(), mask.unpacked_tiles()
+        has_text = (block * bk < stop) & (block * bk + bk > start)
+        others.index_add_(0, row[~has_text], bits.any(-1)[tile[~has_text]].int())
+        for one in block[has_text].unique():  # few, since text is short
+            here = block == one
+            key = (one * bk + torch.arange(bk, device=device)).int()
+            attended, is_text = bits[tile[here]], (key >= start) & (key < stop)
+            others.index_add_(0, row[here], (attended & ~is_text).any(-1).int())
+            earliest = torch.where(attended & is_text, key, mask.kv_len).amin(-1)
+            first[row[here]] = torch.minimum(first[row[here]], earliest)
+        groups = slice(None) if mask.head_groups is None else mask.head_groups.long()
+        by_head = (x.view(mask.num_groups, -1)[groups][..., : mask.seq_len] for x in (others > 0, first))
+        return cls(mask.to_flex(), *by_head)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`block_sparse_attention` by FlexAttention; compiles for seconds on the first call with each shape."""
-    if "flex" not in mask.cache:
-        mask.cache["flex"] = mask.to_flex()
-    block_mask = mask.cache["flex"]
+    own = mask.derived(_FlexMask, lambda: _FlexMask.of(mask))
+    block_mask, attends = own.mask, own.attends_others | (own.first_text < mask.text[1])
     if text_valid is not None:
         block_mask = _with_text_valid(block_mask, mask.text, text_valid)
-    result = _compiled()(q, k, v, block_mask=block_mask, scale=scale, return_lse=return_lse)
-    return result if return_lse else (result, None)
+        attends = own.attends_others | (own.first_text < mask.text[0] + text_valid.view(-1, 1, 1))
+    with torch._dynamo.config.patch(recompile_limit=SHAPES):
+        result = _compiled()(q, k, v, block_mask=block_mask, scale=scale, return_lse=problem.return_lse)
+    out, lse = result if problem.return_lse else (result, None)
+    # FlexAttention multiplies what is masked by 0, which leaves NaN
+    return torch.where(attends[..., None], out, 0), lse
 
 
 def _with_text_valid(block_mask, text: tuple[int, int], text_valid: torch.Tensor):
@@ -89,3 +123,12 @@ def _with_text_valid(block_mask, text: tuple[int, int], text_valid: torch.Tensor
         mask_mod=mask_mod,
         seq_lengths=block_mask.seq_lengths,
     )
+
+
+BACKEND = Backend(
+    "flex",
+    attend,
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    condition=condition,
+    backward=True,
+)

@@ -3,69 +3,100 @@
 Query blocks are sorted by the number of keys they attend and cut into chunks whose working set stays in the
 processor's caches. A chunk is a handful of calls for its rows and as many heads as fit: gather K and V by
 block, one batched product for the scores, add the mask on the columns of partial blocks only, normalise, one
-batched product with V. What depends on the mask alone (chunks and their index lists) is planned once and
-kept in `mask.cache`.
+batched product with V. What depends on the mask alone (chunks and their index lists) is made once and
+kept with it.
+
+Quantized numbers are multiplied as the fp32 numbers that they stand for, so that nothing is gained but to see
+what a format does.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from dit_accel.blockmask import BlockMask
+from dit_accel.masks.block_mask import BlockMask
 
-from .gather_plan import Chunk, Round, packed_tiles, plan
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .formats import FORMATS
+from .gather_chunks import Chunk, Round, chunks_of, packed_tiles
+from .problem import Backend, Lengths, Problem
+from .quantized import LOG2_E, Quantized
 
 _BIAS_BYTES = 64 << 20  # tiles beyond this stay packed, and each chunk expands its own
-_LOG2_E = math.log2(math.e)
 _BOUND = 60.0  # of scores in base 2 that need no shift
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this path cannot run with these inputs, or None."""
-    return None if dtype in DTYPES else f"gather supports float16, bfloat16, float32 and float64, got {dtype}"
+def block_sizes(device: torch.device) -> dict[tuple[int, int], float]:
+    """Large blocks gather less for each query; a GPU wants whole tiles."""
+    return {(64, 16): 1.0, (128, 16): 0.89} if device.type == "cpu" else {(128, 64): 1.0}
 
 
 @torch.compiler.disable
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    text_valid: torch.Tensor | None = None,
-    return_lse: bool = False,
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`block_sparse_attention` by gathering; lse is None unless asked for.
 
-    bf16 and fp16 are treated as plain attention in that dtype treats them (scores and probabilities rounded
-    to it), but computed in fp32 where lse is wanted or a CPU has no fast matrix product of that dtype.
+    bf16 and fp16 are computed in fp32, except that an accelerator, where lse is not wanted, treats them as
+    plain attention in that dtype does: scores and probabilities are rounded to it.
     """
+    if problem.quantization is None:
+        return _attend_all(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
+    format = FORMATS[problem.quantization]
+    given = Quantized.of(q, k, v, mask, format, scale=scale, text_valid=text_valid)
+    q, k, v = given.widened(torch.promote_types(q.dtype, torch.float32))
+    powers = None if format.weights is None else partial(format.powers, group=given.group)
+    wide = replace(problem, dtype=q.dtype, return_lse=True)
+    out, lse = _attend_all(q, k, v, mask, wide, scale=1 / LOG2_E, text_valid=text_valid, powers=powers)
+    out, lse = given.finished(out, lse)
+    return out.to(problem.dtype), lse
+
+
+def _attend_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    problem: Problem,
+    *,
+    scale: float,
+    text_valid: Lengths,
+    powers: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend` of numbers as they are; `powers`, 2^scores if it is to be rounded."""
+    grad = problem.requires_grad
     batch, heads, _, dim = q.shape
     bq, bk = mask.block_size
-    dtype = _compute_dtype(q, return_lse)
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    with torch.inference_mode(False):  # what is kept must be usable under autograd later
-        chunks = plan(mask, batch, heads, dim, dtype)
-        table = _tile_table(mask, dtype)
-    q_blocks, k_blocks, v_blocks = (_blocks(x.to(dtype), size) for x, size in ((q, bq), (k, bk), (v, bk)))
-    bounded = _in_base_2(dtype, grad) and _are_bounded(q, k, scale)
+    dtype = _compute_dtype(problem)
+    chunks = chunks_of(mask, batch, heads, dim, dtype)
+    table = mask.derived(_TileTable, lambda: _TileTable.of(mask, dtype), dtype).table
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q_blocks, k_blocks, v_blocks = (_blocks(x, size) for x, size in ((q, bq), (k, bk), (v, bk)))
+    in_base_2 = _in_base_2(dtype, grad)  # if not, a GPU is not waited for
+    largest = _largest_score(q, k, scale) if in_base_2 or q.device.type == "cpu" else math.nan
+    bounded = in_base_2 and largest < _BOUND
     written = sum(len(part.query_blocks) for chunk in chunks for part in chunk.rounds)
     out = torch.empty_like(q_blocks) if written == len(q_blocks) else torch.zeros_like(q_blocks)
-    lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if return_lse else None
-    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, bounded, table, out, lse)
+    lse = q_blocks.new_full((len(q_blocks), bq), -math.inf) if problem.return_lse else None
+    if grad:  # even where no row attends anything, out depends on the inputs: by zero
+        nothing = sum(x[:0].sum() for x in (q, k, v))
+        out, lse = out + nothing, None if lse is None else lse + nothing
+    # fmt: off
+    job = _Job(q_blocks, k_blocks, v_blocks, mask, heads, scale, text_valid, grad, bounded,
+               math.isfinite(largest), table, powers, out, lse)
+    # fmt: on
     _run(job, chunks)
     shape = (batch, heads, mask.num_rows * bq)
-    out = out.view(*shape, dim)[:, :, : mask.seq_len].to(q.dtype)
-    return out, lse.view(shape)[:, :, : mask.seq_len] if return_lse else None
+    out = out.view(*shape, dim)[:, :, : mask.seq_len].to(problem.dtype)
+    return out, lse.view(shape)[:, :, : mask.seq_len] if problem.return_lse else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +112,9 @@ class _Job:
     text_valid: torch.Tensor | None
     grad: bool
     bounded: bool
+    finite: bool
     table: torch.Tensor
+    powers: Callable[[Tensor], Tensor] | None
     out: torch.Tensor
     lse: torch.Tensor | None
 
@@ -98,27 +131,29 @@ class _Job:
             key = torch.add(part.first_key, chunk.cols.view(-1)).view(-1)
         q = self.q.index_select(0, row).view(space.q_shape)
         k = space.keys(self.k, key)
-        factor = self.scale * _LOG2_E if _in_base_2(dtype, self.grad) else self.scale
+        factor = self.scale * LOG2_E if _in_base_2(dtype, self.grad) else self.scale
         scores = space.scores
         ignored = q.new_zeros(()) if scores is None else scores  # because of beta=0
         scores = torch.baddbmm(ignored, q, k.mT, beta=0, alpha=factor, out=scores)
         masked = space.masked(scores)  # [heads, rows, bq, L']
         if bias is not None:
-            masked.add_(bias)
+            _hide(masked, bias, self.finite)
         hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
             heads = part.first_key[:, 0] // self.mask.num_cols
             valid = self.text_valid.index_select(0, heads // self.heads)
-            masked.add_(_text_bias(chunk, self.mask, valid, dtype))
+            _hide(masked, _text_bias(chunk, self.mask, valid, dtype), self.finite)
         dead = None
-        if chunk.may_attend_nothing or hides_text or self.grad:  # rows past the end have a gradient too
+        # rows past the end have a gradient too, and scores may be -inf by themselves
+        if chunk.may_attend_nothing or hides_text or self.grad or not self.finite:
             dead = scores.amax(-1, keepdim=True) == -math.inf
             scores.masked_fill_(dead, 0.0)
         v = space.keys(self.v, key)  # over K, still in cache
-        out, lse = _attend(scores, v, self.grad, self.lse is not None, self.bounded)
+        out, lse = _attend(scores, v, self.grad, self.lse is not None, self.bounded, self.powers)
         out = out if dead is None else out.masked_fill(dead, 0.0)
         self.out.index_copy_(0, row, out.view(len(row), -1))
         if lse is not None:
+            lse = lse.masked_fill(lse == math.inf, math.nan) if self.grad else lse
             lse = lse if dead is None else lse.masked_fill(dead, -math.inf)
             self.lse.index_copy_(0, row, lse.view(len(row), -1))
 
@@ -155,7 +190,12 @@ def _run(job: _Job, chunks: list[Chunk]) -> None:
 
 
 def _attend(
-    scores: torch.Tensor, v: torch.Tensor, grad: bool, want_lse: bool, bounded: bool
+    scores: torch.Tensor,
+    v: torch.Tensor,
+    grad: bool,
+    want_lse: bool,
+    bounded: bool,
+    powers: Callable[[Tensor], Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scores) v and, if wanted, lse (B, bq, 1); overwrites the scores unless gradients are needed."""
     if grad:
@@ -166,11 +206,12 @@ def _attend(
     if not bounded:
         top = scores.amax(-1, keepdim=True)
         scores.sub_(top)
-    total = torch.exp2(scores, out=scores).sum(-1, keepdim=True)
+    weights = torch.exp2(scores, out=scores) if powers is None else powers(scores)
+    total = weights.sum(-1, keepdim=True)
     lse = None
     if want_lse:
-        lse = (total.log2() if bounded else top + total.log2()) / _LOG2_E
-    return torch.bmm(scores, v).div_(total), lse
+        lse = (total.log2() if bounded else top + total.log2()) / LOG2_E
+    return torch.bmm(weights, v).div_(total), lse
 
 
 def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
@@ -178,27 +219,38 @@ def _in_base_2(dtype: torch.dtype, grad: bool) -> bool:
     return dtype in (torch.float32, torch.float64) and not grad
 
 
-def _are_bounded(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
-    """Whether scores in base 2 are so small that sums of their powers stay far from float32's limits.
+def _compute_dtype(problem: Problem) -> torch.dtype:
+    plain = problem.device.type != "cpu" and not problem.return_lse
+    return problem.dtype if plain else torch.promote_types(problem.dtype, torch.float32)
 
-    The usual subtraction of each row's largest score, two passes over all of them, would then change
-    nothing: floating point is as precise at 2^60 as at 1.
+
+def _largest_score(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
+    """A bound of all scores in base 2, not finite where one of them may not be.
+
+    Below `_BOUND`, sums of their powers stay so far from float32's limits that the usual subtraction of each
+    row's largest score, two passes over all of them, would change nothing: floating point is as precise at
+    2^60 as at 1.
     """
-    longest = [torch.linalg.vector_norm(x, dim=-1).amax() for x in (q, k)]
-    return bool(longest[0] * longest[1] * (abs(scale) * _LOG2_E) < _BOUND)
+    if not q.numel():
+        return 0.0
+    longest = [torch.linalg.vector_norm(x.detach(), dim=-1).amax() for x in (q, k)]
+    return float(longest[0] * longest[1] * (abs(scale) * LOG2_E))
 
 
-def _compute_dtype(q: torch.Tensor, return_lse: bool) -> torch.dtype:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return q.dtype
-    slow = q.dtype == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if return_lse or (slow and q.device.type == "cpu") else q.dtype
+def _hide(scores: torch.Tensor, bias: torch.Tensor, finite: bool) -> None:
+    """Set scores to -inf where the bias is; adding it is faster, but leaves NaN."""
+    if finite:
+        scores.add_(bias)
+    else:
+        scores.masked_fill_(bias < 0, -math.inf)
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     """(batch, heads, length, dim) to (batch * heads * blocks, size * dim), the last block zero-padded."""
-    short = -x.shape[2] % size
-    return (F.pad(x, (0, 0, 0, short)) if short else x).reshape(-1, size * x.shape[3])
+    batch, heads, length, dim = x.shape
+    short = -length % size
+    x = F.pad(x, (0, 0, 0, short)) if short else x
+    return x.reshape(batch * heads * ((length + short) // size), size * dim)
 
 
 class _Workspace:
@@ -271,14 +323,17 @@ def _as_bias(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=packed.device).masked_fill_(hidden, -math.inf)
 
 
-def _tile_table(mask: BlockMask, dtype: torch.dtype) -> torch.Tensor:
-    """`packed_tiles`, already expanded by `_as_bias` unless there are too many; kept in `mask.cache`."""
-    name = ("gather tiles", dtype)
-    if name not in mask.cache:
+@dataclass(frozen=True, eq=False)
+class _TileTable:
+    """`packed_tiles` of a mask, already expanded by `_as_bias` unless there are too many."""
+
+    table: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: BlockMask, dtype: torch.dtype) -> _TileTable:
         packed = packed_tiles(mask)
         small = packed.numel() * 8 * dtype.itemsize <= _BIAS_BYTES
-        mask.cache[name] = _as_bias(packed, dtype) if small else packed
-    return mask.cache[name]
+        return cls(_as_bias(packed, dtype) if small else packed)
 
 
 def _tile_bias(chunk: Chunk, table: torch.Tensor, workspace: _Workspace) -> torch.Tensor:
@@ -298,3 +353,15 @@ def _text_bias(chunk: Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.
     key = (cols.unsqueeze(-1) * bk + torch.arange(bk, device=cols.device)).flatten(1)[None, :, None]
     hidden = (key >= start + valid.view(-1, 1, 1, 1)) & (key < stop)
     return torch.zeros(hidden.shape, dtype=dtype, device=cols.device).masked_fill_(hidden, -math.inf)
+
+
+BACKEND = Backend(
+    "gather",
+    attend,
+    dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    condition=lambda problem: None,
+    block_sizes=block_sizes,
+    automatic_on=None,
+    formats=tuple(FORMATS),
+    backward=True,
+)

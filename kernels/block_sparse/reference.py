@@ -4,7 +4,16 @@ For query i with the set of keys J(i):
 
     lse_i = log sum_{j in J(i)} exp(scale q_i.k_j),    out_i = sum_{j in J(i)} exp(scale q_i.k_j - lse_i) v_j
 
-A row with empty J(i) has out_i = 0 and lse_i = -inf.
+A row with empty J(i), or with no score above -inf, has out_i = 0 and lse_i = -inf.
+
+With a tail (`tail.py`) J(i) holds all valid keys of the blocks that i's query block computes. There is one
+key more for each group of blocks that it leaves out altogether, and for each part of the other groups: the
+mean of the valid keys there outside J(i), n of them, with log n added to its score, and the mean of their
+values.
+
+Quantized, q, k and v are those of `quantized.py`, and exp is rounded as the format says (`Format.powers`),
+in the numerator and in the sum below it, so that weights add up to 1 and results over several sets of keys
+merge to that over all of them.
 """
 
 from __future__ import annotations
@@ -12,8 +21,14 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
 
-from dit_accel.blockmask import BlockMask
+from dit_accel.masks.block_mask import BlockMask
+
+from .formats import FORMATS, Format
+from .problem import Backend, Problem, valid_keys
+from .quantized import LOG2_E, Quantized
+from .tail import blocks_of_group
 
 
 def attention(
@@ -24,7 +39,7 @@ def attention(
     *,
     scale: float,
     text_valid: torch.Tensor | None = None,
-    return_lse: bool = True,
+    tail: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_sparse_attention` on the dense mask, in fp32 (float64 for float64 inputs). Needs S x S memory.
 
@@ -35,21 +50,108 @@ def attention(
     Returns:
         out like q, and lse (batch, heads, seq_len) in fp32 (float64 for float64 inputs).
     """
-    allowed = dense_mask(mask, q.shape[1], text_valid)
     exact = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(exact) @ k.to(exact).mT * scale).masked_fill(~allowed, -math.inf)
-    nothing = ~allowed.any(-1, keepdim=True)
+    dtype, (q, k, v) = q.dtype, (x.to(exact) for x in (q, k, v))
+    allowed = (dense_mask if tail is None else computed_keys)(mask, *q.shape[:2], text_valid)
+    scores = (q @ k.mT * scale).masked_fill(~allowed, -math.inf)
+    keys, values, number = (_no_tail if tail is None else _pooled)(k, v, mask, allowed, text_valid)
+    scores = torch.cat([scores, torch.einsum("bhsd,bhspd->bhsp", q, keys) * scale + number.log()], -1)
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(nothing, 0.0)
     lse = scores.logsumexp(-1, keepdim=True)
-    out = (scores - lse).exp() @ v.to(exact)
-    return out.masked_fill(nothing, 0.0).to(q.dtype), lse.masked_fill(nothing, -math.inf).squeeze(-1)
+    lse = lse.masked_fill(lse == math.inf, math.nan)  # no probability is infinity / infinity
+    p, pooled = (scores - lse).exp().split([mask.kv_len, number.shape[-1]], -1)
+    out = p @ v + torch.einsum("bhsp,bhspd->bhsd", pooled, values)
+    return out.masked_fill(nothing, 0.0).to(dtype), lse.masked_fill(nothing, -math.inf).squeeze(-1)
 
 
-def dense_mask(mask: BlockMask, heads: int, text_valid: torch.Tensor | None = None) -> torch.Tensor:
+def quantized_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    format: Format,
+    *,
+    scale: float,
+    text_valid: torch.Tensor | None = None,
+    smooth: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` in a numeric format; without `smooth` of keys that keep their mean, to show why."""
+    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    allowed = dense_mask(mask, *q.shape[:2], text_valid)
+    given = Quantized.of(q, k, v, mask, format, scale=scale, text_valid=text_valid, smooth=smooth)
+    wide_q, wide_k, wide_v = given.widened(exact)
+    scores = (wide_q @ wide_k.mT).masked_fill(~allowed, -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    nothing = top == -math.inf
+    top = top.masked_fill(nothing, 0.0)
+    short = -mask.kv_len % given.group
+    p = format.powers(F.pad(scores - top, (0, short), value=-math.inf), given.group)[..., : mask.kv_len]
+    total = p.sum(-1, keepdim=True)
+    out = (p @ wide_v / total).masked_fill(nothing, 0.0)
+    lse = ((top + total.log2()) / LOG2_E).masked_fill(nothing, -math.inf).squeeze(-1)
+    out, lse = given.finished(out, lse)
+    return out.to(dtype), lse
+
+
+def dense_mask(
+    mask: BlockMask, batch: int, heads: int, text_valid: torch.Tensor | None = None
+) -> torch.Tensor:
     """What each query attends to: bool, broadcastable to (batch, heads, seq_len, kv_len), in kernel order."""
-    allowed = mask.to_kernel_mask()[mask.group_of_heads(heads).long()][None]
-    if text_valid is None:
-        return allowed
-    start, stop = mask.text
-    key = torch.arange(mask.kv_len, device=mask.device)
-    return allowed & ~((key >= start + text_valid.view(-1, 1, 1, 1)) & (key < stop))
+    allowed = mask.to_kernel_mask()[mask.group_of_heads(batch, heads).long()]
+    return allowed & valid_keys(mask, text_valid)
+
+
+def computed_keys(
+    mask: BlockMask, batch: int, heads: int, text_valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`dense_mask` with a tail: all valid keys of the blocks that are listed for a query's block."""
+    rows, columns = (
+        torch.arange(length, device=mask.device) // size
+        for length, size in zip((mask.seq_len, mask.kv_len), mask.block_size, strict=True)
+    )
+    listed = (mask.block_tiles() != -1)[:, rows][:, :, columns]
+    return listed[mask.group_of_heads(batch, heads).long()] & valid_keys(mask, text_valid)
+
+
+def _pooled(k, v, mask: BlockMask, computed: torch.Tensor, text_valid: torch.Tensor | None):
+    """For each query the means of what it pools, keys and values (batch, heads, seq_len, P, D), and how many
+    keys there are of each, (batch, heads, seq_len, P)."""
+    valid, key = valid_keys(mask, text_valid), torch.arange(mask.kv_len, device=mask.device)
+    block = key // mask.block_size[1]
+    group, part = (block // n for n in blocks_of_group(mask.block_size[1]))
+    groups, parts = (x == torch.arange(int(x[-1]) + 1, device=x.device)[:, None] for x in (group, part))
+    # blocks of padded text are computed or not like others
+    listed = computed_keys(mask, *k.shape[:2])
+    untouched = ~(listed.unsqueeze(3) & groups).any(-1)  # (batch, heads, seq_len, groups)
+    near = (~untouched)[..., group]
+    left = valid & ~computed
+    pools = [(left & ~near).unsqueeze(3) & groups, (left & near).unsqueeze(3) & parts]
+    left = torch.cat(pools, 3).to(k.dtype)
+    number = left.sum(-1).expand(*k.shape[:2], -1, -1)
+    hidden = ~valid.mT  # whatever is there
+    k, v = (left @ x.masked_fill(hidden, 0.0).unsqueeze(2) for x in (k, v))
+    count = number.clamp(min=1).unsqueeze(-1)
+    return k / count, v / count, number
+
+
+def _no_tail(k, v, mask: BlockMask, *_):
+    none = k.new_empty(*k.shape[:2], mask.seq_len, 0, k.shape[3])
+    return none, none, none[..., 0]
+
+
+def _attend(q, k, v, mask, problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    if problem.quantization is not None:
+        return quantized_attention(q, k, v, mask, FORMATS[problem.quantization], **options)
+    return attention(q, k, v, mask, tail=problem.tail, **options)
+
+
+BACKEND = Backend(
+    "reference",
+    _attend,
+    dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    condition=lambda problem: None,
+    formats=tuple(FORMATS),
+    backward=True,
+    own_tail=True,
+)

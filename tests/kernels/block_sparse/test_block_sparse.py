@@ -11,10 +11,11 @@ import pytest
 import torch
 from attention_cases import LENGTHS, SHORT, VARIANTS, Case, check, error, plain
 
-from dit_accel import BlockMask
+from dit_accel import BlockMask, TokenLayout
 from dit_accel.errors import UnavailableError
-from dit_accel.kernels import block_sparse, block_sparse_attention, can_run, default_block_size, support_table
-from dit_accel.kernels.block_sparse import gather, gather_plan, native, reference
+from dit_accel.kernels import block_sparse_attention, can_run, default_block_size, support_table
+from dit_accel.kernels.block_sparse import backends, flex, gather, gather_chunks, native, reference
+from dit_accel.patterns import Clear
 
 
 @pytest.mark.parametrize("case", LENGTHS + VARIANTS, ids=str)
@@ -40,6 +41,37 @@ def test_flex_matches_the_specification(case):
     if can_run("flex", device="cpu", dtype=case.dtype, head_dim=case.dim, block_size=case.block_size):
         pytest.skip("FlexAttention does not run here")
     check(case, "flex", with_lse=False)
+
+
+ON_A_CPU = ["native", "gather", "reference", pytest.param("flex", marks=pytest.mark.slow)]
+PICTURE = TokenLayout((1, 11, 13), text_len=37, text_first=True)
+
+
+@pytest.mark.parametrize("text", ["last", "model"])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        (PICTURE, PICTURE),
+        (TokenLayout((2, 7, 9), 11, offset=(2, 0, 0)), TokenLayout((5, 7, 9), 37, text_first=True)),
+    ],
+    ids=["picture", "chunk-of-a-video"],
+)
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_orders_of_queries_and_keys_and_text_anywhere(backend, queries, keys, text):
+    """Moved to kernel order and back, with padded text, every backend is the pattern in the model's order."""
+    if can_run(backend, device="cpu", dtype=torch.float32, head_dim=16, block_size=(32, 16)):
+        pytest.skip(f"{backend} does not run here")
+    pattern, valid = Clear(4), torch.tensor([5, 37])
+    mask = pattern.block_mask(queries, (32, 16), "hilbert", keys=keys, text=text)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n.seq_len, 16, generator=generator) for n in (queries, keys, keys))
+    moved = q[:, :, mask.order], k[:, :, mask.key_order], v[:, :, mask.key_order]
+    out = block_sparse_attention(*moved, mask, text_valid=valid, backend=backend)
+    allowed = pattern.token_mask(queries, keys).repeat(2, 1, 1, 1)
+    for sample, length in enumerate(valid.tolist()):
+        allowed[sample, :, :, keys.text_slice.start + length : keys.text_slice.stop] = False
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    torch.testing.assert_close(out[:, :, torch.argsort(mask.order)], expected)
 
 
 def test_float64_agrees():
@@ -79,7 +111,7 @@ def test_uninitialised_memory_is_never_read(monkeypatch, backend, dtype):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 14, 1 << 30])
 def test_chunking_does_not_change_the_result(monkeypatch, chunk_bytes, threads):
-    monkeypatch.setattr(gather_plan, "_CHUNK_BYTES_CPU", chunk_bytes)
+    monkeypatch.setattr(gather_chunks, "_CHUNK_BYTES_CPU", chunk_bytes)
     torch.set_num_threads(threads)
     check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
     assert torch.get_num_threads() == threads
@@ -91,7 +123,7 @@ def test_many_tiles_stay_packed(monkeypatch):
 
 
 def test_key_lists_can_be_made_when_needed(monkeypatch):
-    monkeypatch.setattr(gather_plan, "_KEYS_BYTES", 0)
+    monkeypatch.setattr(gather_chunks, "_KEYS_BYTES", 0)
     check(Case(300, batch=2, heads=3, per_head=True, text=20, text_valid=(20, 3)), "gather")
 
 
@@ -104,9 +136,9 @@ def test_scores_of_any_size(backend, size):
     q = q + size  # all of a row's scores large, together with k's mean of 1
     k = k + 1
     exact = reference.attention(
-        q.double(), k.double(), v.double(), case.mask(), scale=0.125, text_valid=case.valid(), return_lse=True
+        q.double(), k.double(), v.double(), case.mask(), scale=0.125, text_valid=case.valid()
     )
-    single = reference.attention(q, k, v, case.mask(), scale=0.125, text_valid=case.valid(), return_lse=True)
+    single = reference.attention(q, k, v, case.mask(), scale=0.125, text_valid=case.valid())
     got = block_sparse_attention(
         q, k, v, case.mask(), text_valid=case.valid(), return_lse=True, backend=backend
     )
@@ -120,9 +152,9 @@ def test_scores_of_any_size(backend, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=SHORT.get)
-def test_without_fast_low_precision_products_fp32_is_used(monkeypatch, dtype):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
-    check(Case(300, dtype), "gather")
+def test_on_an_accelerator_half_precision_stays_what_it_is(monkeypatch, dtype):
+    monkeypatch.setattr(gather, "_compute_dtype", lambda problem: dtype)
+    check(Case(300, dtype, batch=2, text=20, text_valid=(20, 3)), "gather", with_lse=False)
 
 
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "lse"])
@@ -152,7 +184,7 @@ def test_the_plan_is_made_once_per_mask(monkeypatch):
     case = Case(300)
     mask, (q, k, v) = case.mask(), case.inputs()
     first = block_sparse_attention(q, k, v, mask, backend="gather")
-    monkeypatch.setattr(gather_plan, "_BlockLists", None)
+    monkeypatch.setattr(gather_chunks, "_Rows", None)
     assert torch.equal(block_sparse_attention(q, k, v, mask, backend="gather"), first)
 
 
@@ -163,11 +195,35 @@ def test_scale():
     torch.testing.assert_close(doubled, block_sparse_attention(q * 2, k, v, mask))
 
 
+LENGTHS_OF_TEXT = {  # of two samples, in every form that integers take in memory
+    "int64": torch.tensor([17, 3]),
+    "int32": torch.tensor([17, 3], dtype=torch.int32),
+    "int16": torch.tensor([17, 3], dtype=torch.int16),
+    "uint8": torch.tensor([17, 3], dtype=torch.uint8),
+    "every-second": torch.tensor([17, 40, 3, 40])[::2],
+    "a-column": torch.tensor([[17, 40], [3, 40]], dtype=torch.int32)[:, 0],
+    "expanded": torch.tensor([20]).expand(2),
+    "expanded-int32": torch.tensor(20, dtype=torch.int32).expand(2),
+    "list": [17, 3],
+}
+
+
+@pytest.mark.parametrize("valid", LENGTHS_OF_TEXT.values(), ids=LENGTHS_OF_TEXT)
+@pytest.mark.parametrize("backend", ["native", "gather", "reference"])
+def test_text_lengths_in_any_form(backend, valid):
+    case = Case(300, batch=2, text=40)
+    q, k, v = case.inputs()
+    plain_valid = torch.tensor([int(n) for n in valid])
+    expected = reference.attention(q, k, v, case.mask(), scale=0.125, text_valid=plain_valid)
+    result = block_sparse_attention(q, k, v, case.mask(), text_valid=valid, return_lse=True, backend=backend)
+    torch.testing.assert_close(result, expected)
+
+
 # -- choice of the backend -----------------------------------------------------------------------------------
 
 
 def test_auto_takes_native_on_a_cpu_and_says_so_once(caplog):
-    block_sparse._log_choice.cache_clear()
+    backends.log_choice.cache_clear()
     case = Case(63)
     with caplog.at_level(logging.INFO, logger="dit_accel"):
         for _ in range(2):
@@ -188,7 +244,7 @@ def test_can_run():
     assert "int32" in ask("gather", dtype=torch.int32)
     assert "int32" in ask("reference", dtype=torch.int32)
     assert "512" in ask("auto", head_dim=512)
-    assert "quantization='int8' is not available in this version" in ask("auto", quantization="int8")
+    assert "does not compute quantization='int9'" in ask("auto", quantization="int9")
     assert "float64" in ask("flex", dtype=torch.float64)
     assert "lse" in ask("flex", return_lse=True)
     assert "backward" in ask("flex", requires_grad=True)
@@ -199,13 +255,13 @@ def test_can_run():
 
 
 def test_flex_without_a_compiler_says_so(monkeypatch):
-    monkeypatch.setattr(block_sparse.flex, "_compiler", lambda: None)
+    monkeypatch.setattr(flex, "_compiler", lambda: None)
     assert "install g++ or clang++" in ask("flex")
 
 
 def test_support_table_has_a_row_per_backend_and_dtype():
     table = support_table()
-    assert {row["backend"] for row in table} == set(block_sparse.BACKENDS)
+    assert {row["backend"] for row in table} == {backend.name for backend in backends.BACKENDS}
     assert all(row["status"] == "yes" for row in table if row["backend"] in ("gather", "reference"))
 
 
@@ -248,7 +304,7 @@ THREE_HEADS = Case(128, heads=3, per_head=True)
         (lambda a: a.update(mask=THREE_HEADS.mask()), ValueError, "is for 3 heads, got .* 2"),
         (lambda a: a.update(text_valid=torch.tensor([3])), ValueError, "the mask has no text"),
         (lambda a: a.update(backend="cudnn"), ValueError, "`backend` must be one of"),
-        (lambda a: a.update(quantization="int8"), UnavailableError, "not available in this version"),
+        (lambda a: a.update(quantization="int9"), UnavailableError, "does not compute quantization='int9'"),
         (lambda a: a.update(backend="flex", return_lse=True), UnavailableError, "'flex' cannot run"),
         (lambda a: a.update({n: a[n].long() for n in "qkv"}), UnavailableError, "got torch.int64"),
         (lambda a: a.update({n: a[n].repeat(1, 1, 1, 8) for n in "qkv"}), UnavailableError, "got 512"),
@@ -262,7 +318,11 @@ def test_bad_input(change, kind, message):
         block_sparse_attention(**arguments)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([3, 4]), torch.tensor([3.0]), torch.tensor(3)], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [torch.tensor([3, 4]), torch.tensor([3.0]), torch.tensor(3), torch.tensor([True]), torch.tensor([3j])],
+    ids=str,
+)
 def test_bad_text_valid(bad):
     case = Case(128, text=20)
     with pytest.raises(ValueError, match=r"`text_valid` must be integers of shape \(1,\)"):

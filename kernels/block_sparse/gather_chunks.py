@@ -1,4 +1,4 @@
-"""The plan of `gather` for a mask, made once: chunks of query blocks and their lists of key blocks."""
+"""The chunks of query blocks that `gather` computes together, with their lists of key blocks; made once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dit_accel.blockmask import BlockMask
+from dit_accel.masks.block_mask import BlockMask
 
 _CHUNK_BYTES_CPU = 3 << 20  # scores and gathered keys or values of one chunk
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
@@ -46,26 +46,31 @@ class Chunk:
     may_attend_nothing: bool
 
 
-def plan(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[Chunk]:
-    """Chunks that cover every query block that has keys, for all samples and heads; kept in `mask.cache`."""
-    on_cpu = mask.device.type == "cpu"
-    name = ("gather", batch, heads, dim, dtype)
-    if name not in mask.cache:
-        limit = _CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ACCELERATOR
+def chunks_of(mask: BlockMask, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[Chunk]:
+    """Chunks that cover every query block that has keys, for all samples and heads; made once for a mask."""
+
+    def make() -> _Chunks:
+        limit = _CHUNK_BYTES_CPU if mask.device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
         limit_in_blocks = limit // (mask.block_size[1] * (mask.block_size[0] + dim) * dtype.itemsize)
-        lists, group_of_head = _BlockLists(mask), mask.group_of_heads(heads).to(mask.device)
+        lists, group_of_plane = _Rows(mask), mask.group_of_heads(batch, heads).expand(batch, heads).flatten()
         listed = len(lists.cols) // mask.num_groups * heads * batch * 4 <= _KEYS_BYTES
         chunks = []
         for group in range(mask.num_groups):
-            in_group = (group_of_head == group).nonzero()[:, 0]
-            places = (torch.arange(batch, device=mask.device)[:, None] * heads + in_group).view(-1).int()
+            planes = (group_of_plane == group).nonzero().int()
             for rows in lists.similar_rows(group, limit_in_blocks):
                 chunk = lists.chunk(group, rows)
                 at_once = max(1, limit_in_blocks // chunk.cols.numel())
-                rounds = (_round(mask, chunk, heads, listed) for heads in places[:, None].split(at_once))
+                split = planes.split(at_once) if len(planes) else ()
+                rounds = (_round(mask, chunk, some, listed) for some in split)
                 chunks.append(replace(chunk, rounds=tuple(rounds)))
-        mask.cache[name] = chunks
-    return mask.cache[name]
+        return _Chunks(chunks)
+
+    return mask.derived(_Chunks, make, batch, heads, dim, dtype).chunks
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    chunks: list[Chunk]
 
 
 def _round(mask: BlockMask, chunk: Chunk, heads: torch.Tensor, listed: bool) -> Round:
@@ -74,20 +79,20 @@ def _round(mask: BlockMask, chunk: Chunk, heads: torch.Tensor, listed: bool) -> 
     return Round(first_key, query_blocks, (first_key + chunk.cols.view(-1)).view(-1) if listed else None)
 
 
-class _BlockLists:
+class _Rows:
     """Key blocks (full ones first) and their tiles for every query block, rows counted through all groups."""
 
     def __init__(self, mask: BlockMask):
         self.mask = mask
-        in_row = mask.block_rows()
-        count = mask.num_groups * mask.num_rows
-        self.num_full = torch.bincount(in_row[0], minlength=count)
-        self.length = self.num_full + torch.bincount(in_row[1], minlength=count)
+        (full_row, full_at), (row, at) = mask.full.entries(), mask.partial.entries()
+        self.num_full = mask.full.count.flatten().long()
+        self.length = self.num_full + mask.partial.count.flatten()
         self.start = self.length.cumsum(0) - self.length
-        order = torch.argsort(torch.cat(in_row), stable=True)
+        order = torch.argsort(torch.cat([full_row, row]), stable=True)
         self.all_attended, self.none_attended = mask.tiles.shape[0], mask.tiles.shape[0] + 1
-        self.cols = torch.cat([mask.full_idx, mask.part_idx])[order]
-        self.tiles = torch.cat([torch.full_like(mask.full_idx, self.all_attended), mask.part_tile])[order]
+        full = mask.full.index[full_at]
+        self.cols = torch.cat([full, mask.partial.index[at]])[order]
+        self.tiles = torch.cat([torch.full_like(full, self.all_attended), mask.partial.tiles[at]])[order]
         self.attends = packed_tiles(mask).any(-1).T  # (T + 2, bq)
         query = torch.arange(mask.num_rows * mask.block_size[0], device=mask.device)
         self.outside = (query >= mask.seq_len).view(mask.num_rows, -1)

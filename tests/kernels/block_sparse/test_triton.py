@@ -4,25 +4,41 @@ Triton reads TRITON_INTERPRET as it defines a kernel, so a process has it either
 child that had the variable from its start serves every case here, whatever this process imported before.
 """
 
+import dataclasses
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
 
 from dit_accel import BlockMask
+from dit_accel.kernels import can_run
 
 triton_version = pytest.importorskip("triton", reason="Triton is not installed").__version__
-triton_kernel = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
+triton_kernel = pytest.importorskip("dit_accel.kernels.block_sparse.triton_forward")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZED = {
+    "ragged": {"seq": 130, "block_size": (64, 64)},
+    "text": {"seq": 130, "batch": 2, "dim": 24, "text": 40, "text_valid": (17, 0), "block_size": (64, 64)},
+    "heads": {
+        "seq": 130,
+        "dim": 16,
+        "per_head": True,
+        "extra_keys": 30,
+        "block_size": (64, 32),
+        "strided": True,
+    },
+    "half": {"seq": 70, "dtype": torch.float16, "heads": 1, "block_size": (128, 128)},
+    "bf16": {"seq": 70, "dtype": torch.bfloat16, "heads": 1, "dim": 128, "block_size": (64, 64)},
+    "wide": {"seq": 70, "heads": 1, "dim": 256, "block_size": (64, 64)},
+}
 SPECIAL_ROWS = (0, 5, -1)  # attend nothing where a case has empty rows
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     batch: int
     heads: int
@@ -32,6 +48,7 @@ class Case:
     kv_len: int | None = None
     block_size: tuple[int, int] = (128, 64)
     per_head: bool = False
+    per_sample: bool = False
     text: tuple[int, int] = (0, 0)
     text_valid: tuple[int, ...] | None = None
     empty_rows: bool = False
@@ -41,7 +58,8 @@ class Case:
     def __str__(self):
         changed = [f"K{self.kv_len}"] * (self.kv_len is not None)
         changed += ["{}x{}".format(*self.block_size)] * (self.block_size != (128, 64))
-        changed += ["heads"] * self.per_head + ["text"] * (self.text_valid is not None)
+        changed += ["heads"] * self.per_head + ["samples"] * self.per_sample
+        changed += ["text"] * (self.text_valid is not None)
         changed += ["empty"] * self.empty_rows + [self.layout] * (self.layout != "contiguous")
         changed += [f"scale{self.scale}"] * (self.scale is not None)
         sizes = f"B{self.batch}-H{self.heads}-N{self.seq_len}-D{self.head_dim}-{self.dtype}"
@@ -65,6 +83,7 @@ CASES = {
         Case(2, 2, 130, 64, "bf16", text=(100, 130), text_valid=(30, 7)),
         Case(2, 1, 200, 32, "fp16", text=(60, 190), text_valid=(0, 64), layout="permuted", empty_rows=True),
         Case(2, 2, 130, 64, "fp32", per_head=True, text=(64, 128), text_valid=(1, 40), layout="permuted"),
+        Case(3, 2, 130, 32, "fp16", per_head=True, per_sample=True, text=(64, 128), text_valid=(1, 40, 64)),
         Case(1, 1, 128, 64, "bf16", kv_len=300, empty_rows=True),
         Case(2, 1, 130, 64, "fp16", kv_len=1, layout="permuted"),
         Case(1, 1, 130, 64, "bf16", block_size=(64, 32)),
@@ -83,13 +102,14 @@ CASES = {
 def random_mask(case: Case) -> BlockMask:
     """Empty, full and partial blocks, about a third of each."""
     (bq, bk), kv_len = case.block_size, case.kv_len or case.seq_len
-    groups, rows, cols = case.heads if case.per_head else 1, -(-case.seq_len // bq), -(-kv_len // bk)
-    kind = torch.randint(3, (groups, rows, cols)).repeat_interleave(bq, 1).repeat_interleave(bk, 2)
-    mask = torch.where(kind == 2, torch.rand(kind.shape) < 0.3, kind == 1)[:, : case.seq_len, :kv_len]
-    mask[:, :, 0] = True
+    differ = ((case.batch,) if case.per_sample else ()) + ((case.heads,) if case.per_head else ())
+    kind = torch.randint(3, (*differ, -(-case.seq_len // bq), -(-kv_len // bk)))
+    kind = kind.repeat_interleave(bq, -2).repeat_interleave(bk, -1)[..., : case.seq_len, :kv_len]
+    mask = torch.where(kind == 2, torch.rand(kind.shape) < 0.3, kind == 1)
+    mask[..., 0] = True
     if case.empty_rows:
-        mask[:, SPECIAL_ROWS] = False
-    return BlockMask.from_token_mask(mask if case.per_head else mask[0], case.block_size, case.text)
+        mask[..., SPECIAL_ROWS, :] = False
+    return BlockMask.from_token_mask(mask, case.block_size, case.text)
 
 
 def random_tensor(case: Case, length: int, device: str) -> torch.Tensor:
@@ -131,7 +151,7 @@ def compare(name: str, got, plain, oracle, eps: float):
 
 def check(name: str, device: str = "cpu"):
     """Run a case; the kernel's outputs hold NaN before it writes them."""
-    from dit_accel.kernels.block_sparse import triton as kernel
+    from dit_accel.kernels.block_sparse import triton_forward as kernel
 
     case = CASES[name]
     torch.manual_seed(0)
@@ -150,7 +170,8 @@ def check(name: str, device: str = "cpu"):
     assert lse.shape == q.shape[:3]
     assert lse.dtype == torch.float32
 
-    keep = mask.to_kernel_mask()[mask.group_of_heads(case.heads).long()].repeat(case.batch, 1, 1, 1)
+    groups = mask.group_of_heads(case.batch, case.heads).expand(case.batch, case.heads)
+    keep = mask.to_kernel_mask()[groups.long()]
     for sample, valid in enumerate(case.text_valid or ()):
         keep[sample, :, :, mask.text[0] + valid : mask.text[1]] = False
     keep = keep.to(device)
@@ -166,7 +187,7 @@ def check(name: str, device: str = "cpu"):
 
 def check_far_apart(path: str):
     """Rows 2**23 elements apart: offsets reach 2.4e9, beyond 32 bits. The file behind them is sparse."""
-    from dit_accel.kernels.block_sparse import triton as kernel
+    from dit_accel.kernels.block_sparse import triton_forward as kernel
 
     length, stride, head_dim = 290, 2**23, 16
     storage = torch.from_file(path, shared=True, size=length * stride, dtype=torch.float16)
@@ -179,9 +200,86 @@ def check_far_apart(path: str):
         assert torch.equal(a, b), "inputs far apart in memory give another result"
 
 
+def check_text_lengths():
+    """Text lengths through the public function, in every form that integers take in memory."""
+    from dit_accel.kernels import block_sparse_attention
+
+    torch.manual_seed(0)
+    mask = BlockMask.from_token_mask(torch.rand(130, 130) < 0.5, (64, 32), (100, 130))
+    q, k, v = torch.randn(3, 2, 1, 130, 16)
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        spaced = torch.tensor([20, 30, 7, 30], dtype=dtype)
+        for valid in (spaced[::2], spaced[:1].expand(2), spaced[::2].clone()):
+            options = {"text_valid": valid, "return_lse": True}
+            got = block_sparse_attention(q, k, v, mask, backend="triton", **options)
+            expected = block_sparse_attention(q, k, v, mask, backend="reference", **options)
+            torch.testing.assert_close(got, expected, msg=f"{dtype}, stride {valid.stride(0)}")
+
+
+def check_numbers():
+    """NaN and infinity, as tests/kernels/block_sparse/test_numbers.py has them for the other backends."""
+    from number_cases import as_sdpa, check_nan, check_nothing
+
+    places = (("q", 20, 3), ("q", 17, 0), ("k", 5, 23), ("k", 69, 1), ("v", 33, 2), ("v", 66, 20))
+    for dtype in DTYPES.values():
+        check_nothing("triton", dtype, (64, 32))
+        for i, place in enumerate(places):
+            payload = (1, 1 << 22, 1 << 9, (1 << 23) - 1, 1 << 6, 12345)[i]
+            check_nan("triton", dtype, payload, i % 2 == 1, *place, (64, 32))
+            value = (float("inf"), -float("inf"), 65000.0, -65000.0, 1e34, 1e-40)[i]
+            as_sdpa("triton", dtype, value, *place, (64, 32))
+
+
+def check_quantized(case: str, format: str):
+    """As the reference; the interpreter's fp8 halves what is rounded up to a power of two."""
+    import attention_cases
+
+    slack = 0.05 if format == "int8-fp8" else 2e-4
+    attention_cases.check_quantized(attention_cases.Case(**QUANTIZED[case]), "triton", format, slack)
+
+
+def check_quantized_numbers():
+    """What is not finite makes its query, group or channel NaN, and nothing else.
+
+    Of fp8 only channels are looked at: the interpreter's has no NaN, the GPU's has.
+    """
+    from dit_accel.kernels import block_sparse_attention, quantizations
+
+    allowed = torch.ones(128, 128, dtype=torch.bool)
+    allowed[:64, 64:] = False
+    mask = BlockMask.from_token_mask(allowed, (64, 64))
+    for format in quantizations():
+        options = {"backend": "triton", "quantization": format}
+        for name, bad in (("q", float("nan")), ("k", float("inf")), ("v", float("nan"))):
+            if format == "int8-fp8" and name != "v":
+                continue
+            given = dict(zip("qkv", torch.randn(3, 1, 1, 128, 16), strict=True))
+            given[name][0, 0, 100, 5] = bad
+            out = block_sparse_attention(**given, mask=mask, **options)[0, 0]
+            hit = torch.zeros(128, 16, dtype=torch.bool)
+            hit[{"q": (100,), "k": (slice(64, None),), "v": (slice(None), 5)}[name]] = True
+            if name == "v" and format == "int8":  # 0 * NaN, as in any product of matrices, or not
+                hit[:64] = ~out[:64].isfinite()
+            assert torch.equal(~out.isfinite(), hit), f"{format}, {name}"
+        ones = torch.full((1, 1, 128, 16), 60000.0, dtype=torch.float16)
+        out = block_sparse_attention(*torch.randn(2, 1, 1, 128, 16).half(), ones, mask, **options)
+        torch.testing.assert_close(out, ones, rtol=1e-3, atol=0)
+
+
+def check_no_samples():
+    from dit_accel.kernels import block_sparse_attention
+
+    mask = BlockMask.from_token_mask(torch.rand(70, 70) < 0.5, (64, 32))
+    for batch, heads in ((0, 2), (2, 0), (0, 0)):
+        q, k, v = torch.randn(3, batch, heads, 70, 16)
+        out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="triton")
+        assert out.shape == q.shape
+        assert lse.shape == q.shape[:3]
+
+
 def check_compiled():
     """torch.compile without graph breaks, before and after the launch order is in the mask's cache."""
-    from dit_accel.kernels.block_sparse import triton as kernel
+    from dit_accel.kernels.block_sparse import triton_forward as kernel
 
     torch.manual_seed(0)
     mask = BlockMask.from_token_mask(torch.rand(70, 70) < 0.5, (64, 32))
@@ -229,6 +327,31 @@ def test_gpu(name):
     check(name, "cuda")
 
 
+@pytest.mark.parametrize("format", ["int8", "int8-fp8", "int8-int8", "int8-int4"])
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_quantized(interpreter, case, format):
+    interpreter("check_quantized", case, format)
+
+
+def test_quantized_numbers_that_are_none(interpreter):
+    interpreter("check_quantized_numbers")
+
+
+def test_text_lengths_in_any_form(interpreter):
+    interpreter("check_text_lengths")
+
+
+@pytest.mark.parametrize("check", ["check_numbers", "check_no_samples"])
+def test_numbers_that_are_none_and_samples_that_are_none(interpreter, check):
+    interpreter(check)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_than_the_current_gpu():
+    with torch.cuda.device(0):
+        check(next(iter(CASES)), "cuda:1")
+
+
 def test_offsets_beyond_32_bits(interpreter, tmp_path):
     interpreter("check_far_apart", str(tmp_path / "sparse"))
 
@@ -242,12 +365,26 @@ def test_long_rows_of_all_heads_go_first():
     mask = torch.eye(8, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(64, 1)
     mask[-64:] = True
     mask = BlockMask.from_token_mask(torch.stack([mask, mask.flip(0)]), (64, 64))
-    order, groups = triton_kernel.launch_order(mask, heads=2)
-    assert order.tolist()[:2] == [7, 8]
-    assert order[2:].tolist() == sorted(order[2:].tolist())
-    assert sorted(order.tolist()) == list(range(16))
-    assert groups.tolist() == [0, 1]
-    assert triton_kernel.launch_order(mask, heads=2)[0] is order
+    rows, groups, *_ = triton_kernel.mask_arguments(mask, batch=3, heads=2)
+    (order,) = rows.tolist()
+    assert order[:2] == [7, 8]
+    assert order[2:] == sorted(order[2:])
+    assert sorted(order) == list(range(16))
+    assert groups.tolist() == [[0, 1]]
+    assert triton_kernel.mask_arguments(mask, batch=3, heads=2)[0] is rows
+
+
+@pytest.mark.skipif(triton_kernel.INTERPRETED, reason="TRITON_INTERPRET is set")
+def test_a_launch_asks_for_fused_multiply_add(monkeypatch):
+    """From Triton 3.10 on who does not ask for it gets none."""
+    launches = []
+    monkeypatch.setattr(
+        type(triton_kernel._forward), "run", lambda self, *a, **options: launches.append(options)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    mask = BlockMask.from_token_mask(torch.ones(128, 128, dtype=torch.bool))
+    triton_kernel.attention(*torch.randn(3, 1, 1, 128, 64), mask, scale=0.125, text_valid=None)
+    assert [options["enable_fp_fusion"] for options in launches] == [True]
 
 
 @pytest.mark.parametrize(
@@ -257,16 +394,12 @@ def test_long_rows_of_all_heads_go_first():
         ({"head_dim": 512}, False, "head_dim must be between 1 and 256, got 512"),
         ({"block_size": (128, 16)}, True, "got (128, 16)"),
         ({"block_size": (256, 64)}, True, "got (256, 64)"),
+        ({"requires_grad": True}, True, "no backward pass; use backend='auto'"),
         ({"block_size": (64, 16)}, False, "set TRITON_INTERPRET=1 before Python starts"),
     ],
-    ids=["dtype", "head_dim", "key-block", "query-block", "cpu"],
+    ids=["dtype", "head_dim", "key-block", "query-block", "gradients", "cpu"],
 )
 def test_unavailable_says_why(change, interpreted, words, monkeypatch):
     monkeypatch.setattr(triton_kernel, "INTERPRETED", interpreted)
-    arguments = {
-        "device": torch.device("cpu"),
-        "dtype": torch.bfloat16,
-        "head_dim": 64,
-        "block_size": (128, 64),
-    }
-    assert words in triton_kernel.unavailable(**(arguments | change))
+    asked = {"device": "cpu", "dtype": torch.bfloat16, "head_dim": 64, "block_size": (128, 64)}
+    assert words in can_run("triton", **(asked | change))

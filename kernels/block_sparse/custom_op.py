@@ -1,0 +1,106 @@
+"""Backends that `torch.compile` cannot look into, as one operator that it takes whole.
+
+What they do depends on the mask's contents, which a graph must not be compiled for. An operator's arguments
+are tensors and numbers: those of the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from dit_accel.masks.block_lists import BlockLists
+from dit_accel.masks.block_mask import BlockMask
+
+from .backends import named
+from .problem import Problem
+
+# Of the first tensor of a mask, the others and its launch data, which compiled calls share: masks of a
+# geometry are used again and again, and what backends derive from one takes as long as many calls.
+_launch_data = WeakTensorKeyDictionary()
+
+
+def attend(
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    problem: Problem,
+    *,
+    scale: float,
+    text_valid: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the backend of that name returns, without gradients."""
+    full, partial = mask.full, mask.partial
+    out, lse = _attend(
+        q, k, v,
+        full.start, full.count, full.index, partial.start, partial.count, partial.index, partial.tile,
+        mask.tiles, mask.head_groups, text_valid,
+        *mask.block_size, *mask.text, scale, problem.return_lse, problem.quantization, problem.tail, backend,
+    )  # fmt: skip
+    return out, lse if problem.return_lse else None
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_plain", mutates_args=())
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    full_start: torch.Tensor,
+    full_count: torch.Tensor,
+    full_index: torch.Tensor,
+    partial_start: torch.Tensor,
+    partial_count: torch.Tensor,
+    partial_index: torch.Tensor,
+    partial_tile: torch.Tensor,
+    tiles: torch.Tensor,
+    head_groups: torch.Tensor | None,
+    text_valid: torch.Tensor | None,
+    block_q: int,
+    block_k: int,
+    text_start: int,
+    text_stop: int,
+    scale: float,
+    return_lse: bool,
+    quantization: str | None,
+    tail: str | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = BlockMask(
+        block_size=(block_q, block_k),
+        seq_len=q.shape[2],
+        kv_len=k.shape[2],
+        full=BlockLists(full_start, full_count, full_index),
+        partial=BlockLists(partial_start, partial_count, partial_index, partial_tile),
+        tiles=tiles,
+        text=(text_start, text_stop),
+        head_groups=head_groups,
+    )
+    _share_launch_data(mask)
+    mask.validate()
+    problem = Problem.of(q, k, v, mask, return_lse=return_lse, quantization=quantization, tail=tail)
+    out, lse = named(backend).compute(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
+    return out.contiguous(), lse.contiguous() if return_lse else q.new_empty(0)
+
+
+@_attend.register_fake
+def _(q, k, v, *others):
+    return_lse = others[-4]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:3], dtype=dtype) if return_lse else q.new_empty(0)
+    return q.new_empty(q.shape), lse
+
+
+def _share_launch_data(mask: BlockMask) -> None:
+    """Go on with the launch data of an earlier mask of the same tensors, sizes and text."""
+    first, *others = mask.tensors().values()
+    sizes = (mask.block_size, mask.seq_len, mask.kv_len, mask.text, len(others))
+    entry: Any = _launch_data.get(first, (None, (), None))
+    earlier, references, launch_data = entry
+    if earlier == sizes and all(ref() is x for ref, x in zip(references, others, strict=True)):
+        vars(mask)["launch_data"] = launch_data
+    else:
+        _launch_data[first] = sizes, [TensorWeakRef(x) for x in others], mask.launch_data

@@ -1,0 +1,141 @@
+"""Launch configurations measured on a GPU: `tuned.json`, written by `python -m dit_accel.evals.gpu_bench`.
+
+The file lies beside this module and comes before the kernel's own table. Without it, and on a GPU that it
+does not name, nothing was measured and the kernel's own table holds. Each entry says on which GPU, with
+which versions and at which commit it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+PATH = Path(__file__).with_name("tuned.json")
+RANGES = {  # what an entry may say; rows and keys divide every block of a mask, or are cut to it
+    "element_bytes": (2, 4),
+    "head_dim": (64, 128, 256),
+    "rows": (32, 64, 128),
+    "keys": (32, 64, 128),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4, 5, 6, 7, 8),
+}
+REMEDY = "delete it, or measure again with `python -m dit_accel.evals.gpu_bench`"
+
+
+class Launch(NamedTuple):
+    """Query rows and keys that a program takes at a time, its warps, and the stages of its pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest launch for a compute capability, bytes per element and largest padded head_dim.
+
+    Attributes:
+        capability: as in `"9.0"`.
+        gain: times faster than with the kernel's own table, the geometric mean over some shapes.
+        gpu, torch, triton, cuda, commit: what it was measured with.
+    """
+
+    capability: str
+    element_bytes: int
+    head_dim: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    gain: float
+    gpu: str
+    torch: str
+    triton: str
+    cuda: str
+    commit: str
+
+    def __post_init__(self) -> None:
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if type(value) is not int or value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        numbers = str(self.capability).split(".")
+        if not isinstance(self.capability, str) or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
+            raise ValueError(f"`capability` must be like '9.0', got {self.capability!r}")
+        if type(self.gain) not in (int, float) or not 0 < self.gain < float("inf"):
+            raise ValueError(f"`gain` must be a positive number, got {self.gain!r}")
+        for name in ("gpu", "torch", "triton", "cuda", "commit"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be text, got {getattr(self, name)!r}")
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int, int]:
+        return tuple(map(int, self.capability.split("."))), self.element_bytes, self.head_dim
+
+    @property
+    def launch(self) -> Launch:
+        return Launch(self.rows, self.keys, self.warps, self.stages)
+
+
+def load(path: Path) -> dict[tuple, Entry]:
+    """The entries of a file by their keys; none where there is no file.
+
+    Raises:
+        ValueError: a file that is not such a table, naming the file, the entry and what is wrong with it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+        items = data["entries"]
+        if not isinstance(items, list):
+            raise TypeError("`entries` is not a list")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a table of launch configurations ({error!r}); {REMEDY}") from error
+    names, entries = {field.name for field in fields(Entry)}, {}
+    for number, item in enumerate(items):
+        try:
+            if not isinstance(item, dict) or set(item) != names:
+                raise ValueError(
+                    f"it must have exactly the fields {', '.join(sorted(names))}, got {item!r:.200}"
+                )
+            entry = Entry(**item)
+            if entry.key in entries:
+                raise ValueError(f"there are two for {entry.key}")
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {number}: {error}; {REMEDY}") from error
+        entries[entry.key] = entry
+    return entries
+
+
+def save(path: Path, entries: Iterable[Entry]) -> None:
+    """Writes entries into a table, which keeps its others: all of it or nothing."""
+    table = load(path) | {entry.key: entry for entry in entries}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content = {"entries": [asdict(table[key]) for key in sorted(table)]}
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@cache
+def _read() -> dict[tuple, Entry]:
+    return load(PATH)
+
+
+def find(capability: tuple[int, int], element_bytes: int, head_dim: int) -> Launch | None:
+    """The launch measured for exactly this compute capability and padded head_dim, or None.
+
+    Raises:
+        ValueError: `tuned.json` is damaged.
+    """
+    entry = _read().get((tuple(capability), element_bytes, head_dim))
+    return None if entry is None else entry.launch
