@@ -1,28 +1,44 @@
 """Patterns: which token pairs are computed."""
 
-from .base import AxisWise, Pattern
+from .base import AxisWise, OnlinePattern, Pattern, StaticPattern
+from .by_noise import ByNoise
+from .calibrated import Calibrated
+from .chunk_causal import ChunkCausal
 from .clear import Clear
+from .clustered import Clustered
 from .dense import Dense
 from .inward_window import InwardWindow
 from .local_global import LocalGlobal
 from .neighborhood import Neighborhood
 from .radial import Radial
+from .rectified import Rectified
+from .routed import Routed
 from .shifted_window import ShiftedWindow
+from .skipping import Skipping
 from .sliding_tile import SlidingTile
 from .sparse_videogen import SparseVideoGen, SpatialHead, TemporalHead
 
 __all__ = [
     "AxisWise",
+    "ByNoise",
+    "Calibrated",
+    "ChunkCausal",
     "Clear",
+    "Clustered",
     "Dense",
     "InwardWindow",
     "LocalGlobal",
     "Neighborhood",
+    "OnlinePattern",
     "Pattern",
     "Radial",
+    "Rectified",
+    "Routed",
     "ShiftedWindow",
+    "Skipping",
     "SlidingTile",
     "SparseVideoGen",
     "SpatialHead",
+    "StaticPattern",
     "TemporalHead",
 ]

@@ -1,4 +1,4 @@
-"""What a pattern is: a rule over pairs of visual tokens, from which masks and densities follow."""
+"""What a pattern is: which token pairs are computed, known from the layout alone or chosen by content."""
 
 from __future__ import annotations
 
@@ -8,33 +8,120 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import orders
-from ..layout import TokenLayout
-from ..rules import Factor, FactorRule, Rule
+from dit_accel.attention.head_groups import HeadGroups
+from dit_accel.attention.layer_masks import layer_attention
+from dit_accel.attention.masked import Masked
+from dit_accel.attention.online import Online
+from dit_accel.masks import orders
+from dit_accel.masks.builder import build
+from dit_accel.masks.layout import TokenLayout
+from dit_accel.masks.order_choice import choose_orders
+from dit_accel.masks.pair_rules import Factor, FactorRule, Rule
+from dit_accel.masks.per_head import join_heads
 
 if TYPE_CHECKING:
-    from ..blockmask import BlockMask
+    from dit_accel.attention.call import LayerAttention
+    from dit_accel.attention.layer_masks import LayerMasks
+    from dit_accel.masks.block_mask import BlockMask
 
 Grid = tuple[int, int, int]
 
 
 class Pattern:
-    """Base of all patterns. A new one states its `rule` and counts its `visual_pairs`.
+    """Base of all patterns, static and online: a frozen dataclass, compared, hashed and shown by its fields.
 
     Text and anchor tokens attend to everything, and everything attends to them; where `anchor_sees_visual` is
-    False, anchor tokens attend to anchor and text alone.
+    False, anchor tokens attend to anchor and text alone. Every token attends at least to itself: a pattern
+    that would leave visual tokens with text alone, or with nothing, refuses the layout.
     """
 
     anchor_sees_visual = True
+    online = False  # whether it is chosen by content
+    sparse = True  # whether it leaves anything out
+    by_noise = False  # whether it is another one at other noise levels
+    per_head = False  # whether each head sees its tokens in an order of its own
+    file_fields: tuple[str, ...] = ()  # that in files of recipes are paths, relative to theirs
+    notes: Sequence[str] = ()  # what summaries and plans say of it
+    own_tail = False  # whether it says itself where there is a tail: then another is refused
 
-    def at_step(self, step: int) -> Pattern:
-        """What this pattern is at a sampler step; of the same density at all."""
+    @property
+    def hides(self) -> bool:
+        """Whether what it leaves out must not be seen, rather than saves time: then a tail is refused."""
+        return False
+
+    def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
+        """What a layer computes whose heads follow these patterns, of which this one decides the kind.
+
+        Args:
+            heads: the pattern of each head.
+            masks: the layer's geometry, from which masks in its token order can be had.
+
+        Raises:
+            ValueError: a layout that a pattern does not suit.
+        """
+        raise NotImplementedError
+
+    def at_step(self, step: int, sigma: float | None = None, total: int | None = None) -> Pattern:
+        """What this pattern is at a sampler step of `total`, which begins at noise level `sigma`.
+
+        None: not known.
+
+        Raises:
+            ValueError: a pattern `by_noise`, and a noise level that is not known; or a run of another number
+                of steps than a pattern is for.
+        """
         return self
+
+    def for_head(self, layer: str | None, head: int) -> Pattern:
+        """What this pattern is in a head of a layer; None: of a layer that has no name.
+
+        Raises:
+            ValueError: a layer or head that it says nothing of.
+        """
+        return self
+
+    def check_model(self, family: str, layers: Sequence[str], heads: int, head_dim: int) -> None:
+        """Raises ValueError if it is for another model than one with these layers."""
 
     @property
     def variants(self) -> Sequence[Pattern]:
         """All that it is at some step. They share a token order, which `"auto"` chooses for all of them."""
         return (self,)
+
+    def token_order(
+        self,
+        layout: TokenLayout,
+        block_size: tuple[int, int] = (128, 64),
+        order: str | Sequence[int] | torch.Tensor = "auto",
+    ) -> torch.Tensor:
+        """The order of the visual tokens, int64 (V,), in a recipe without static patterns: the model's own.
+
+        A pattern that chooses by content and says no other sees its tokens there whatever the recipe's order.
+        """
+        return orders.raster(layout.grid)
+
+    def token_mask(self, layout: TokenLayout, keys: TokenLayout | None = None) -> torch.Tensor:
+        """See `StaticPattern.token_mask`; TypeError where the mask depends on queries and keys."""
+        raise _no_mask(self)
+
+    def block_mask(self, layout: TokenLayout, *args, **kwargs) -> BlockMask:
+        """See `StaticPattern.block_mask`; TypeError where the mask depends on queries and keys."""
+        raise _no_mask(self)
+
+
+def _no_mask(pattern: Pattern) -> TypeError:
+    return TypeError(
+        f"{pattern} has no mask before it sees queries and keys; use it in a recipe or in "
+        "`dit_accel.attention`"
+    )
+
+
+class StaticPattern(Pattern):
+    """A pattern that is known from the layout. A new one states its `rule` and counts its `visual_pairs`."""
+
+    def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
+        mask = join_heads({pattern: masks.of(pattern) for pattern in dict.fromkeys(heads)}, heads)
+        return Masked(mask, masks.from_calls(mask))
 
     def rule(self, layout: TokenLayout) -> Rule:
         """Which visual tokens attend to which, on this layout.
@@ -54,13 +141,37 @@ class Pattern:
 
     def natural_orders(self, layout: TokenLayout) -> list[torch.Tensor]:
         """Orders of the visual tokens that suit this pattern, each a permutation, int64 (V,)."""
-        return [orders.tiles(layout.grid, tile) for tile in self.natural_tiles(layout)]
+        fitting = [tuple(map(min, tile, layout.grid)) for tile in self.natural_tiles(layout)]
+        return [orders.tiles(layout.grid, tile) for tile in fitting]
 
-    def token_mask(self, layout: TokenLayout) -> torch.Tensor:
-        """The exact definition: bool (S, S) in the model's token order, True = attend. Small sizes only."""
-        mask = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
-        mask[layout.visual_slice, layout.visual_slice] = self.rule(layout).mask()
-        mask[layout.anchor_slice, layout.visual_slice] = self.anchor_sees_visual
+    def token_order(
+        self,
+        layout: TokenLayout,
+        block_size: tuple[int, int] = (128, 64),
+        order: str | Sequence[int] | torch.Tensor = "auto",
+    ) -> torch.Tensor:
+        """The order of the visual tokens, int64 (V,), that `order` names; see `block_mask`."""
+        rules, natural = [variant.rule(layout) for variant in self.variants], self.natural_orders(layout)
+        tokens = orders.raster(layout.grid)
+        return choose_orders(rules, layout.grid, tokens, tuple(block_size), order, natural_orders=natural)[1]
+
+    def pooled_keys(self, layout: TokenLayout) -> int:
+        """Number of extra key columns at the end, to which visual tokens alone attend, all of them."""
+        return 0
+
+    def token_mask(self, layout: TokenLayout, keys: TokenLayout | None = None) -> torch.Tensor:
+        """The exact definition: bool (S, K) in the model's token order, True = attend. Small sizes only.
+
+        `layout` is that of the queries and `keys` that of the keys, by default the same, as for `block_mask`;
+        pooled keys come last.
+        """
+        keys = layout if keys is None else keys
+        pooled = self.pooled_keys(keys)
+        mask = torch.ones(layout.seq_len, keys.seq_len + pooled, dtype=torch.bool, device="cpu")
+        mask[layout.visual_slice, keys.visual_slice] = self.rule(keys).mask()[layout.tokens_in(keys)]
+        mask[layout.anchor_slice, keys.visual_slice] = self.anchor_sees_visual
+        for others in (layout.anchor_slice, layout.text_slice):
+            mask[others, keys.seq_len :] = False
         return mask
 
     def block_mask(
@@ -69,32 +180,94 @@ class Pattern:
         block_size: tuple[int, int] = (128, 64),
         order: str | Sequence[int] | torch.Tensor = "auto",
         device: torch.device | str = "cpu",
+        *,
+        keys: TokenLayout | None = None,
+        key_order: Sequence[int] | torch.Tensor | None = None,
+        text: str = "last",
     ) -> BlockMask:
         """The `BlockMask` of this pattern on `layout`, without ever materialising S x S.
 
         Args:
-            layout: token geometry.
+            layout: token geometry, of the queries and, unless given, of the keys.
             block_size: (query, key) block sizes, multiples of 16 and of 8.
             order: order of the visual tokens: `"auto"` (the cheapest), `"raster"`, `"tile"` (the cheapest
                 tile shape), `"hilbert"`, or a permutation of the visual tokens.
             device: where the mask's tensors go.
+            keys: layout of the keys where they are other tokens, of whose grid that of `layout` is a part,
+                from its `offset` on; the pattern is that on the grid of the keys.
+            key_order: a permutation of the visual tokens among the keys; None: as `order` says.
+            text: where text stands in the kernel's order: `"last"`, or as in the `"model"`, so that text that
+                comes first need not be moved.
 
         Raises:
-            ValueError: a pattern that does not fit the layout, or an unknown order or unusable block size.
+            ValueError: a pattern that does not fit the layout, queries that reach out of the keys' grid, or
+                an unknown order or unusable block size.
         """
-        from ..builder import build
+        options = {"block_size": tuple(block_size), "order": order, "key_order": key_order, "text": text}
+        with torch.inference_mode(False):  # a mask made while generating may be trained with later
+            return build(self, layout, keys, **options).to(device)
 
-        return build(self, layout, tuple(block_size), order).to(device)
-
-    def density(self, layout: TokenLayout) -> float:
-        """Computed pairs / S^2, exact."""
-        everywhere = layout.seq_len**2 - layout.visual_len**2
+    def density(self, layout: TokenLayout, keys: TokenLayout | None = None) -> float:
+        """Computed pairs / (queries * keys), exact; `keys` as for `block_mask`."""
+        if keys is not None and keys != layout:
+            return self.block_mask(layout, order="raster", keys=keys).density
+        tokens, pooled = layout.seq_len, self.pooled_keys(layout)
+        everywhere = tokens**2 - layout.visual_len**2 + layout.visual_len * pooled
         if not self.anchor_sees_visual:
             everywhere -= layout.anchor_len * layout.visual_len
-        return (self.visual_pairs(layout) + everywhere) / layout.seq_len**2
+        return (self.visual_pairs(layout) + everywhere) / (tokens * (tokens + pooled))
 
 
-class AxisWise(Pattern):
+class OnlinePattern(Pattern):
+    """A pattern that is chosen by content, anew in each call. A new one states its `select`."""
+
+    online = True
+
+    def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
+        online = self.layer(masks)
+        others = [head for head, pattern in enumerate(heads) if pattern != self]
+        if not others:
+            return online
+        mine = [head for head, pattern in enumerate(heads) if pattern == self]
+        return HeadGroups(((mine, online), (others, layer_attention([heads[h] for h in others], masks))))
+
+    def layer(self, masks: LayerMasks) -> LayerAttention:
+        """What a layer computes all of whose heads follow it."""
+        return Online.of(self, masks)
+
+    def density(self, layout: TokenLayout) -> float:
+        """The share of all pairs that it aims at."""
+        raise NotImplementedError
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: TokenLayout,
+        *,
+        block_size: tuple[int, int] | None = None,
+        text_valid: torch.Tensor | None = None,
+    ) -> BlockMask:
+        """The mask of every sample and head, on the device of `q`.
+
+        Args:
+            q, k: queries and keys (B, H, S, D), in the model's token order.
+            layout: token geometry.
+            block_size: (query, key) block sizes of the mask; None takes those of the pattern.
+            text_valid: how many text tokens of each sample are real, integers (B,); None: all.
+
+        Raises:
+            ValueError: a layout or block size that the pattern does not suit.
+        """
+        raise NotImplementedError
+
+
+def whole_axis(n: int) -> torch.Tensor:
+    """The table of an axis of n positions that is attended in full: bool (n, n)."""
+    return torch.ones(n, n, dtype=torch.bool, device="cpu")
+
+
+class AxisWise(StaticPattern):
     """A pattern that is an AND over the three axes of the grid, such as a window."""
 
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
@@ -111,33 +284,3 @@ class AxisWise(Pattern):
 
     def visual_pairs(self, layout: TokenLayout) -> int:
         return math.prod(int(table.sum()) for table in self.axis_tables(layout))
-
-
-def per_axis(name: str, value, axes: int, kinds: type | tuple = int) -> tuple:
-    """`value` once for each of `axes` axes: a scalar is repeated, a sequence must have that many entries.
-
-    Raises:
-        ValueError: the wrong number of entries or the wrong type.
-    """
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
-    if len(values) != axes or not all(
-        type(v) in (kinds if isinstance(kinds, tuple) else (kinds,)) for v in values
-    ):
-        raise ValueError(
-            f"`{name}` must be one value or {axes} of them (one per windowed axis), got {value!r}"
-        )
-    return values
-
-
-def integers(name: str, value, axes: str, least: int | None = None) -> tuple[int, ...]:
-    """`value` as a tuple of integers, one for each of `axes`, such as `"(rows, columns)"`, from `least` up.
-
-    Raises:
-        ValueError: something else.
-    """
-    count = axes.count(",") + 1
-    values = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(values) != count or any(type(n) is not int or (least is not None and n < least) for n in values):
-        bound = "" if least is None else f" of at least {least}"
-        raise ValueError(f"`{name}` must be {count} integers {axes}{bound}, got {value!r}")
-    return values

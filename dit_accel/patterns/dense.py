@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout
-from .base import AxisWise
+from dit_accel.masks.layout import TokenLayout
+
+from .base import AxisWise, whole_axis
 
 
 @dataclass(frozen=True)
 class Dense(AxisWise):
     """Every token attends to every token. In a recipe it keeps the model's original attention untouched."""
 
+    sparse = False
+
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
-        return [torch.ones(n, n, dtype=torch.bool) for n in layout.grid]
+        return [whole_axis(n) for n in layout.grid]

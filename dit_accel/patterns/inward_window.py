@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout
-from .base import AxisWise, integers
+from dit_accel.arguments import integers
+from dit_accel.masks.layout import TokenLayout
+
+from .base import AxisWise, whole_axis
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class InwardWindow(AxisWise):
     """Each query attends, in all frames, to the 2 d + 1 rows and columns around it; windows slide inward.
 
     On an axis of n tokens: keys from q - d - max(d + q - n + 1, 0) to q + d + max(d - q, 0), clipped to the
-    axis, which is covered in full where 2 d + 1 >= n.
+    axis, which is covered in full where 2 d + 1 >= n. Every token is in its own window.
 
     Args:
         half_window: (dh, dw) in tokens; FreeSwim takes the native height and width in pixels // 16 // 2.
@@ -35,11 +37,11 @@ class InwardWindow(AxisWise):
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
         frames, height, width = layout.grid
         windows = [_axis_table(n, d) for n, d in zip((height, width), self.half_window, strict=True)]
-        return [torch.ones(frames, frames, dtype=torch.bool), *windows]
+        return [whole_axis(frames), *windows]
 
 
 def _axis_table(n: int, d: int) -> torch.Tensor:
-    q = torch.arange(n)
+    q, d = torch.arange(n, device="cpu"), min(d, n)
     first = q - d - (d + q - n + 1).clamp(min=0)
     last = q + d + (d - q).clamp(min=0)
     return (q >= first[:, None]) & (q <= last[:, None])

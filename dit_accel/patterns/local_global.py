@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout
-from .base import AxisWise, per_axis
+from dit_accel.arguments import per_axis, shown, switch
+from dit_accel.masks.layout import TokenLayout
+
+from .base import AxisWise, whole_axis
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class LocalGlobal(AxisWise):
         sliding: whether every token has a window of its own.
 
     Raises:
-        ValueError: windows that are not positive integers, offsets that are not integers.
+        ValueError: windows that are not positive integers, offsets that are not integers, or `sliding`
+            that is not True or False.
 
     Source: Zhang and Tai, "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local
     Attention", 2025, and its released code (offset 1).
@@ -40,24 +43,32 @@ class LocalGlobal(AxisWise):
 
     anchor_sees_visual = False
 
+    @property
+    def hides(self) -> bool:
+        """The anchor must not see the visual tokens."""
+        return True
+
     def __post_init__(self):
         for name in ("window", "offset"):
             object.__setattr__(self, name, per_axis(name, getattr(self, name), 2))
         if min(self.window) < 1:
-            raise ValueError(f"`window` must be positive, got {self.window!r}")
+            raise ValueError(f"`window` must be positive, got {shown(self.window)}")
+        switch("sliding", self.sliding)
 
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
-        tables = [torch.ones(layout.grid[0], layout.grid[0], dtype=torch.bool)]
+        tables = [whole_axis(layout.grid[0])]
         for n, window, index in zip(layout.grid[1:], self.window, self._windows(layout), strict=True):
-            place = torch.arange(n)
-            near = (place[:, None] - place).abs() <= window // 2
+            place = torch.arange(n, device="cpu")
+            near = (place[:, None] - place).abs() <= min(window // 2, n)
             tables.append(near if self.sliding else index[:, None] == index)
         return tables
 
     def _windows(self, layout: TokenLayout) -> list[torch.Tensor]:
         """The window of every row and of every column, int64 (H,) and (W,)."""
         axes = zip(layout.grid[1:], self.window, self.offset, strict=True)
-        return [(torch.arange(n) + offset) % n // window for n, window, offset in axes]
+        return [
+            (torch.arange(n, device="cpu") + offset % n) % n // min(window, n) for n, window, offset in axes
+        ]
 
     def natural_orders(self, layout: TokenLayout) -> list[torch.Tensor]:
         """Window by window, so that blocks are whole; cut windows come last and misalign no other."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout
-from .base import AxisWise, Grid, per_axis
+from dit_accel.arguments import per_axis, shown
+from dit_accel.masks.layout import TokenLayout
+
+from .base import AxisWise, Grid, whole_axis
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Neighborhood(AxisWise):
     With positions of one dilation group numbered idx = 0 .. L - 1, the window of a query is centred on its
     leader, min(floor(idx / stride) * stride + floor(stride / 2), L - 1), and clamped into [0, L). A stride
     equal to the window is blocked attention. On a causal axis the leader is the last query of the stride and
-    keys after idx are dropped.
+    keys after idx are dropped. Every token is in its own window.
 
     Args:
         window: keys per axis; an int for every axis longer than 1, or a tuple for the grid's last 1, 2 or 3
@@ -38,21 +40,30 @@ class Neighborhood(AxisWise):
     dilation: int | tuple[int, ...] = 1
     is_causal: bool | tuple[bool, ...] = False
 
+    @property
+    def hides(self) -> bool:
+        """Whether it is causal: what comes later must not be seen."""
+        return any(self.is_causal) if isinstance(self.is_causal, tuple) else self.is_causal
+
     def __post_init__(self):
         for name in ("window", "stride", "dilation", "is_causal"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         axes = len(self.window) if isinstance(self.window, tuple) else 1
         if not 1 <= axes <= 3:
-            raise ValueError(f"`window` must have 1 to 3 entries, got {self.window!r}")
+            raise ValueError(f"`window` must have 1 to 3 entries, got {shown(self.window)}")
         parameters = self._parameters(axes) if isinstance(self.window, tuple) else self._scalars()
         for window, stride, dilation, _ in parameters:
             if window < 1:
-                raise ValueError(f"`window` must be positive, got {self.window!r}")
+                raise ValueError(f"`window` must be positive, got {shown(self.window)}")
             if not 1 <= stride <= window:
                 raise ValueError(f"`stride` must be between 1 and the window ({window}), got {stride}")
             if dilation < 1:
                 raise ValueError(f"`dilation` must be at least 1, got {dilation}")
+        for name, kind in (("window", int), ("stride", int), ("dilation", int), ("is_causal", bool)):
+            value = getattr(self, name)
+            value = tuple(map(kind, value)) if isinstance(value, tuple) else kind(value)
+            object.__setattr__(self, name, value)
 
     def _parameters(self, axes: int) -> list[tuple[int, int, int, bool]]:
         """(window, stride, dilation, is_causal) of each windowed axis."""
@@ -80,7 +91,7 @@ class Neighborhood(AxisWise):
         tables = []
         for axis, length, parameters in zip("FHW", layout.grid, self._windowed(layout), strict=True):
             if parameters is None:
-                tables.append(torch.ones(length, length, dtype=torch.bool))
+                tables.append(whole_axis(length))
                 continue
             window, stride, dilation, causal = parameters
             if window * dilation > length:
@@ -96,15 +107,15 @@ class Neighborhood(AxisWise):
         return tables
 
     def natural_tiles(self, layout: TokenLayout) -> list[Grid]:
-        strides = [1 if p is None else p[1] for p in self._windowed(layout)]
-        return [tuple(strides)] if max(strides) > 1 else []
+        frames, rows, columns = (1 if p is None else p[1] for p in self._windowed(layout))
+        return [(frames, rows, columns)] if max(frames, rows, columns) > 1 else []
 
 
 def axis_table(
     length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False
 ) -> torch.Tensor:
     """Which keys each query of one axis attends to: bool (length, length)."""
-    q = torch.arange(length)
+    q = torch.arange(length, device="cpu")
     group, idx = q % dilation, q // dilation
     members = length // dilation + (group < length % dilation)  # L, tokens in the query's dilation group
     first = idx // stride * stride

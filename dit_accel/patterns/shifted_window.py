@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..layout import TokenLayout
-from ..rules import Factor, FactorRule, Rule
-from .base import AxisWise, Pattern, integers
+from dit_accel.arguments import integer, integers, is_integer, shown
+from dit_accel.masks.layout import TokenLayout
+from dit_accel.masks.pair_rules import Factor, FactorRule, Rule
+
+from .base import AxisWise, Pattern
 
 QUARTERS = 4
 
@@ -45,15 +47,16 @@ class ShiftedWindow(AxisWise):
         object.__setattr__(self, "windows", integers("windows", self.windows, "(rows, columns)", 1))
         if isinstance(self.shift, (tuple, list)):
             object.__setattr__(self, "shift", integers("shift", self.shift, "(rows, columns)"))
-        elif self.shift != "step" and type(self.shift) is not int:
+        elif is_integer(self.shift):
+            object.__setattr__(self, "shift", int(self.shift))
+        elif self.shift != "step":
             raise ValueError(
                 "`shift` must be 'step', a number of quarters of a window or two integers (rows, columns), "
-                f"got {self.shift!r}"
+                f"got {shown(self.shift)}"
             )
-        if type(self.seed) is not int:
-            raise ValueError(f"`seed` must be an integer, got {self.seed!r}")
+        object.__setattr__(self, "seed", integer("seed", self.seed))
 
-    def at_step(self, step: int) -> Pattern:
+    def at_step(self, step: int, sigma: float | None = None, total: int | None = None) -> Pattern:
         if self.shift != "step":
             return self
         return self.variants[random.Random(f"{self.seed}, {step}").randrange(QUARTERS)]
@@ -65,16 +68,16 @@ class ShiftedWindow(AxisWise):
         return [replace(self, shift=quarters, seed=0) for quarters in range(QUARTERS)]
 
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
-        frames = torch.zeros(layout.grid[0], dtype=torch.int64)
+        frames = torch.zeros(layout.grid[0], dtype=torch.int64, device="cpu")
         return [ids[:, None] == ids for ids in (frames, *self._window_ids(layout))]
 
     def rule(self, layout: TokenLayout) -> Rule:
         """By windows, not by places, so that blocks of a window that wraps around are seen to be whole."""
         labels = layout.coordinates.long().unbind(1)[1:]
         ids = [of_axis[label] for of_axis, label in zip(self._window_ids(layout), labels, strict=True)]
-        return FactorRule(
-            [Factor(one, torch.eye(n, dtype=torch.bool)) for one, n in zip(ids, self.windows, strict=True)]
-        )
+        counts = [int(one.max()) + 1 for one in ids]  # as many windows as hold tokens
+        same = [torch.eye(n, dtype=torch.bool, device="cpu") for n in counts]
+        return FactorRule([Factor(*pair) for pair in zip(ids, same, strict=True)])
 
     def natural_orders(self, layout: TokenLayout) -> list[torch.Tensor]:
         """Cells of tokens that share their window at every step, one after the other."""
@@ -89,5 +92,5 @@ class ShiftedWindow(AxisWise):
         for axis, (n, windows) in enumerate(zip(layout.grid[1:], self.windows, strict=True)):
             size = -(-n // windows)
             moved = shift * (size // QUARTERS) if isinstance(shift, int) else shift[axis]
-            ids.append((torch.arange(n) - moved) % n // size)
+            ids.append((torch.arange(n, device="cpu") - moved % n) % n // size)
         return ids

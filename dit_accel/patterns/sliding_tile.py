@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout
-from .base import AxisWise, Grid, integers
+from dit_accel.arguments import integers
+from dit_accel.masks.layout import TokenLayout
+
+from .base import AxisWise, Grid, whole_axis
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class SlidingTile(AxisWise):
 
     Per axis of n tiles: c = clamp(q, k // 2, n - 1 - k // 2), keys in the tiles with |c - tile| <= k // 2 (an
     even k covers k + 1 tiles). Any canvas: the last tile of an axis may be cut, and an axis the window covers
-    is full.
+    is full. Every token attends to its own tile.
 
     Args:
         window: (t, h, w) in tiles.
@@ -39,9 +41,9 @@ class SlidingTile(AxisWise):
         tables = []
         for length, tile, window in zip(layout.grid, self.tile, self.window, strict=True):
             count, half = -(-length // tile), window // 2
-            of_token = torch.arange(length) // tile
+            of_token = torch.arange(length, device="cpu") // min(tile, length)
             if 2 * half + 1 >= count:
-                tables.append(torch.ones(length, length, dtype=torch.bool))
+                tables.append(whole_axis(length))
                 continue
             centre = of_token.clamp(half, count - 1 - half)
             tables.append((centre[:, None] - of_token[None]).abs() <= half)

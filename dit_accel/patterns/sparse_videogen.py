@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from .. import orders
-from ..layout import TokenLayout
-from ..rules import PairRule
-from .base import Pattern
+from dit_accel.arguments import integer, is_number, positive, shown, switch
+from dit_accel.attention.arrangement import call_order
+from dit_accel.attention.head_ordered import HeadOrdered
+from dit_accel.attention.layer_masks import LayerMasks
+from dit_accel.masks import orders
+from dit_accel.masks.layout import TokenLayout
+from dit_accel.masks.pair_rules import PairRule
+
+from .base import Pattern, StaticPattern
 
 if TYPE_CHECKING:
-    from ..blockmask import BlockMask
+    from dit_accel.masks.block_mask import BlockMask
 
+MOST_ROWS = 65_536  # queries that may be compared
 _PROFILE_BYTES = 512 << 20  # working memory of the profile, by which it takes some heads at a time
 
 
 @dataclass(frozen=True)
-class _Band(Pattern):
+class _Band(StaticPattern):
     """A band around the diagonal of the visual tokens, in some order of theirs."""
 
     keep: float = 0.25
@@ -29,9 +36,12 @@ class _Band(Pattern):
     block_size: int = 128
 
     def __post_init__(self):
-        if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise ValueError(f"`keep` must be a number above 0 and at most 1, got {self.keep!r}")
-        _check_count("block_size", self.block_size)
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
+            raise ValueError(f"`keep` must be a number above 0 and at most 1, got {shown(self.keep)}")
+        object.__setattr__(self, "keep", positive("keep", self.keep))
+        object.__setattr__(self, "block_size", integer("block_size", self.block_size, 1))
+        for name in ("first_frame_sink", "inclusive"):
+            switch(name, getattr(self, name))
 
     def _strides(self, layout: TokenLayout) -> tuple[int, int, int]:
         """Steps of a token's place in this head's order along (f, h, w)."""
@@ -49,18 +59,19 @@ class _Band(Pattern):
 
     def reach(self, layout: TokenLayout) -> int:
         """Largest distance inside the band, in tokens of this head's order."""
-        blocks = self.frames(layout) * layout.grid[1] * layout.grid[2] / self.block_size
+        size = min(self.block_size, layout.seq_len + 1)  # no band is wider than the sequence
+        blocks = self.frames(layout) * layout.grid[1] * layout.grid[2] / size
         if self.inclusive:
-            return math.ceil(blocks) * self.block_size
+            return min(math.ceil(blocks) * size, layout.visual_len)
         if blocks < 1:
             raise ValueError(
                 f"`keep` {self.keep} on grid {layout.grid} leaves a band of less than one block of "
                 f"{self.block_size} tokens, so that nothing is attended; raise it or lower `block_size`"
             )
-        return math.floor(blocks) * self.block_size - 1
+        return math.floor(blocks) * size - 1
 
     def rule(self, layout: TokenLayout) -> PairRule:
-        strides = torch.tensor(self._strides(layout), dtype=torch.int32)
+        strides = torch.tensor(self._strides(layout), dtype=torch.int32, device="cpu")
         reach, sink = self.reach(layout), layout.grid[1] * layout.grid[2] if self.first_frame_sink else 0
 
         def place(token: torch.Tensor) -> torch.Tensor:
@@ -80,9 +91,9 @@ class _Band(Pattern):
     def visual_pairs(self, layout: TokenLayout) -> int:
         total, reach = layout.visual_len, self.reach(layout)
         sink = layout.grid[1] * layout.grid[2] if self.first_frame_sink else 0
-        q = torch.arange(total)
+        q = torch.arange(total, device="cpu")
         first, last = (q - reach).clamp(min=0), (q + reach).clamp(max=total - 1)
-        outside_sink = (last - torch.maximum(first, torch.tensor(sink)) + 1).clamp(min=0)
+        outside_sink = (last - first.clamp(min=sink) + 1).clamp(min=0)
         return int(outside_sink.sum()) + total * sink
 
 
@@ -92,7 +103,7 @@ class SpatialHead(_Band):
 
     With N all tokens, text included, and s' = (keep N^2 - 2 N text) / N^2, the band is N (1 - sqrt(1 - s'))
     tokens wide, rounded to blocks: |q - k| < floor(...) (HunyuanVideo), or <= ceil(...) where `inclusive`
-    (Wan).
+    (Wan). Every token is in its own band; one of no block is refused.
 
     Args:
         keep: density aimed at (the published code calls it "sparsity").
@@ -139,7 +150,8 @@ class SparseVideoGen(Pattern):
     Args:
         keep, first_frame_sink, inclusive, block_size: as for `SpatialHead`, of both kinds.
         profile_frames: half width of the coarse masks in frames: 2 (Wan) or 1.5 (HunyuanVideo) in the paper.
-        rows: number of queries compared, drawn with replacement and the same for all layers of a step.
+        rows: number of queries compared, up to `MOST_ROWS`, drawn with replacement and the same for all
+            layers of a step.
         seed: of these draws, which depend on it and on the sampler step alone.
 
     Raises:
@@ -158,12 +170,14 @@ class SparseVideoGen(Pattern):
     seed: int = 0
 
     def __post_init__(self):
-        _ = self.spatial, self.temporal  # which check what they take
-        if not isinstance(self.profile_frames, (int, float)) or not self.profile_frames > 0:
-            raise ValueError(f"`profile_frames` must be a positive number, got {self.profile_frames!r}")
-        _check_count("rows", self.rows)
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise ValueError(f"`seed` must be an integer of at least 0 and below 2^32, got {self.seed!r}")
+        for name in ("keep", "block_size"):  # checked and made plain by its heads
+            object.__setattr__(self, name, getattr(self.spatial, name))
+        object.__setattr__(self, "profile_frames", positive("profile_frames", self.profile_frames))
+        object.__setattr__(self, "rows", integer("rows", self.rows, 1))
+        object.__setattr__(self, "seed", integer("seed", self.seed, 0))
+        for name, most in (("rows", MOST_ROWS), ("seed", 2**32 - 1)):
+            if getattr(self, name) > most:
+                raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}")
 
     @property
     def spatial(self) -> SpatialHead:
@@ -175,16 +189,14 @@ class SparseVideoGen(Pattern):
         """What temporal heads are."""
         return TemporalHead(self.keep, self.first_frame_sink, self.inclusive, self.block_size)
 
-    def rule(self, layout: TokenLayout) -> PairRule:
-        """Raises TypeError: there is none before queries and keys are known."""
-        raise TypeError(
-            "SparseVideoGen has no mask before it sees queries, keys and values; use it in a recipe, or take "
-            "the masks of its kinds of head, `.spatial` and `.temporal`"
-        )
+    def density(self, layout: TokenLayout) -> float:
+        """Computed pairs / S^2, exact, and the same whatever heads choose.
 
-    def visual_pairs(self, layout: TokenLayout) -> int:
+        Raises:
+            ValueError: a layout of one frame, or that does not suit `spatial`.
+        """
         self._check(layout)
-        return self.spatial.visual_pairs(layout)
+        return self.spatial.density(layout)
 
     def _check(self, layout: TokenLayout) -> None:
         if layout.grid[0] < 2:
@@ -193,8 +205,19 @@ class SparseVideoGen(Pattern):
                 f"grid {layout.grid} has one frame; use another pattern for images"
             )
 
+    online = True
+
+    def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> HeadOrdered:
+        last = replace(masks, text="last")
+        made = {self: self.head_mask(masks.layout, masks.block_size, masks.device)}
+        made |= {pattern: last.of(pattern) for pattern in dict.fromkeys(heads) if pattern != self}
+        return HeadOrdered.of(self, heads, made, masks.layout, call_order(masks.layout, masks.places))
+
     def head_mask(
-        self, layout: TokenLayout, block_size: tuple[int, int] = (128, 64), device: torch.device | str = "cpu"
+        self,
+        layout: TokenLayout,
+        block_size: tuple[int, int] = (128, 64),
+        device: torch.device | str = "cpu",
     ) -> BlockMask:
         """The mask of every head, with the visual tokens in the head's own order (see `places`).
 
@@ -216,8 +239,9 @@ class SparseVideoGen(Pattern):
 
     def sampled(self, layout: TokenLayout, step: int) -> torch.Tensor:
         """The visual tokens that are compared at a sampler step, by row-major index: int64 (rows,)."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(layout.visual_len, (step + 1, self.rows), generator=generator)[step]
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        shape = (step + 1, self.rows)
+        return torch.randint(layout.visual_len, shape, generator=generator, device="cpu")[step]
 
     def coarse_reach(self, layout: TokenLayout) -> int:
         """Blocks nearer than this attend to each other in the comparison.
@@ -225,13 +249,17 @@ class SparseVideoGen(Pattern):
         Raises:
             ValueError: none do.
         """
-        reach = math.floor(self.profile_frames * layout.grid[1] * layout.grid[2] / self.block_size)
-        if reach < 1:
+        width, size = self.profile_frames * layout.grid[1] * layout.grid[2], self._size(layout)
+        if width < self.block_size:
             raise ValueError(
                 f"`profile_frames` {self.profile_frames} on grid {layout.grid} is less than one block of "
                 f"{self.block_size} tokens; raise it or lower `block_size`"
             )
-        return reach
+        return math.floor(min(width, size * layout.visual_len) / size)
+
+    def _size(self, layout: TokenLayout) -> int:
+        """Tokens of a block of the comparison; one that holds all tokens needs no more."""
+        return min(self.block_size, layout.visual_len)
 
     def coarse_masks(self, layout: TokenLayout, places: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """What visual queries attend to in the comparison, as in a spatial, then in a temporal head.
@@ -244,7 +272,7 @@ class SparseVideoGen(Pattern):
         Returns:
             bool (2, n, V), keys in that order.
         """
-        block = places // self.block_size
+        block = places // self._size(layout)
         near = (block[:, at, None] - block[:, None]).abs() < self.coarse_reach(layout)
         sink = layout.grid[1] * layout.grid[2] if self.first_frame_sink else 0
         return near | (places < sink)[:, None]
@@ -282,8 +310,3 @@ class SparseVideoGen(Pattern):
             errors.append(torch.stack([(out - full).square().mean((2, 3)) for out in outputs]))
         spatial, temporal = torch.cat(errors, 2)
         return temporal < spatial
-
-
-def _check_count(name: str, value) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")

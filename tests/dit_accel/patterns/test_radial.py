@@ -1,8 +1,11 @@
+import itertools
+
 import pytest
 import torch
 
 from dit_accel import TokenLayout
 from dit_accel.patterns import Radial
+from dit_accel.patterns.radial import radial_cells
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,8 @@ def naive_cells(pattern: Radial, layout: TokenLayout) -> torch.Tensor:
             cell = tokens[top : top + side, left : left + side]
             share = cell.double().mean(0)
             high, nonzero = int((share > 1 / 3).sum()), int((share > 0).sum())
-            mask[top : top + side, left : left + side] = nonzero > 0 and high / nonzero > 0.6
+            kept = nonzero > 0 and high / nonzero > 0.6
+            mask[top : top + side, left : left + side] = kept or top == left
     return mask
 
 
@@ -61,6 +65,66 @@ def test_definition(grid, sink, side):
     assert torch.equal(pattern.token_mask(layout), naive_cells(pattern, layout))
     exact = Radial(0.3, side, first_frame_sink=sink, exact=True)
     assert torch.equal(exact.token_mask(layout), naive_rule(exact, layout))
+
+
+def cells_by_frame_pair(pattern: Radial, layout: TokenLayout) -> torch.Tensor:
+    """The block rule as the authors have it: cells that any one of their frame pairs would keep by itself."""
+    frames, tpf, side = layout.grid[0], layout.grid[1] * layout.grid[2], pattern.block_size
+    cells = -(-layout.visual_len // side)
+    place, widths = torch.arange(tpf), pattern.half_widths(layout).tolist()
+    kept = torch.zeros(cells, cells, dtype=torch.bool)
+    for i, j in itertools.product(range(frames), repeat=2):
+        width = tpf if pattern.first_frame_sink and j == 0 else widths[abs(i - j)]
+        left = j * tpf // side
+        for r in range(i * tpf // side, ((i + 1) * tpf - 1) // side + 1):
+            first, last = max(r * side - i * tpf, 0), min((r + 1) * side - i * tpf, tpf) - 1
+            rows = (place + width).clamp(max=last) - (place - width).clamp(min=first) + 1
+            columns = torch.zeros((((j + 1) * tpf - 1) // side + 1 - left) * side)
+            columns[j * tpf - left * side :][:tpf] = rows.clamp(min=0) if width >= 0 else 0
+            share = columns.view(-1, side) / (min((r + 1) * side, layout.visual_len) - r * side)
+            high, nonzero = (share > 1 / 3).sum(1), (share > 0).sum(1)
+            kept[r, left : left + len(share)] |= 10 * high > 6 * nonzero
+    return kept
+
+
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+class TestAuthorsCells:
+    def test_are_ours_where_frames_are_whole_cells(self, sink):
+        layout, pattern = TokenLayout((7, 8, 8)), Radial(0.3, 16, first_frame_sink=sink)
+        assert torch.equal(radial_cells(pattern, layout), cells_by_frame_pair(pattern, layout))
+
+    def test_differ_across_frame_borders_alone(self, sink):
+        layout, pattern = TokenLayout((5, 14, 11)), Radial(0.5, 32, first_frame_sink=sink)
+        differs = (radial_cells(pattern, layout) != cells_by_frame_pair(pattern, layout)).nonzero().tolist()
+        assert differs
+        across = {cell for cell in range(25) if 32 * cell // 154 < min(32 * cell + 31, 769) // 154}
+        assert all(across & {r, c} for r, c in differs)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80), (33, 45, 80)], ids=str)
+    def test_differ_as_little_as_documented(self, sink, grid):
+        layout = TokenLayout(grid)
+        pattern = Radial(0.2 if sink else 0.95, first_frame_sink=sink)
+        differs = radial_cells(pattern, layout) != cells_by_frame_pair(pattern, layout)
+        assert 0.0003 < differs.double().mean() < 0.0021
+
+
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("grid", [(21, 4, 4), (33, 6, 10), (31, 5, 9), (21, 8, 8), (9, 1, 1)], ids=str)
+def test_short_frames_leave_no_query_without_its_own_cell(grid, sink):
+    """The paper's rule drops all cells of (21, 4, 4)."""
+    layout, pattern = TokenLayout(grid, 5), Radial(0.95, first_frame_sink=sink)
+    cell = torch.arange(layout.visual_len) // 128
+    mask = pattern.token_mask(layout)[layout.visual_slice, layout.visual_slice]
+    assert mask[cell[:, None] == cell].all()
+    assert torch.equal(pattern.block_mask(layout).to_token_mask(), pattern.token_mask(layout))
+
+
+def test_cells_of_more_rows_than_16_bits_count():
+    """Of a cell's 40,000 rows all attend to frame 0: more than an int16 holds."""
+    layout = TokenLayout((1000, 5, 10))
+    pattern = Radial(0.2, 40_000, first_frame_sink=True)
+    assert radial_cells(pattern, layout).tolist() == [[True, False], [True, True]]
 
 
 @pytest.mark.parametrize("grid", [(21, 45, 80), (21, 30, 52)], ids=["wan-720p", "wan-480p"])

@@ -6,16 +6,26 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 Grid = tuple[int, int, int]
+# the six orders of the axes by name, slowest axis first, each with the axes it runs over
+AXIS_ORDERS = {
+    "FHW": (0, 1, 2),
+    "FWH": (0, 2, 1),
+    "HWF": (1, 2, 0),
+    "HFW": (1, 0, 2),
+    "WHF": (2, 1, 0),
+    "WFH": (2, 0, 1),
+}
 
 
 def raster(grid: Grid) -> torch.Tensor:
     """Row-major (f, h, w), the model's own order."""
-    return torch.arange(grid[0] * grid[1] * grid[2])
+    return torch.arange(grid[0] * grid[1] * grid[2], device="cpu")
 
 
 def axes(grid: Grid, permutation: tuple[int, int, int]) -> torch.Tensor:
@@ -37,21 +47,28 @@ def tiles(grid: Grid, tile: Grid) -> torch.Tensor:
     """
     if len(tile) != 3 or min(tile) < 1:
         raise ValueError(f"`tile` must be three positive integers, got {tile!r}")
-    coords = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).view(-1, 3)
-    size = torch.tensor(tile)
     counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
-    where = coords // size
-    tile_id = (where[:, 0] * counts[1] + where[:, 1]) * counts[2] + where[:, 2]
-    cut = (where == torch.tensor([n // t for n, t in zip(grid, tile, strict=True)])).any(1)
-    inside = coords - where * size
-    rank = _rank_inside(tile)[(inside[:, 0] * tile[1] + inside[:, 1]) * tile[2] + inside[:, 2]]
     volume = tile[0] * tile[1] * tile[2]
-    return torch.argsort((cut * (counts[0] * counts[1] * counts[2]) + tile_id) * volume + rank)
+    places = [torch.arange(n, device="cpu") for n in grid]
+    where = [place // t for place, t in zip(places, tile, strict=True)]
+    inside = [place % t for place, t in zip(places, tile, strict=True)]
+    cut_f, cut_h, cut_w = (at == n // t for at, n, t in zip(where, grid, tile, strict=True))
+    cut = cut_f[:, None, None] | cut_h[:, None] | cut_w
+    rank = torch.argsort(inside_tile(tile))[_row_major(inside, tile)]
+    tile_id = _row_major(where, counts) + cut * (counts[0] * counts[1] * counts[2])
+    return torch.argsort((tile_id * volume + rank).flatten())
+
+
+def _row_major(at: Sequence[torch.Tensor], sides: Sequence[int]) -> torch.Tensor:
+    """Row-major index in a box of every combination of positions along its axes: int64 (F, H, W)."""
+    f, h, w = at
+    return (f[:, None, None] * sides[1] + h[:, None]) * sides[2] + w
 
 
 @lru_cache(maxsize=256)
-def _rank_inside(tile: Grid) -> torch.Tensor:
-    """Rank of each row-major position of a tile under halving of the longest side."""
+@torch.inference_mode(False)  # what is cached must be usable under autograd
+def inside_tile(tile: Grid) -> torch.Tensor:
+    """The order inside one tile, by halving of the longest side: place -> row-major position, int64 (n,)."""
 
     def halve(box: torch.Tensor) -> torch.Tensor:
         if box.numel() == 1:
@@ -59,10 +76,11 @@ def _rank_inside(tile: Grid) -> torch.Tensor:
         axis = max(range(3), key=lambda a: box.shape[a])
         return torch.cat([halve(part) for part in box.tensor_split(2, dim=axis)])
 
-    return torch.argsort(halve(raster(tile).view(tile)))
+    return halve(raster(tile).view(tile))
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached must be usable under autograd
 def hilbert(grid: Grid) -> torch.Tensor:
     """A generalised Hilbert curve through any grid: consecutive tokens are neighbours, runs are compact.
 
@@ -73,7 +91,7 @@ def hilbert(grid: Grid) -> torch.Tensor:
     sides = sorted(range(3), key=lambda axis: -grid[axis])
     unit = [tuple(grid[axis] if i == axis else 0 for i in range(3)) for axis in sides]
     _curve((0, 0, 0), *unit, points)
-    f, h, w = torch.tensor(points).unbind(1)
+    f, h, w = torch.tensor(points, dtype=torch.int64, device="cpu").unbind(1)
     return (f * grid[1] + h) * grid[2] + w
 
 

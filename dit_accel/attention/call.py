@@ -1,0 +1,146 @@
+"""A layer's attention as a value: the arguments of one call, and what every kind can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dit_accel.errors import UnavailableError
+from dit_accel.masks.block_mask import BlockMask
+from dit_accel.masks.layout import TokenLayout
+
+from .run_memory import CallMemory
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The arguments of one call of one attention layer; frozen, so that nothing of a call outlives it.
+
+    Tokens stand in the *order of the call*: text where the model has it, visual tokens as they were laid out
+    where they entered the transformer.
+
+    Attributes:
+        q, k, v: (B, H, S, D).
+        layout: of this layer's tokens.
+        dense: the model's own attention of such a call, like q: what is computed where nothing is sparse.
+        text_valid: how many text tokens of each sample are real, integers (B,); None: all.
+        scale: factor on the scores, head_dim^-0.5 where None.
+        step: sampler step.
+        backend: kernel of `dit_accel.kernels.block_sparse_attention`.
+        quantization, tail: numeric format, and what keys contribute that are not computed, as there.
+        places: int64 (visual_len,), the visual token at each place of the order of the call; None where that
+            is the model's own.
+        memory: what the layer keeps from step to step of a run, see `dit_accel.attention.run_memory`; None
+            where calls have nothing to do with each other.
+        notes: takes what a kind wants to tell of a call, such as which orders heads chose.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: TokenLayout
+    dense: Callable[[AttentionCall], torch.Tensor]
+    text_valid: torch.Tensor | None = None
+    scale: float | None = None
+    step: int = 0
+    backend: str = "auto"
+    quantization: str | None = None
+    tail: str | None = None
+    places: torch.Tensor | None = None
+    memory: CallMemory | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def of_heads(self, heads: list[int]) -> AttentionCall:
+        """The same of some heads alone."""
+        return replace(self, q=self.q[:, heads], k=self.k[:, heads], v=self.v[:, heads])
+
+    def hidden_keys(self) -> torch.Tensor | None:
+        """Which keys are padded text, bool (B, S) in the order of the call; None where none is."""
+        return None if self.text_valid is None else self.layout.padding(self.text_valid)
+
+
+class LayerAttention:
+    """What one attention layer computes in a call: q, k, v of an `AttentionCall` to an output like q.
+
+    A value without state of calls: one instance serves all calls of a geometry, from any thread.
+
+    Attributes:
+        mask: the block mask it computes under, where that is known before a call.
+    """
+
+    mask: BlockMask | None
+
+    @property
+    def density(self) -> float:
+        """Computed pairs as a share of all."""
+        return 1.0 if self.mask is None else self.mask.density
+
+    @property
+    def block_density(self) -> float:
+        """Pairs in computed blocks as a share of all."""
+        return 1.0 if self.mask is None else self.mask.block_density
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that it keeps."""
+        return 0 if self.mask is None else self.mask.nbytes
+
+    def model_orders(self) -> list[torch.Tensor]:
+        """The model's token at each place of `mask`, int64 (S,): one order, or one for each kind of head."""
+        return []
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        raise NotImplementedError
+
+    def with_lse(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output, and the log-sum-exp of the scaled scores, fp32 (B, H, S) in natural logarithm.
+
+        Raises:
+            UnavailableError: a kind of attention that has none.
+        """
+        raise UnavailableError(f"{type(self).__name__} attention returns no lse; use return_lse=False")
+
+    def resolved(self, call: AttentionCall) -> LayerAttention:
+        """The same with all that depends on content as this call decides it."""
+        return self
+
+    def of_heads(self, call: AttentionCall, heads: list[int]) -> torch.Tensor:
+        """The output of some heads of a call: (B, len(heads), S, D)."""
+        return self(call)[:, heads]
+
+
+class ModelAttention(LayerAttention):
+    """The model's own attention, dense."""
+
+    mask = None
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        return call.dense(call)
+
+    def of_heads(self, call: AttentionCall, heads: list[int]) -> torch.Tensor:
+        return self(call.of_heads(heads))
+
+
+class AroundAnother(LayerAttention):
+    """One that changes what another computes; mask and densities are the other's.
+
+    Attributes:
+        inner: the other.
+    """
+
+    inner: LayerAttention
+
+    @property
+    def mask(self) -> BlockMask | None:
+        return self.inner.mask
+
+    @property
+    def density(self) -> float:
+        return self.inner.density
+
+    @property
+    def block_density(self) -> float:
+        return self.inner.block_density
