@@ -1,0 +1,34 @@
+"""Pictures and videos larger than a model was trained for."""
+
+from .context import ContextWindows, TimeWindows, context_windows
+from .direct import Direct, Naive, Upscaled
+from .extrapolation import Rotary
+from .flow import Flow
+from .generate import generate
+from .growing import Growing
+from .method import Method
+from .projected import Projected
+from .registry import METHODS
+from .rotary_tables import rotary
+from .swim import Swim
+from .windowed import ClearWindows, Shifted
+
+__all__ = [
+    "METHODS",
+    "ClearWindows",
+    "ContextWindows",
+    "Direct",
+    "Flow",
+    "Growing",
+    "Method",
+    "Naive",
+    "Projected",
+    "Rotary",
+    "Shifted",
+    "Swim",
+    "TimeWindows",
+    "Upscaled",
+    "context_windows",
+    "generate",
+    "rotary",
+]
