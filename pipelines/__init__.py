@@ -5,33 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .families import families, family_named, family_of
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from torch import nn
 
-    from .attention import Family
-
-__all__ = ["families", "family_of", "load"]
-
-
-def families() -> tuple[Family, ...]:
-    """All supported model families."""
-    from . import flux, hunyuan_video, sd3, wan
-
-    return flux.FAMILY, sd3.FAMILY, wan.FAMILY, hunyuan_video.FAMILY
-
-
-def family_of(transformer: nn.Module) -> Family:
-    """The family of a transformer.
-
-    Raises:
-        TypeError: a class that no family describes.
-    """
-    for family in families():
-        if family.matches(transformer):
-            return family
-    known = ", ".join(f"{family.transformer} ({family.name})" for family in families())
-    raise TypeError(f"{type(transformer).__name__} is not supported; supported transformers are {known}")
+__all__ = ["families", "family_named", "family_of", "load"]
 
 
 def load(name: str | Path, **kwargs: Any) -> DiffusionPipeline:

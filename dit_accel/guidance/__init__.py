@@ -1,8 +1,12 @@
 """Guidance by perturbation: away from what the model predicts when some attention heads are weakened."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .perturbation import HeadPerturbation
+
+if TYPE_CHECKING:
+    from .guider import HeadPerturbationGuidance
+    from .hunter import HeadHunter
 
 __all__ = ["HeadHunter", "HeadPerturbation", "HeadPerturbationGuidance"]
 

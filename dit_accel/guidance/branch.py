@@ -8,94 +8,64 @@ uncond + g (cond - uncond) as it went in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .. import selectors
-from ..errors import UnavailableError
-from ..layout import TokenLayout
-from . import kinds
+from dit_accel.attention import transformer_call
+from dit_accel.attention.branch_names import BranchNames, branch_name
+from dit_accel.attention.call import LayerAttention, ModelAttention
+from dit_accel.attention.perturbed import Perturbed
+from dit_accel.attention.transformer_call import TransformerCall
+from dit_accel.bounded_dict import make_room
+from dit_accel.errors import UnavailableError
+from dit_accel.layer_names import flat_indices
+
 from .perturbation import HeadPerturbation
 
 if TYPE_CHECKING:
-    from ..clock import Clock, Tick
-    from ..pipelines.attention import Family, SparseProcessor
+    from dit_accel.pipelines.families.base import Family
+    from dit_accel.runtime.steps import Tick
+
+_RUNS_KEPT = 8
 
 
-@dataclass(frozen=True, eq=False)
-class LayerPerturbation:
-    """What one attention layer does in the perturbed branch of a call.
+@dataclass(eq=False)
+class GuidedRun:
+    """What guidance keeps from call to call of one run.
 
     Attributes:
-        perturbation: the kind and its options.
-        heads: the perturbed heads.
-        strengths: theirs, (h,).
-        places: int64 (visual_len,), the visual token at each position of the transformer's order, or None
-            where that is the model's own.
+        forwards, blocks: perturbed forwards, and the blocks they ran.
+        evaluation: of the sampler, to which `delta` belongs.
+        delta: w (cond - ptb), which goes to all predictions of the evaluation.
     """
 
-    perturbation: HeadPerturbation
-    heads: list[int]
-    strengths: torch.Tensor
-    places: torch.Tensor | None
-
-    def __call__(
-        self, processor: SparseProcessor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """The layer's attention output, like q (B, H, S, D), with its heads perturbed."""
-        out, layout, heads = processor.attend(q, k, v), processor.layout, self.heads
-        images = layout.seq_len - layout.text_len
-        rows = images if self.perturbation.tokens == "image" else layout.seq_len
-        other = self._other(processor, q, k, v, images)
-        out = out.clone()
-        out[:, heads, :rows] = kinds.mix(out[:, heads, :rows], other[:, :, :rows], self.strengths)
-        return out
-
-    def _other(self, processor: SparseProcessor, q, k, v, images: int) -> torch.Tensor:
-        """What takes the place of the perturbed heads' output: (B, h, S, D), or its image tokens alone."""
-        perturbation, heads = self.perturbation, self.heads
-        if perturbation.kind == "uniform":
-            return kinds.uniform(v[:, heads], processor.hidden_keys())
-        if perturbation.kind == "temperature":
-            scale = perturbation.temperature * q.shape[-1] ** -0.5
-            return processor.attend(q, k, v, scale=scale, heads=heads)
-        if perturbation.kind == "seg":
-            blurred = q.clone()
-            blurred[:, heads] = self._blurred(q[:, heads], processor.layout, processor.text_valid)
-            return processor.attend(blurred, k, v, heads=heads)
-        if perturbation.tokens == "all":
-            return v[:, heads]
-        chosen = (x[:, heads] for x in (q, k, v))
-        return kinds.image_identity(*chosen, images, q.shape[-1] ** -0.5, processor.hidden_keys())
-
-    def _blurred(self, q: torch.Tensor, layout: TokenLayout, valid: torch.Tensor | None) -> torch.Tensor:
-        """Queries (B, h, S, D) blurred where they stand in the image."""
-        sizes = [layout.visual_len, layout.anchor_len, layout.text_len]
-        visual, anchor, text = q.split(sizes, dim=2)
-        if self.places is not None:
-            visual = visual[:, :, torch.argsort(self.places)]
-        visual = kinds.blur_grid(visual, layout.grid, self.perturbation.sigma)
-        if self.places is not None:
-            visual = visual[:, :, self.places]
-        if layout.anchor is not None:
-            anchor = kinds.blur_grid(anchor, layout.anchor, self.perturbation.sigma)
-        if self.perturbation.tokens == "all" and layout.text_len:
-            text = kinds.blur_text(text, valid, self.perturbation.sigma)
-        return torch.cat([visual, anchor, text], dim=2)
+    forwards: int = 0
+    blocks: int = 0
+    evaluation: tuple[int, int | None] | None = None
+    delta: torch.Tensor | None = None
 
 
-class Call(NamedTuple):
+@dataclass(eq=False)
+class GuidedCall:
     """A call of the transformer that takes part in guidance.
 
-    `evaluation` says which one of the run; `conditional` are its conditional samples, None where another
-    call's prediction is only added to; `inputs` what the forward of these samples gets.
+    Attributes:
+        run: that it is of.
+        evaluation: which one of the run.
+        strength: of the perturbation.
+        batch: samples.
+        conditional: which of them are conditional; None where another call's prediction is only added to.
+        inputs: what the forward of these samples gets.
     """
 
+    run: GuidedRun
     evaluation: tuple[int, int | None]
     strength: float
     batch: int
@@ -103,37 +73,47 @@ class Call(NamedTuple):
     inputs: dict[str, Any] | None
 
 
+@dataclass(eq=False)
 class Branch:
     """The perturbed branch of one transformer.
 
     Attributes:
+        perturbation, family, transformer: see `dit_accel.enable`.
+        heads: of each layer.
+        owner: of the transformer's calls, see `dit_accel.attention.transformer_call`.
+        alone: whether every call runs the perturbed model, without guidance.
         layers: perturbed heads and their weights, by layer.
         first, depth: number of blocks before the first perturbed one, and of all.
-        alone: whether every call runs the perturbed model, without guidance.
-        calls, blocks: perturbed forwards of the latest run, and the blocks they ran.
     """
 
-    def __init__(self, perturbation: HeadPerturbation, family: Family, transformer: nn.Module, heads: int):
-        self.perturbation, self.family, self.transformer = perturbation, family, transformer
-        names = list(family.layers(transformer))
-        weights = perturbation.layers(names, heads)
+    perturbation: HeadPerturbation
+    family: Family
+    transformer: nn.Module
+    heads: int
+    owner: Any
+    alone: bool = False
+    _runs: dict[int, GuidedRun] = field(default_factory=dict)
+    _inside: dict[int, str] = field(default_factory=dict)  # threads in a call, and their names
+    _hook: Any = None
+    _shared: Any = None  # output of the block before the first perturbed one, in the call in progress
+
+    def __post_init__(self):
+        self._names = BranchNames(self.transformer)
+        names = list(self.family.layers(self.transformer))
+        weights = self.perturbation.layers(names, self.heads)
         chosen = {name: {h: w for h, w in row.items() if w} for name, row in weights.items()}
         self.layers = {name: row for name, row in chosen.items() if row}
-        self._blocks = [(blocks, i) for blocks in family.blocks(transformer) for i in range(len(blocks))]
+        lists = self.family.blocks(self.transformer)
+        self._blocks = [(blocks, i) for blocks in lists for i in range(len(blocks))]
         self.depth = len(self._blocks)
-        index = dict(zip(names, selectors.flat_indices(names), strict=True))
+        index = dict(zip(names, flat_indices(names), strict=True))
         first = min((index[name] for name in self.layers), default=self.depth)
         outside = any(index[name] >= self.depth for name in self.layers)  # VACE's run before the others
         self.first = 0 if outside else first
-        self.alone = False
-        self.calls = self.blocks = 0
-        self._run: int | None = None
-        self._shared: Any = None  # output of the block before the first perturbed one, in the latest call
-        self._call: Call | None = None
-        self._evaluation: tuple | None = None  # of the delta
-        self._delta: torch.Tensor | None = None
-        self._name: str | None = None  # of the branch, inside diffusers' `cache_context`
-        self._hook: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has made no runs yet, and no thread is in a call of it."""
+        return {**vars(self), "_runs": {}, "_inside": {}, "_shared": None}
 
     # -- patching ------------------------------------------------------------------------------------------
 
@@ -141,82 +121,94 @@ class Branch:
         if self.first:
             blocks, index = self._blocks[self.first - 1]
             self._hook = blocks[index].register_forward_hook(self._keep)
-        if hasattr(self.transformer, "cache_context"):
-            self.transformer.cache_context = self._cache_context
+        self._names.attach()
 
     def detach(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        if self.transformer.__dict__.get("cache_context") == self._cache_context:
-            del self.transformer.cache_context
-        self._hook = self._shared = self._call = self._delta = self._evaluation = None
-
-    @contextmanager
-    def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """diffusers' `cache_context`, which is not readable but while caches are on."""
-        self._name = name
-        try:
-            with type(self.transformer).cache_context(self.transformer, name, **kwargs):
-                yield
-        finally:
-            self._name = None
+        self._names.detach()
+        self._hook, self._shared, self._runs, self._inside = None, None, {}, {}
 
     def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._call is not None and self._call.conditional is not None:
-            self._shared = output
+        self._shared = (
+            output  # a plain attribute, which compiled blocks can write: one thread is here at a time
+        )
 
     # -- one call of the transformer -----------------------------------------------------------------------
 
-    def begin(
-        self, tick: Tick, clock: Clock, inputs: dict[str, Any], perturb: Callable[[float], None]
-    ) -> None:
-        """Before the forward: what this call is to guidance.
+    def run(self, number: int) -> GuidedRun:
+        """What is kept of a run."""
+        if number not in self._runs:
+            make_room(self._runs, _RUNS_KEPT)
+            self._runs[number] = GuidedRun()
+        return self._runs[number]
 
-        `inputs` are those the forward gets; `perturb` makes it a perturbed one, at a strength.
-        """
-        if tick.run != self._run:
-            self._run, self.calls, self.blocks = tick.run, 0, 0
-            self._evaluation = self._delta = None
-        self._call = self._shared = None
-        strength = self.perturbation.strength_at(tick.step, tick.total, self.alone)
-        if self.alone:
-            perturb(strength)
-        if self.alone or strength == 0 or not self.layers:
-            return
+    def begin(self, tick: Tick, pipeline: Any, inputs: dict[str, Any]) -> GuidedCall | None:
+        """Before the forward: what this call, which gets `inputs`, is to guidance; None: nothing."""
+        self._check_threads()
+        run = self.run(tick.run)
+        strength = 0.0 if self.alone else self.perturbation.strength_at(tick.step, tick.total)
+        if strength == 0 or not self.layers:
+            return None
         self._check_caches()
-        key = (tick.step, clock.evaluation)
+        evaluation = (tick.step, tick.evaluation)
         batch = len(inputs["hidden_states"])
-        if self._is_conditional(key):
-            rows = self.family.conditional(clock.pipeline, inputs)
-            self._call = Call(key, strength, batch, rows, take(inputs, rows, batch))
-        elif self._evaluation == key:
-            self._call = Call(key, strength, batch, None, None)
-        else:
+        if self._is_conditional(run, evaluation):
+            rows = self.family.conditional(pipeline, inputs)
+            return GuidedCall(run, evaluation, strength, batch, rows, take(inputs, rows, batch))
+        if run.evaluation != evaluation:
             raise RuntimeError(
                 "the unconditional branch of this step was called before the conditional one, which guidance "
                 "needs first; call them in the other order, or use guidance=None"
             )
+        return GuidedCall(run, evaluation, strength, batch, None, None)
 
-    def _is_conditional(self, key: tuple[int, int | None]) -> bool:
+    def _is_conditional(self, run: GuidedRun, evaluation: tuple[int, int | None]) -> bool:
         """By the branch's name, else, in a pipeline, whether it is the first call of its evaluation."""
-        if self._name is not None:
-            return "uncond" not in self._name
-        return key[1] is None or key != self._evaluation
+        name = branch_name()
+        if name is not None:
+            return "uncond" not in name
+        return evaluation[1] is None or evaluation != run.evaluation
 
-    def guide(self, sample: torch.Tensor, predict: Callable[[Call], torch.Tensor]) -> torch.Tensor:
+    def perturbed_layers(
+        self, layers: Mapping[str, LayerAttention], strength: float
+    ) -> dict[str, LayerAttention]:
+        """What layers do in the perturbed branch, from what they do otherwise."""
+        return {
+            **layers,
+            **{
+                name: Perturbed(
+                    inner=layers.get(name, ModelAttention()),
+                    perturbation=self.perturbation,
+                    heads=list(row),
+                    strengths=strength * torch.tensor(list(row.values()), dtype=torch.float64, device="cpu"),
+                )
+                for name, row in self.layers.items()
+            },
+        }
+
+    def alone_layers(self, layers: Mapping[str, LayerAttention], tick: Tick) -> Mapping[str, LayerAttention]:
+        """The same where every call runs the perturbed model."""
+        strength = self.perturbation.strength_at(tick.step, tick.total, alone=True)
+        return self.perturbed_layers(layers, strength) if strength else layers
+
+    def guide(
+        self, call: TransformerCall, sample: torch.Tensor, restore: Callable[[Any], torch.Tensor]
+    ) -> torch.Tensor:
         """After the forward: its prediction with w (cond - ptb) added, formed in at least fp32.
 
-        `predict` runs the perturbed forward, in the model's own token order.
+        `sample` is in the model's own token order; `restore` brings a forward's output there.
         """
-        call, self._call = self._call, None
-        if call is None:
+        guided: GuidedCall | None = call.guidance
+        if guided is None:
             return sample
-        wide = torch.promote_types(sample.dtype, torch.float32)
-        if call.conditional is not None:
-            perturbed = predict(call)
-            self._delta = self.perturbation.scale * (sample[call.conditional].to(wide) - perturbed.to(wide))
-            self._evaluation, self._shared = call.evaluation, None
-        delta = self._delta
+        run, wide = guided.run, torch.promote_types(sample.dtype, torch.float32)
+        if guided.conditional is not None:
+            perturbed = restore(self._perturbed(call, guided))
+            conditional = sample[guided.conditional].to(wide)
+            run.delta = self.perturbation.scale * (conditional - perturbed.to(wide))
+            run.evaluation = guided.evaluation
+        delta = run.delta
         if delta.shape[1:] != sample.shape[1:] or len(sample) % len(delta):
             raise RuntimeError(
                 f"the branches of one step predict {tuple(delta.shape)} and {tuple(sample.shape)}, which "
@@ -225,49 +217,60 @@ class Branch:
         delta = delta.repeat(len(sample) // len(delta), *(1 for _ in delta.shape[1:]))
         return (sample.to(wide) + delta).to(sample.dtype)
 
-    def perturbed(self, call: Call) -> Any:
-        """The output of the second forward, of the conditional samples; the layers already perturb."""
+    def _perturbed(self, call: TransformerCall, guided: GuidedCall) -> Any:
+        """The output of the second forward, of the conditional samples."""
         if self.first and self._shared is None:
             raise RuntimeError(
                 "the block before the first layer that guidance perturbs did not run in this call (such as "
                 "by `skip_layers`); perturb the first layer as well, or use guidance=None"
             )
-        self.calls += 1
-        self.blocks += self.depth - self.first
-        with self._given_back(take(self._shared, call.conditional, call.batch)):
-            return self.transformer.forward(**call.inputs)
-
-    def layer_perturbations(
-        self, strength: float, places: torch.Tensor | None
-    ) -> dict[str, LayerPerturbation]:
-        """What the perturbed layers do at a strength, in a token order."""
-        return {
-            name: LayerPerturbation(
-                self.perturbation,
-                list(row),
-                strength * torch.tensor(list(row.values()), dtype=torch.float64),
-                places,
-            )
-            for name, row in self.layers.items()
-        }
+        guided.run.forwards += 1
+        guided.run.blocks += self.depth - self.first
+        second = replace(
+            call,
+            layers=self.perturbed_layers(call.layers, guided.strength),
+            text_valid=take(call.text_valid, guided.conditional, guided.batch),
+            guidance=None,
+            memory=None if call.memory is None else call.memory.within("perturbed"),
+            notes={},
+        )
+        given_back = take(self._shared, guided.conditional, guided.batch)
+        with transformer_call.within(second), self._given_back(given_back):
+            return self.transformer.forward(**guided.inputs)
 
     @contextmanager
     def _given_back(self, output: Any) -> Iterator[None]:
         """Blocks before the first perturbed one give back `output`, for the length of a `with` block."""
         early = [(blocks, i, blocks[i]) for blocks, i in self._blocks[: self.first]]
         stand_in = _GivesBack(output)
-        for blocks, i, _ in early:
-            blocks[i] = stand_in
         try:
+            for blocks, i, _ in early:
+                blocks[i] = stand_in
             yield
         finally:
             for blocks, i, block in early:
                 blocks[i] = block
 
+    def end(self) -> None:
+        """After a call, however it ended."""
+        if self._inside.pop(threading.get_ident(), None) is not None:
+            self._shared = None
+
+    def _check_threads(self) -> None:
+        """Blocks of the one transformer stand aside in the second forward, which another thread would see."""
+        mine = threading.get_ident()
+        others = ((i, name) for i, name in list(self._inside.items()) if i != mine)
+        other = next((name for i, name in others if _is_inside(i, self.transformer)), None)
+        if other is not None:
+            raise UnavailableError(
+                f"guidance of one transformer in two threads at once: thread {other!r} is in a call of it; "
+                "make the calls one after the other, give each thread a copy of it, or use "
+                "guidance=None"
+            )
+        self._inside[mine] = threading.current_thread().name
+
     def _check_caches(self) -> None:
-        registries = (m.__dict__.get("_diffusers_hook") for m in self.transformer.modules())
-        hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
-        names = [type(hook).__name__ for hook in hooks if hook._is_stateful]
+        names = stateful_caches(self.transformer)
         if names:
             raise UnavailableError(
                 f"guidance does not work with caches that keep outputs from step to step ({names[0]}); call "
@@ -281,8 +284,8 @@ class Branch:
         """Blocks a perturbed forward runs, as a share of a forward of the conditional samples."""
         return (self.depth - self.first) / self.depth if self.layers and self.perturbation.scale else 0.0
 
-    def describe(self) -> str:
-        """One line for `dit_accel.summary`."""
+    def describe(self, forwards: int = 0) -> str:
+        """One line for `dit_accel.summary`; `forwards` are the perturbed ones of the latest run."""
         guidance, heads = self.perturbation, sum(map(len, self.layers.values()))
         line = f"guidance: {guidance.kind} of {heads} heads in {len(self.layers)} layers"
         line += f", scale {guidance.scale:g}"
@@ -290,7 +293,24 @@ class Branch:
             line += f", from {guidance.start:.0%} to {guidance.stop:.0%} of the run"
         line += f"; a guided step costs {self.cost:.2f} of a conditional forward more"
         ran = f"{self.depth - self.first} of {self.depth} blocks"
-        return line + (f"; latest run: {self.calls} perturbed forwards of {ran}" if self.calls else "")
+        return line + (f"; latest run: {forwards} perturbed forwards of {ran}" if forwards else "")
+
+
+def stateful_caches(transformer: nn.Module) -> list[str]:
+    """The hooks of diffusers' caches on a transformer that keep outputs from step to step, by class name."""
+    registries = (module.__dict__.get("_diffusers_hook") for module in transformer.modules())
+    hooks = (hook for registry in registries if registry for hook in registry.hooks.values())
+    return [type(hook).__name__ for hook in hooks if hook._is_stateful]
+
+
+def _is_inside(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is in a call of a module, which one that was interrupted in it is no longer."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _GivesBack(nn.Module):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import selectors
-from ..pipelines import family_of
-from ..records import check_same, write_json
+from dit_accel.json_files import check_same, read_json, write_json
+from dit_accel.layer_names import flat_indices
+from dit_accel.pipelines.families import family_of
+from dit_accel.seeds import check_seed
+
 from .objectives import Objective, name_of
 from .perturbation import Head, HeadPerturbation
 from .trials import Pair, Trials
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "dit-accel/hunt/1"
 LOG, FOUND, SAMPLES = "log.json", "heads.json", "samples"
-SCALES = {"flux": 8.0, "sd3": 3.0}  # published; other families take that of SD3
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,19 @@ class HeadHunter:
         self.pairs = [Pair(*pair) for pair in pairs]
         if not self.pairs or len(set(self.pairs)) < len(self.pairs):
             raise ValueError(f"`pairs` must be different (prompt, seed) pairs, got {self.pairs!r}")
+        for pair in self.pairs:
+            check_seed(pair.seed)
         self.objective, self.rounds, self.top_k, self.folder = name_of(objective), rounds, top_k, Path(folder)
         self.floors = [(name_of(one), float(minimum)) for one, minimum in floors]
+        for name, minimum in self.floors:
+            if not math.isfinite(minimum):
+                raise ValueError(f"the minimum of {name} in `floors` must be a finite number, got {minimum}")
         family = family_of(pipe.transformer)
         self._names = list(family.layers(pipe.transformer))
         self._count = pipe.transformer.config.num_attention_heads
-        self.options = {"scale": SCALES.get(family.name, SCALES["sd3"]), **(perturbation or {})}
+        self.options = {"scale": family.head_search.scale, **(perturbation or {})}
         self.heads = self._searched(heads)
+        self.perturbation(self.heads[:1])  # refuses bad options before anything runs
         objectives = [objective, *(one for one, _ in floors)]
         self.trials = Trials(pipe, objectives, self.folder / SAMPLES, **trials)
 
@@ -212,11 +218,11 @@ class HeadHunter:
         """The heads of the search, in order, after a check that the perturbation can be of each alone."""
         if self.options.get("kind") == "pag":
             raise ValueError("kind='pag' is of whole layers, and heads are searched; use kind='soft_pag'")
-        parts = zip(self._names, selectors.flat_indices(self._names), strict=True)
+        parts = zip(self._names, flat_indices(self._names), strict=True)
         dual = self.options.get("modules") == "attn2"
         layers = {layer for name, layer in parts if name.endswith(".attn2") or not dual}
         every = {(layer, head) for layer in layers for head in range(self._count)}
-        chosen = sorted(every if heads is None else {tuple(head) for head in heads})
+        chosen = sorted(every if heads is None else {(layer, head) for layer, head in heads})
         for head in chosen or [None]:
             if head not in every:
                 raise ValueError(f"`heads` must be (layer, head) pairs of this model, got {head}")
@@ -231,8 +237,7 @@ class HeadHunter:
         Processes take turns with batches; what a batch holds does not depend on their number.
         """
         from accelerate.utils import gather_object
-        from rich.console import Console
-        from rich.progress import track
+        from tqdm import tqdm
 
         state, batches = self._processes, self.trials.batches(self.pairs)
         work = [(place, batch) for place in range(len(head_sets)) for batch in batches]
@@ -240,7 +245,7 @@ class HeadHunter:
         shown = progress and state.is_main_process
         done = [
             (place, self.trials.score(self.perturbation(head_sets[place]), batch))
-            for place, batch in track(mine, label, console=Console(stderr=True), disable=not shown)
+            for place, batch in tqdm(mine, label, disable=not shown)
         ]
         scores: list[list[dict[str, float]]] = [[] for _ in head_sets]
         for place, rows in gather_object(done):
@@ -271,8 +276,10 @@ class HeadHunter:
             return settings
         if not resume:
             raise ValueError(f"{log} is of an earlier search; resume it, or use another folder")
-        earlier = json.loads(log.read_text())["settings"]
-        check_same(earlier, settings, f"{log} is of a search", "another folder")
+        earlier = read_json(log, "the log of a search")
+        if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
+            raise ValueError(f"{log} is not the log of a search; use another folder")
+        check_same(earlier["settings"], settings, f"{log} is of a search", "another folder")
         return settings
 
     def _write(self, settings: dict[str, Any], hunt: Hunt) -> None:

@@ -9,9 +9,7 @@ another one whenever it computes something else.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -47,7 +45,7 @@ def named(text: str, device: str | torch.device = "cpu", allow_download: bool = 
         )
     if name == "attributes":
         return attributes
-    from .scorers import SceneScorer, load
+    from dit_accel.scorers.image_scorers import SceneScorer, load
 
     if name == "scenes":
         return SceneScorer(device)
@@ -74,12 +72,13 @@ def attributes(images: np.ndarray, prompts: list[str]) -> list[float]:
     Raises:
         ValueError: a prompt that is not a caption of a bundled scene, see `read_caption`.
     """
-    from ..pipelines.tiny import check
+    from dit_accel.pipelines.tiny import world_of_caption
 
     scores = []
     for image, prompt in zip(images, prompts, strict=True):
-        seen = check(image)
-        scores.append(fmean(seen.get(name) == value for name, value in read_caption(prompt).items()))
+        world = world_of_caption(prompt)
+        seen, asked = world.check(image), world.read_caption(prompt)
+        scores.append(fmean(seen.get(name) == value for name, value in asked.items()))
     return scores
 
 
@@ -104,42 +103,3 @@ class HarmonicMean:
                     f"a harmonic mean needs positive scores, and {name_of(objective)} gave {min(row)}"
                 )
         return [len(row) / sum(1 / score for score in row) for row in zip(*scores, strict=True)]
-
-
-def read_caption(prompt: str) -> dict[str, str]:
-    """The attributes that a caption of a bundled scene names, in canonical words: the inverse of `caption`.
-
-    Raises:
-        ValueError: a text of another form.
-    """
-    from ..pipelines.tiny.captions import SYNONYMS
-
-    canonical = {other: word for word, other in SYNONYMS.items()}
-    for form in _forms():
-        if match := form.fullmatch(" ".join(prompt.lower().split())):
-            found = {name: word for name, word in match.groupdict().items() if word is not None}
-            return {name: canonical.get(word, word) for name, word in found.items()}
-    raise ValueError(
-        "attributes are read from captions such as 'a red circle at the top left on a striped background' "
-        f"(of videos: 'a red circle moving up at ...'), got {prompt!r}"
-    )
-
-
-@cache
-def _forms() -> tuple[re.Pattern, ...]:
-    """The captions' templates with a group for each attribute."""
-    from ..pipelines.tiny import captions, scenes
-
-    values = {
-        "colour": scenes.COLOURS,
-        "shape": scenes.SHAPES,
-        "position": scenes.POSITIONS,
-        "background": scenes.BACKGROUNDS,
-        "motion": scenes.MOTIONS,
-    }
-    groups = {}
-    for name, words in values.items():
-        known = [*words, *(captions.SYNONYMS[word] for word in words if word in captions.SYNONYMS)]
-        groups[name] = f"(?P<{name}>{'|'.join(known)})"
-    groups["motion"] = f"(?: moving {groups['motion']})?"
-    return tuple(re.compile(template.format(**groups)) for template in captions.TEMPLATES)

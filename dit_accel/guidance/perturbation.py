@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
-from .. import selectors
+from dit_accel.arguments import is_integer, is_number, shown
+from dit_accel.layer_names import flat_indices
 
 KINDS = ("soft_pag", "pag", "uniform", "seg", "temperature")
 TOKENS = ("all", "image")
 MODULES = ("attn", "attn2", "both")
 
 Head = tuple[int, int]
+Apply = Callable[["HeadPerturbation", Any], AbstractContextManager[None]]
+
+_apply: Apply
+
+
+def applied_by(function: Apply) -> Apply:
+    """Decorates what `HeadPerturbation.applied` calls, which stands above this configuration."""
+    global _apply
+    _apply = function
+    return function
 
 
 @dataclass(frozen=True)
@@ -69,21 +80,20 @@ class HeadPerturbation:
         for name, known in (("kind", KINDS), ("tokens", TOKENS), ("modules", MODULES)):
             if getattr(self, name) not in known:
                 options = ", ".join(map(repr, known))
-                raise ValueError(f"`{name}` must be one of {options}, got {getattr(self, name)!r}")
+                raise ValueError(f"`{name}` must be one of {options}, got {shown(getattr(self, name))}")
         object.__setattr__(self, "heads", _heads(self.heads))
         if not callable(self.strength):
-            check_strength("strength", self.strength)
-        _check_number("scale", self.scale)
-        _check_number("sigma", self.sigma, positive=True)
+            object.__setattr__(self, "strength", check_strength("strength", self.strength))
+        for name in ("scale", "start", "stop"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "sigma", _number("sigma", self.sigma, positive=True))
         if self.temperature is not None:
-            _check_number("temperature", self.temperature, positive=True)
+            object.__setattr__(self, "temperature", _number("temperature", self.temperature, positive=True))
         if (self.temperature is not None) != (self.kind == "temperature"):
             raise ValueError(
-                f"`temperature` belongs to kind='temperature', which needs it; got {self.temperature!r} with "
-                f"kind={self.kind!r}"
+                "`temperature` belongs to kind='temperature', which needs it; got "
+                f"{shown(self.temperature)} with kind={shown(self.kind)}"
             )
-        for name in ("start", "stop"):
-            _check_number(name, getattr(self, name))
         if not 0 <= self.start <= self.stop <= 1:
             raise ValueError(f"0 <= start <= stop <= 1 must hold, got start={self.start}, stop={self.stop}")
         weights = self.heads.values() if isinstance(self.heads, dict) else ()
@@ -100,7 +110,7 @@ class HeadPerturbation:
         """
         weights = self.heads if isinstance(self.heads, dict) else dict.fromkeys(self.heads, 1.0)
         by_index: dict[int, dict[int, float]] = {}
-        indices = selectors.flat_indices(names)
+        indices = flat_indices(names)
         for entry, weight in weights.items():
             layer, head = (entry, None) if isinstance(entry, int) else entry
             if layer not in indices:
@@ -139,7 +149,7 @@ class HeadPerturbation:
         """
         if self.scale == 0 and not alone:
             return 0.0
-        if not (callable(self.strength) if alone else self.needs_total):
+        if not callable(self.strength) and (alone or not self.needs_total):
             return self.strength
         if total is None:
             raise ValueError(
@@ -153,8 +163,7 @@ class HeadPerturbation:
             return self.strength
         return check_strength(f"strength({step / total:.3g})", self.strength(step / total))
 
-    @contextmanager
-    def applied(self, target: Any) -> Iterator[None]:
+    def applied(self, target: Any) -> AbstractContextManager[None]:
         """Run a transformer (or a pipeline's) as the perturbed model alone, for the length of a `with` block.
 
         What was enabled stays in force under it and afterwards. `scale`, `start` and `stop` play no part.
@@ -162,19 +171,7 @@ class HeadPerturbation:
         Raises:
             ValueError, UnavailableError, TypeError: see `dit_accel.enable`.
         """
-        from ..patterns import Dense
-        from ..recipe import Recipe
-        from ..switch import accelerated, handle_of
-
-        before = handle_of(target)
-        recipe = Recipe(Dense()) if before is None else before.recipe
-        with accelerated(target, replace(recipe, guidance=self)) as handle:
-            for binding in handle.bindings.values():
-                binding.branch.alone = True
-                for earlier in () if before is None else before.bindings.values():
-                    if earlier.transformer is binding.transformer:
-                        binding.adopt(earlier)
-            yield
+        return _apply(self, target)
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -201,17 +198,24 @@ class HeadPerturbation:
             ValueError: something else, or an unknown key.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("heads"), list):
-            raise ValueError(f"`guidance` must be a mapping with a list under `heads`, got {data!r}")
+            raise ValueError(f"`guidance` must be a mapping with a list under `heads`, got {shown(data)}")
         known = [f.name for f in fields(cls)]
         unknown = [key for key in data if key not in known]
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r} of `guidance`; the keys are {', '.join(known)}")
+            raise ValueError(
+                f"unknown key {shown(unknown[0])} of `guidance`; the keys are {', '.join(known)}"
+            )
         heads = [tuple(entry) if isinstance(entry, list) else entry for entry in data["heads"]]
         weighted = [isinstance(entry, tuple) and len(entry) == 3 for entry in heads]
         if any(weighted) and not all(weighted):
             raise ValueError("`heads` must have a strength in every entry or in none")
         if any(weighted):
-            heads = {layer if head is None else (layer, head): weight for layer, head, weight in heads}
+            weights = {
+                _entry(layer if head is None else (layer, head)): weight for layer, head, weight in heads
+            }
+            if len(weights) < len(heads):
+                raise ValueError("`heads` gives a head two strengths")
+            heads = weights
         return cls(**{**data, "heads": heads})
 
 
@@ -221,40 +225,44 @@ def check_strength(name: str, value: Any) -> float:
     Raises:
         ValueError, TypeError: it is not.
     """
-    _check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be from 0 to 1, got {value!r}")
-    return value
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"`{name}` must be from 0 to 1, got {shown(value)}")
+    return number
 
 
-def _check_number(name: str, value: Any, positive: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"`{name}` must be a {'positive' if positive else 'finite'} number, got {value!r}")
+def _number(name: str, value: Any, positive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {shown(value)}")
+    if not is_number(value) or (positive and value <= 0):
+        raise ValueError(
+            f"`{name}` must be a {'positive' if positive else 'finite'} number, got {shown(value)}"
+        )
+    return float(value)
 
 
 def _heads(heads: Any) -> tuple[Head | int, ...] | dict[Head | int, float]:
     """The heads in order, without repeats."""
     if isinstance(heads, (str, bytes)) or not isinstance(heads, Iterable):
-        raise TypeError(f"`heads` must be a list of (layer, head) pairs or a mapping, got {heads!r}")
-    entries = {tuple(entry) if isinstance(entry, list) else entry: entry for entry in heads}
-    for entry in entries:
-        numbers = (entry,) if isinstance(entry, int) else entry
-        if (
-            not isinstance(numbers, tuple)
-            or (len(numbers) != 2 and not isinstance(entry, int))
-            or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers)
-        ):
-            raise ValueError(
-                f"`heads` must hold (layer, head) pairs or layers, as numbers from 0, got {entry!r}"
-            )
+        raise TypeError(f"`heads` must be a list of (layer, head) pairs or a mapping, got {shown(heads)}")
+    entries = {_entry(entry): entry for entry in heads}
     if not entries:
         raise ValueError("`heads` is empty; name at least one (layer, head), or leave guidance out")
     ordered = sorted(entries, key=lambda entry: (_pair(entry)[0], -1 if isinstance(entry, int) else entry[1]))
     if not isinstance(heads, Mapping):
         return tuple(ordered)
-    return {entry: check_strength(f"heads[{entry!r}]", heads[entry]) for entry in ordered}
+    return {entry: check_strength(f"heads[{shown(entry)}]", heads[entries[entry]]) for entry in ordered}
+
+
+def _entry(entry: Any) -> Head | int:
+    """A layer or a (layer, head) pair, in plain integers."""
+    pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+    numbers = tuple(entry) if pair else (entry,)
+    if not all(is_integer(n) and n >= 0 for n in numbers):
+        raise ValueError(
+            f"`heads` must hold (layer, head) pairs or layers, as numbers from 0, got {shown(entry)}"
+        )
+    return (int(entry[0]), int(entry[1])) if pair else int(entry)
 
 
 def _pair(entry: Head | int) -> tuple[int, int | None]:

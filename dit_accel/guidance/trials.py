@@ -21,11 +21,14 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..evals import media
-from ..patterns import Dense
-from ..recipe import Recipe
-from ..records import write_json
-from ..switch import accelerated, handle_of
+from dit_accel import media
+from dit_accel.files import atomic
+from dit_accel.json_files import read_json, write_json
+from dit_accel.patterns import Dense
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated, handle_of
+from dit_accel.seeds import generator
+
 from .objectives import Objective, name_of
 from .perturbation import HeadPerturbation
 
@@ -43,7 +46,7 @@ def generate(pipe: Any, prompts: list[str], seeds: list[int], **call: Any) -> np
     """Calls a pipeline on a batch, one generator each: floats (B, H, W, 3), for videos (B, T, H, W, 3)."""
     if isinstance(call.get("negative_prompt"), str):
         call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [generator(seed) for seed in seeds]
     output = pipe(prompt=prompts, generator=generators, output_type="np", **call)
     return np.asarray(output.frames if hasattr(output, "frames") else output.images)
 
@@ -125,8 +128,11 @@ class Trials:
         path = self._path(perturbation, pair, ".png")
         if not path.exists():
             return None
-        with Image.open(path) as picture:
-            pixels, frames = np.asarray(picture), int(picture.text["frames"])
+        try:
+            with Image.open(path, formats=("PNG",)) as picture:
+                pixels, frames = np.asarray(picture), int(picture.text["frames"])
+        except Exception as error:  # Pillow raises whatever a damaged file leads it to
+            raise ValueError(f"the kept image {path} is damaged ({error}); delete it") from error
         return pixels.reshape(frames, -1, *pixels.shape[1:]) if frames else pixels
 
     def generate(self, perturbation: HeadPerturbation | None, pairs: Sequence[Pair]) -> np.ndarray:
@@ -150,7 +156,7 @@ class Trials:
         for pair, pixels in zip(pairs, images, strict=True):
             about = PngInfo()
             about.add_text("frames", str(len(pixels) if pixels.ndim == 4 else 0))
-            with media.atomic(self._path(perturbation, pair, ".png")) as partial:
+            with atomic(self._path(perturbation, pair, ".png")) as partial:
                 Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])).save(partial, pnginfo=about)
         return images
 
@@ -172,7 +178,15 @@ class Trials:
 
     def _record(self, perturbation: HeadPerturbation | None, pair: Pair) -> dict[str, float]:
         path = self._path(perturbation, pair, ".json")
-        return json.loads(path.read_text())["scores"] if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            scores = read_json(path)["scores"]
+            if not all(math.isfinite(score) for score in scores.values()):
+                raise ValueError("a score is no finite number")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the kept scores {path} are damaged ({error}); delete them") from error
+        return scores
 
     def _keep(self, perturbation: HeadPerturbation | None, pair: Pair, scores: dict[str, float]) -> None:
         plain = None if perturbation is None else perturbation.to_dict()

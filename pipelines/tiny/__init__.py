@@ -4,25 +4,24 @@
 settings the model works best.
 """
 
-from .captions import caption
-from .checker import check, score
+from .checker import score
 from .evaluate import attribute_accuracy
 from .models import SPECS as INFO
 from .models import Spec, weights_dir
-from .scenes import Scene, render, sample
+from .worlds import caption, read_caption, render, world_of, world_of_caption
 
 NAMES = tuple(INFO)
 
 __all__ = [
     "INFO",
     "NAMES",
-    "Scene",
     "Spec",
     "attribute_accuracy",
     "caption",
-    "check",
+    "read_caption",
     "render",
-    "sample",
     "score",
     "weights_dir",
+    "world_of",
+    "world_of_caption",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Trains a bundled model, or draws a sheet of its samples."""
     parser = argparse.ArgumentParser(prog="python -m dit_accel.pipelines.tiny", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -37,7 +37,7 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def landmark(self) -> nn.Module:
-        """The block after which visual tokens are to know where they are (see ``flow.Whereabouts``)."""
+        """The block after which visual tokens are to know where they are (see ``flow.PositionProbe``)."""
 
     def visual(self, output: Any) -> torch.Tensor:
         """Visual tokens (B, N, D) in what ``landmark`` returns."""
@@ -111,6 +111,8 @@ class ImageAdapter(Adapter):
 
 
 class FluxAdapter(ImageAdapter):
+    """Trains a FLUX pipeline."""
+
     text_encoders = ("text_encoder", "text_encoder_2")
 
     @property
@@ -141,6 +143,8 @@ class FluxAdapter(ImageAdapter):
 
 
 class SD3Adapter(ImageAdapter):
+    """Trains a Stable Diffusion 3 pipeline."""
+
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     @property
@@ -178,6 +182,8 @@ class VideoAdapter(Adapter):
 
 
 class WanAdapter(VideoAdapter):
+    """Trains a Wan pipeline."""
+
     text_encoders = ("text_encoder",)
 
     @property
@@ -215,6 +221,8 @@ class HunyuanVideoAdapter(VideoAdapter):
     # Its padding keeps a crop of one colour constant all through, and group norm divides by its deviation:
     # gradients of a few such crops drown all others. So every crop is large and shows some of an object.
     # Colours it learns from pictures within a hundred steps, from moving crops hardly in a thousand.
+    """Trains a HunyuanVideo pipeline."""
+
     crop = (5, 64, 64)
     canvases = (64, 96, 128, 192)
     anywhere = 0.0

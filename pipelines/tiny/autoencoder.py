@@ -9,7 +9,7 @@ import torch
 
 from .adapters import Adapter
 from .loop import Draw
-from .scenes import Scene, render, sample
+from .scenes import Scene, object_side, render, sample
 
 KL_WEIGHT = 3e-4
 CLIPS = (9, 17, 17, 29, 29, 61, 125)  # frames a moving scene takes in all
@@ -21,12 +21,14 @@ def _crop(rng: random.Random, scene: Scene, shape: tuple[int, int, int], adapter
     canvas = max(rng.choice(adapter.canvases), height)
     total = rng.choice([clip for clip in CLIPS if clip >= frames]) if frames > 1 else 1
     first = rng.randint(0, total - frames)
-    centre_x, centre_y = scene.centre((first + frames / 2) / total)
+    centre_x, centre_y = rng.choice(scene.objects).centre()
+    shift_x, shift_y = scene.shift((first + frames / 2) / total)
+    reach = 0.6 * object_side(canvas, canvas) / canvas
     if rng.random() < adapter.anywhere:
         centre_x, centre_y = rng.random(), rng.random()
     else:
-        centre_x += rng.uniform(-1.2, 1.2) * scene.radius
-        centre_y += rng.uniform(-1.2, 1.2) * scene.radius
+        centre_x += shift_x + rng.uniform(-reach, reach)
+        centre_y += shift_y + rng.uniform(-reach, reach)
     top = min(max(round(centre_y * canvas - height / 2), 0), canvas - height)
     left = min(max(round(centre_x * canvas - width / 2), 0), canvas - width)
     window = (slice(first, first + frames), slice(top, top + height), slice(left, left + width))

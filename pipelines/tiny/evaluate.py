@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from .captions import caption
-from .checker import check, score
+from dit_accel.media import beside
+from dit_accel.seeds import generator
+
+from .checker import score
 from .loop import Draw
 from .models import TEXT_LENGTH
-from .scenes import Scene, sample
+from .worlds import EMOJI, AnyScene, World, caption, world_of
 
 NEGATIVE_PROMPT = ""
-SHOWN = 3  # frames of a video on a sheet: the first, middle and last
 
 
-def held_out_scenes(n: int, seed: int = 0, video: bool = False) -> list[Scene]:
+def held_out_scenes(n: int, seed: int = 0, video: bool = False, world: World = EMOJI) -> list[AnyScene]:
     """``n`` scenes that training never saw, the same for every model of a kind."""
     rng = Draw("held out", seed, video).rng
-    return [sample(rng, "held_out", video) for _ in range(n)]
+    return [world.sample(rng, "held_out", video) for _ in range(n)]
 
 
 def is_video(pipe: Any) -> bool:
@@ -48,7 +48,7 @@ def generate(
         "width": size[1],
         "num_inference_steps": steps,
         "max_sequence_length": TEXT_LENGTH,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "generator": [generator(seed) for seed in seeds],
         "output_type": "np",
     }
     video = is_video(pipe)
@@ -93,19 +93,19 @@ def attribute_accuracy(
     Returns:
         Accuracy per attribute, their ``mean``, ``all_correct``, ``n`` and the ``settings``, fit for JSON.
     """
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
     video = is_video(pipe)
     frames = (frames or 17) if video else None
-    scenes = held_out_scenes(n, seed, video)
+    world = world_of(pipe)
+    scenes = held_out_scenes(n, seed, video, world)
     # The pipeline's own bar, one per batch, would tear this one.
     shown = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     predictions = []
     try:
         starts = range(0, n, batch)
-        for start in track(starts, "attributes", console=Console(stderr=True), disable=not progress):
+        for start in tqdm(starts, "attributes", disable=not progress):
             chosen = scenes[start : start + batch]
             outputs = generate(
                 pipe,
@@ -116,7 +116,7 @@ def attribute_accuracy(
                 steps=steps,
                 guidance=guidance,
             )
-            predictions += [check(output) for output in outputs]
+            predictions += [world.check(output) for output in outputs]
             if seen is not None:
                 seen(outputs)
     finally:
@@ -129,16 +129,7 @@ def attribute_accuracy(
         "guidance": guidance,
         "split": "held_out",
     }
-    return {**score(predictions, scenes), "settings": settings}
-
-
-def beside(samples: np.ndarray) -> np.ndarray:
-    """Samples (B, H, W, 3) in a row, (H, B * W, 3); a video (T, H, W, 3) is a column of ``SHOWN`` frames."""
-    if samples.ndim == 5:
-        last = samples.shape[1] - 1
-        picks = np.linspace(0, last, min(last + 1, SHOWN)).round().astype(int)
-        samples = np.concatenate([samples[:, frame] for frame in picks], axis=1)
-    return np.concatenate(list(samples), axis=1)
+    return {**score(predictions, [scene.attributes for scene in scenes]), "settings": settings}
 
 
 def sheet(
@@ -151,7 +142,7 @@ def sheet(
     **options: Any,
 ) -> np.ndarray:
     """Held-out scenes in rows, each as ``beside`` arranges it: uint8 (H, W, 3)."""
-    scenes = held_out_scenes(rows * columns, seed, is_video(pipe))
+    scenes = held_out_scenes(rows * columns, seed, is_video(pipe), world_of(pipe))
     tiles = []
     for row in range(rows):
         chosen = scenes[row * columns : (row + 1) * columns]

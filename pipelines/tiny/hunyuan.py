@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .captions import chat_tokenizer, tokenizer
 from .starting import keep_signals
 from .text_encoders import TEXT_LENGTH, clip, llama
+from .word_tokenizers import chat_tokenizer, tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 CLIP_LENGTH = 77  # the pipeline pads CLIP's prompts to this many tokens, whatever its arguments
 
 
-def build() -> DiffusionPipeline:
+def build(words: Sequence[str]) -> DiffusionPipeline:
     """tiny-hunyuan-video with untrained weights: 4 frames of 8x8 pixels per token (1 frame in the first).
 
     Guidance is the true kind, by a second call with an empty prompt: a distilled scale would need a teacher.
@@ -58,15 +59,15 @@ def build() -> DiffusionPipeline:
         rope_axes_dim=(8, 12, 12),
     )
     prefix, crop = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0], DEFAULT_PROMPT_TEMPLATE["crop_start"]
-    words = chat_tokenizer(crop + TEXT_LENGTH, prefix, crop)
+    chat = chat_tokenizer(words, crop + TEXT_LENGTH, prefix, crop)
     return HunyuanVideoPipeline(
-        text_encoder=llama(len(words), width),
-        tokenizer=words,
+        text_encoder=llama(len(chat), width),
+        tokenizer=chat,
         transformer=transformer,
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        text_encoder_2=clip(CLIPTextModel, width, CLIP_LENGTH),
-        tokenizer_2=tokenizer(CLIP_LENGTH),
+        text_encoder_2=clip(CLIPTextModel, words, width, CLIP_LENGTH),
+        tokenizer_2=tokenizer(words, CLIP_LENGTH),
     )
 
 

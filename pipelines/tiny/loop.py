@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dit_accel.seeds import generator
+
 
 class Draw:
     """The random generators of one training step (or of one data set: any key that ``repr`` tells apart)."""
@@ -25,7 +27,7 @@ class Draw:
     def __init__(self, *key: object):
         seed = zlib.crc32(repr(key).encode())
         self.rng = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator(seed)
 
     def normal(self, shape: Iterable[int]) -> torch.Tensor:
         return torch.randn(tuple(shape), generator=self.generator)
@@ -61,7 +63,7 @@ def _optimizers(
     stage: Stage, modules: dict[str, nn.Module], parameters: list[nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
     """The stage's optimizers; between them they train each of ``parameters`` once."""
-    matrices: list[nn.Parameter] = []
+    matrices: list[torch.Tensor] = []
     if stage.muon:
         matrices = [
             layer.weight

@@ -6,15 +6,16 @@ how to train it. A new family is one build function, one ``Spec`` and one adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import hunyuan
-from .captions import tokenizer
 from .starting import keep_signals
 from .text_encoders import TEXT_DIM, TEXT_LENGTH, clip, t5
+from .word_tokenizers import tokenizer
+from .worlds import SHAPES, World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,7 +25,10 @@ Size = tuple[int, int, int]  # frames, height, width in pixels
 
 @dataclass(frozen=True)
 class Spec:
-    """A bundled model: ``native`` is the size it trained on most, ``demo`` one of thousands of tokens."""
+    """A bundled model: ``native`` is the size it trained on most, ``demo`` one of thousands of tokens.
+
+    ``assemble`` makes its pipeline, untrained, for a vocabulary; ``world`` is what its weights can draw.
+    """
 
     name: str
     family: str
@@ -33,12 +37,17 @@ class Spec:
     demo: Size
     steps: int
     guidance: float
-    build: Callable[[], DiffusionPipeline]
+    assemble: Callable[[Sequence[str]], DiffusionPipeline]
+    world: World = SHAPES
     max_sequence_length: int = TEXT_LENGTH
 
     @property
     def video(self) -> bool:
         return self.native[0] > 1
+
+    def build(self, world: World | None = None) -> DiffusionPipeline:
+        """The pipeline with untrained weights and the words of ``world`` (default: the model's own)."""
+        return self.assemble((world or self.world).vocabulary())
 
 
 def _image_autoencoder():
@@ -63,18 +72,18 @@ def _image_scheduler():
     """Scheduler of the image models, whose pipelines shift noise by the number of tokens."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    # 64 tokens are shifted by e^0.5, 2304 by e^2.3: the noise that hides a scene's layout grows with the
-    # square root of the tokens it is drawn with, here by sqrt(2304 / 64) = 6 = e^1.8.
+    # 64 tokens are shifted by e^0.5, 2304 by e^1.9: the noise that hides an object's place or outline grows
+    # with the side, in tokens, of the canvas (6 times as many) or of the object (3 times): here by e^1.4 = 4.
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=64,
         max_image_seq_len=2304,
         base_shift=0.5,
-        max_shift=2.3,
+        max_shift=1.9,
     )
 
 
-def build_flux() -> DiffusionPipeline:
+def build_flux(words: Sequence[str]) -> DiffusionPipeline:
     """tiny-flux with untrained weights: 8x8 pixels per token."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel, T5Config, T5EncoderModel
@@ -93,15 +102,15 @@ def build_flux() -> DiffusionPipeline:
     return FluxPipeline(
         scheduler=_image_scheduler(),
         vae=vae,
-        text_encoder=clip(CLIPTextModel),
-        tokenizer=tokenizer(TEXT_LENGTH),
-        text_encoder_2=t5(T5EncoderModel, T5Config, layers=1),
-        tokenizer_2=tokenizer(TEXT_LENGTH),
+        text_encoder=clip(CLIPTextModel, words),
+        tokenizer=tokenizer(words, TEXT_LENGTH),
+        text_encoder_2=t5(T5EncoderModel, T5Config, words, layers=1),
+        tokenizer_2=tokenizer(words, TEXT_LENGTH),
         transformer=transformer,
     )
 
 
-def build_sd3() -> DiffusionPipeline:
+def build_sd3(words: Sequence[str]) -> DiffusionPipeline:
     """tiny-sd3 with untrained weights: 8x8 pixels per token, and SD3.5's norms and dual attention layers.
 
     The table of positions, 64 x 64 tokens, is part of the weights: it and the 6 MB a model may have are why
@@ -126,17 +135,17 @@ def build_sd3() -> DiffusionPipeline:
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
-    first, second = (clip(CLIPTextModelWithProjection, size) for size in clip_widths)
+    first, second = (clip(CLIPTextModelWithProjection, words, size) for size in clip_widths)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=_image_scheduler(),
         vae=vae,
         text_encoder=first,
-        tokenizer=tokenizer(TEXT_LENGTH),
+        tokenizer=tokenizer(words, TEXT_LENGTH),
         text_encoder_2=second,
-        tokenizer_2=tokenizer(TEXT_LENGTH),
-        text_encoder_3=t5(T5EncoderModel, T5Config, layers=1, width=width),
-        tokenizer_3=tokenizer(TEXT_LENGTH),
+        tokenizer_2=tokenizer(words, TEXT_LENGTH),
+        text_encoder_3=t5(T5EncoderModel, T5Config, words, layers=1, width=width),
+        tokenizer_3=tokenizer(words, TEXT_LENGTH),
     )
 
 
@@ -145,7 +154,7 @@ def _prepare_wan_vae(vae) -> None:
     from torch import nn
 
     keep_signals(vae, vae.z_dim)
-    # Its attention spans whole frames, so it would act differently at every size: kept at zero instead.
+    # Its attention spans whole frames, so it would act differently at every size: held at zero instead.
     for half in (vae.encoder, vae.decoder):
         for attention in half.mid_block.attentions:
             nn.init.zeros_(attention.proj.weight)
@@ -153,7 +162,7 @@ def _prepare_wan_vae(vae) -> None:
             attention.requires_grad_(False)
 
 
-def build_wan() -> DiffusionPipeline:
+def build_wan(words: Sequence[str]) -> DiffusionPipeline:
     """tiny-wan with untrained weights: 4 frames of 8x8 pixels per token (1 frame in the first)."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -185,8 +194,8 @@ def build_wan() -> DiffusionPipeline:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, final_sigmas_type="zero"
     )
     return WanPipeline(
-        tokenizer=tokenizer(TEXT_LENGTH),
-        text_encoder=t5(UMT5EncoderModel, UMT5Config, layers=2),
+        tokenizer=tokenizer(words, TEXT_LENGTH),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config, words, layers=2),
         vae=vae,
         scheduler=scheduler,
         transformer=transformer,
@@ -204,7 +213,7 @@ SPECS: dict[str, Spec] = {
             demo=(1, 384, 384),
             steps=20,
             guidance=4.0,
-            build=build_flux,
+            assemble=build_flux,
         ),
         Spec(
             name="tiny-sd3",
@@ -214,7 +223,7 @@ SPECS: dict[str, Spec] = {
             demo=(1, 384, 384),
             steps=20,
             guidance=5.0,
-            build=build_sd3,
+            assemble=build_sd3,
         ),
         Spec(
             name="tiny-wan",
@@ -224,7 +233,7 @@ SPECS: dict[str, Spec] = {
             demo=(65, 176, 176),
             steps=12,
             guidance=3.0,
-            build=build_wan,
+            assemble=build_wan,
         ),
         Spec(
             name="tiny-hunyuan-video",
@@ -234,7 +243,7 @@ SPECS: dict[str, Spec] = {
             demo=(65, 176, 176),
             steps=16,
             guidance=3.0,
-            build=hunyuan.build,
+            assemble=hunyuan.build,
         ),
     )
 }

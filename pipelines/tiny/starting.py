@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,4 +20,5 @@ def keep_signals(vae: nn.Module, latent_channels: int) -> None:
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             module.weight.mul_(3**0.5)
             nn.init.zeros_(module.bias)
-    vae.quant_conv.bias[latent_channels:] = -5.0
+    bias: Any = vae.quant_conv.bias
+    bias[latent_channels:] = -5.0

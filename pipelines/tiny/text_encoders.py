@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from .captions import SPECIAL_TOKENS, vocabulary
+from collections.abc import Sized
 
-TEXT_LENGTH = 24  # tokens a prompt is padded to; the longest caption has 17
+from .word_tokenizers import SPECIAL_TOKENS
+
+TEXT_LENGTH = 24  # tokens a prompt is padded to; the longest caption has 19
 TEXT_DIM = 128
 PAD, END = SPECIAL_TOKENS.index("<pad>"), SPECIAL_TOKENS.index("</s>")
 
 
-def t5(cls: type, config_cls: type, layers: int, width: int = TEXT_DIM):
-    """A T5-style encoder of ``layers`` layers over the shared vocabulary."""
+def t5(cls: type, config_cls: type, words: Sized, layers: int, width: int = TEXT_DIM):
+    """A T5-style encoder of ``layers`` layers over special tokens and ``words``."""
     return cls(
         config_cls(
-            vocab_size=len(vocabulary()),
+            vocab_size=len(SPECIAL_TOKENS) + len(words),
             d_model=width,
             d_kv=32,
             d_ff=256,
@@ -28,13 +30,13 @@ def t5(cls: type, config_cls: type, layers: int, width: int = TEXT_DIM):
     )
 
 
-def clip(cls: type, width: int = TEXT_DIM, length: int = TEXT_LENGTH):
-    """A CLIP text encoder of one layer over the shared vocabulary, for texts of ``length`` tokens."""
+def clip(cls: type, words: Sized, width: int = TEXT_DIM, length: int = TEXT_LENGTH):
+    """A CLIP text encoder of one layer over special tokens and ``words``, for texts of ``length`` tokens."""
     from transformers import CLIPTextConfig
 
     return cls(
         CLIPTextConfig(
-            vocab_size=len(vocabulary()),
+            vocab_size=len(SPECIAL_TOKENS) + len(words),
             hidden_size=width,
             intermediate_size=2 * width,
             projection_dim=width,

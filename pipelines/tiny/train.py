@@ -1,4 +1,4 @@
-"""Trains a bundled model: first its autoencoder, then its transformer and text encoders.
+"""Trains a bundled model with dense attention: first its autoencoder, then transformer and text encoders.
 
 All stages resume from checkpoints in the run folder; the pipeline folder is replaced whole at every save.
 """
@@ -14,100 +14,78 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_accel.patterns import Clear, Neighborhood, Radial
+from dit_accel.seeds import check_seed
 
 from . import autoencoder
 from .adapters import Adapter, adapter
-from .flow import Diet, Flow, Whereabouts, set_statistics
+from .flow import Flow, PositionProbe, TrainingSize, set_statistics
 from .loop import Loop, Stage
 from .models import spec, weights_dir
+from .worlds import EMOJI
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
-class Plan:
+class Curriculum:
     """How a model is trained: batches shrink with size, so that most steps cost about the same."""
 
     autoencoder: Stage | str  # or the bundled model whose trained autoencoder is taken as it is
     crops: int
     flow: Stage
-    diets: tuple[Diet, ...]
+    sizes: tuple[TrainingSize, ...]
     decoder: Stage | None = None  # more training for the decoder alone, on whole clips
     clips: dict[int, int] = field(default_factory=dict)  # their frames, with batch sizes
 
 
-PLANS: dict[str, Plan] = {
-    "tiny-flux": Plan(
-        autoencoder=Stage("vae", steps=900, rate=2e-3, decay=0.5, averaging=0.99),
+HELD_OUT = 8  # scenes at each size, at most, on which the loss is watched
+# Which of two objects stands where is learned at the smallest size alone: among others it hardly is.
+IMAGES = (
+    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.3, 0.2), (0.45, 0.1))),
+    TrainingSize((1, 64, 96), 24, 1024, ((0.3, 0.05), (0.45, 0.03))),
+    TrainingSize((1, 96, 64), 24, 1024, ((0.3, 0.05), (0.45, 0.03))),
+    TrainingSize((1, 128, 128), 16, 3072, ((0.3, 0.5), (0.45, 0.26), (0.65, 0.16))),
+    TrainingSize((1, 192, 128), 10, 512, ((0.3, 0.04),)),
+    TrainingSize((1, 256, 256), 4, 768, ((0.3, 0.12), (0.45, 0.3), (0.65, 0.26))),
+    TrainingSize((1, 384, 384), 2, 768, ((0.3, 0.04), (0.45, 0.28), (0.65, 0.42))),
+)
+VIDEOS = (
+    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
+    TrainingSize((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
+    TrainingSize((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.3), (0.6, 0.2))),
+    TrainingSize((17, 128, 128), 2, 256, ((0.15, 0.15), (0.25, 0.2), (0.6, 0.15))),
+    TrainingSize((29, 128, 128), 1, 128, ((0.25, 0.2), (0.6, 0.1))),
+    TrainingSize((61, 64, 64), 2, 256, ((0.4, 0.1), (0.6, 0.08))),
+    TrainingSize((61, 128, 128), 1, 96, ((0.4, 0.08),)),
+    TrainingSize((65, 176, 176), 1, 96, ((0.5, 0.2), (0.75, 0.4))),
+)
+CURRICULA: dict[str, Curriculum] = {
+    "tiny-flux": Curriculum(
+        autoencoder=Stage("vae", steps=1200, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=8200, rate=1e-3, averaging=0.998, muon=True),
-        diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 0.25), (0.25, 0.12))),
-            Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
-            Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
-            Diet((1, 128, 128), 8, 1024, ((0.0, 0.12), (0.5, 0.06))),
-            Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
-            Diet((1, 256, 256), 3, 512, ((0.0, 0.3), (0.5, 0.1))),
-            Diet((1, 256, 256), 4, 512, ((0.5, 0.08),), Clear(8)),
-            Diet((1, 384, 384), 1, 768, ((0.0, 0.25),)),
-            Diet((1, 384, 384), 2, 768, ((0.5, 0.2),), Clear(12)),
-            Diet((1, 384, 384), 2, 768, ((0.5, 0.1),), Neighborhood((20, 20), stride=(4, 4))),
-        ),
+        flow=Stage("flow", steps=7500, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        sizes=IMAGES,
     ),
-    "tiny-sd3": Plan(
+    "tiny-sd3": Curriculum(
         autoencoder="tiny-flux",
         crops=16,
-        flow=Stage("flow", steps=8000, rate=1e-3, averaging=0.998, muon=True),
-        diets=(
-            Diet((1, 64, 64), 32, 8192, ((0.0, 0.3), (0.3, 0.15))),
-            Diet((1, 64, 96), 24, 1024, ((0.0, 0.03),)),
-            Diet((1, 96, 64), 24, 1024, ((0.0, 0.03),)),
-            Diet((1, 128, 128), 8, 1024, ((0.0, 0.15), (0.6, 0.08))),
-            Diet((1, 192, 128), 6, 384, ((0.0, 0.05),)),
-            Diet((1, 256, 256), 3, 512, ((0.0, 0.25), (0.6, 0.1))),
-            Diet((1, 256, 256), 4, 512, ((0.6, 0.08),), Clear(8)),
-            Diet((1, 384, 384), 1, 768, ((0.0, 0.2), (0.3, 0.25))),
-            Diet((1, 384, 384), 2, 768, ((0.6, 0.2),), Clear(12)),
-            Diet((1, 384, 384), 2, 768, ((0.6, 0.1),), Neighborhood((20, 20), stride=(4, 4))),
-        ),
+        flow=Stage("flow", steps=7500, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        sizes=IMAGES,
     ),
-    "tiny-wan": Plan(
-        autoencoder=Stage("vae", steps=1200, rate=3e-3, decay=0.5, averaging=0.99),
+    "tiny-wan": Curriculum(
+        autoencoder=Stage("vae", steps=2400, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=6600, rate=1e-3, averaging=0.998, muon=True),
-        diets=(
-            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
-            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
-            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.3), (0.6, 0.2))),
-            Diet((17, 128, 128), 2, 256, ((0.15, 0.15), (0.25, 0.2), (0.6, 0.1))),
-            Diet((29, 128, 128), 1, 128, ((0.25, 0.25), (0.6, 0.08))),
-            Diet((61, 64, 64), 2, 256, ((0.4, 0.1), (0.6, 0.08))),
-            Diet((61, 128, 128), 1, 96, ((0.4, 0.08),)),
-            Diet((65, 176, 176), 1, 64, ((0.5, 0.03),)),
-            Diet((65, 176, 176), 1, 64, ((0.5, 0.2), (0.85, 0.35)), Neighborhood((3, 22, 22))),
-            Diet((65, 176, 176), 1, 64, ((0.5, 0.06),), Radial(0.2, block_size=32)),
-        ),
+        flow=Stage("flow", steps=9000, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        sizes=VIDEOS,
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2, 61: 1, 125: 1},
     ),
-    "tiny-hunyuan-video": Plan(
-        autoencoder=Stage("vae", steps=3000, rate=1e-3, decay=0.5, averaging=0.99),
+    "tiny-hunyuan-video": Curriculum(
+        autoencoder=Stage("vae", steps=4000, rate=1e-3, decay=0.5, averaging=0.99),
         crops=4,
-        flow=Stage("flow", steps=6000, rate=1e-3, averaging=0.998, muon=True),
-        diets=(
-            Diet((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
-            Diet((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
-            Diet((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.45), (0.6, 0.4))),
-            Diet((17, 128, 128), 2, 256, ((0.15, 0.15), (0.6, 0.1))),
-            Diet((29, 128, 128), 1, 128, ((0.25, 0.15), (0.6, 0.1))),
-            Diet((61, 64, 64), 2, 256, ((0.3, 0.1),)),
-            Diet((61, 128, 128), 1, 96, ((0.4, 0.06),)),
-            Diet((65, 176, 176), 1, 64, ((0.6, 0.02),)),
-            Diet((65, 176, 176), 1, 64, ((0.5, 0.12),), Neighborhood((3, 22, 22))),
-            Diet((65, 176, 176), 1, 64, ((0.5, 0.04),), Radial(0.2, block_size=32)),
-        ),
+        flow=Stage("flow", steps=9000, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        sizes=VIDEOS,
         decoder=Stage("decoder", steps=800, rate=1e-3, decay=0.6, averaging=0.99),
         clips={17: 2, 29: 1, 61: 1},
     ),
@@ -170,8 +148,8 @@ class Training:
         name: Of a bundled model.
         run: Folder of checkpoints and encoded scenes.
         out: Pipeline folder to write; None for the bundled one.
-        steps: Of the last stage, instead of the plan's.
-        plan: Instead of the model's own.
+        steps: Of the last stage, instead of the curriculum's.
+        curriculum: Instead of the model's own.
         init: Pipeline folder whose autoencoder is kept and whose other weights the last stage starts from.
     """
 
@@ -185,13 +163,13 @@ class Training:
         resume: bool = False,
         steps: int | None = None,
         device: torch.device | None = None,
-        plan: Plan | None = None,
+        curriculum: Curriculum | None = None,
         init: Path | None = None,
     ):
         self.spec = spec(name)
-        self.plan = plan or PLANS[name]
+        self.curriculum = curriculum or CURRICULA[name]
         if steps is not None:
-            self.plan = replace(self.plan, flow=replace(self.plan.flow, steps=steps))
+            self.curriculum = replace(self.curriculum, flow=replace(self.curriculum.flow, steps=steps))
         self.run_folder, self.out, self.seed, self.resume = run, out or weights_dir(name), seed, resume
         self.device = device or torch.device("cpu")
         if not resume:
@@ -200,7 +178,7 @@ class Training:
         if init is not None and not self.start.exists():
             shutil.copytree(init, self.start)
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(check_seed(seed))
             self.pipe = self._pipeline().to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.adapter: Adapter = adapter(self.spec, self.pipe)
@@ -213,29 +191,29 @@ class Training:
             pipe = DiffusionPipeline.from_pretrained(self.start)
             pipe.vae.requires_grad_(False)
             return pipe
-        pipe = self.spec.build()
-        if isinstance(self.plan.autoencoder, str):
+        pipe = self.spec.build(EMOJI)
+        if isinstance(self.curriculum.autoencoder, str):
             kept = self.run_folder / "vae"  # that of the bundled model may change before this run resumes
             if not kept.exists():
-                shutil.copytree(weights_dir(self.plan.autoencoder) / "vae", kept)
+                shutil.copytree(weights_dir(self.curriculum.autoencoder) / "vae", kept)
             pipe.vae = type(pipe.vae).from_pretrained(kept).requires_grad_(False)
         return pipe
 
     def run(self, minutes: float = math.inf, until: int | None = None) -> Loop:
         """Trains what is left, at most for ``minutes`` per stage; returns the last stage's loop."""
-        if self.start.exists() or isinstance(self.plan.autoencoder, str):
+        if self.start.exists() or isinstance(self.curriculum.autoencoder, str):
             return self.flow(minutes, until)
         loop = self.autoencoder(minutes)
-        if loop.done and self.plan.decoder is not None:
+        if loop.done and self.curriculum.decoder is not None:
             loop = self.decoder(minutes)
         return self.flow(minutes, until) if loop.done else loop
 
     def autoencoder(self, minutes: float = math.inf) -> Loop:
         """Trains the autoencoder and measures its latents."""
-        loop = self._loop(self.plan.autoencoder, {"vae": self.pipe.vae})
+        loop = self._loop(self.curriculum.autoencoder, {"vae": self.pipe.vae})
         loop.run(
             lambda draw, progress: autoencoder.loss(
-                self.adapter, draw, progress, self.plan.crops, self.device
+                self.adapter, draw, progress, self.curriculum.crops, self.device
             ),
             minutes=minutes,
             log_every=20,
@@ -254,9 +232,11 @@ class Training:
             module.requires_grad_(True)
         for attention in filter(None, self.pipe.vae.decoder.mid_block.attentions):
             attention.requires_grad_(False)
-        loop = self._loop(self.plan.decoder, modules)
+        loop = self._loop(self.curriculum.decoder, modules)
         loop.run(
-            lambda draw, progress: autoencoder.decoder_loss(self.adapter, draw, self.plan.clips, self.device),
+            lambda draw, progress: autoencoder.decoder_loss(
+                self.adapter, draw, self.curriculum.clips, self.device
+            ),
             minutes=minutes,
             log_every=20,
             save_every=100,
@@ -267,13 +247,20 @@ class Training:
 
     def flow(self, minutes: float = math.inf, until: int | None = None) -> Loop:
         """Trains transformer and text encoders, the autoencoder as it is."""
-        whereabouts = Whereabouts(self.adapter).to(self.device)
-        loop = self._loop(self.plan.flow, {**self.adapter.trained, "whereabouts": whereabouts})
-        loss = Flow(self.adapter, self.plan.diets, self.run_folder, self.seed, self.device, whereabouts)
+        position_probe = PositionProbe(self.adapter).to(self.device)
+        loop = self._loop(self.curriculum.flow, {**self.adapter.trained, "position_probe": position_probe})
+        loss = Flow(
+            self.adapter, self.curriculum.sizes, self.run_folder, self.seed, self.device, position_probe
+        )
 
         def save() -> None:
             with loop.averaged():
                 export(self.pipe, self.out)
+                losses = {
+                    "x".join(map(str, entry.size)): loss.held_out(entry.size, min(entry.batch, HELD_OUT))
+                    for entry in self.curriculum.sizes
+                }
+            print("held-out loss: " + ", ".join(f"{size} {value:.3f}" for size, value in losses.items()))
 
         if loop.done:
             save()

@@ -12,39 +12,51 @@ import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
+from unittest import mock
 
+import calibrations
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dit_accel import TokenLayout, patterns, pipelines
+from dit_accel.attention import online
+from dit_accel.layer_names import flat_indices
 from dit_accel.patterns import (
-    AxisWise,
+    ByNoise,
+    Calibrated,
+    ChunkCausal,
     Clear,
+    Clustered,
     Dense,
     InwardWindow,
     LocalGlobal,
     Neighborhood,
     Pattern,
     Radial,
+    Rectified,
+    Routed,
     ShiftedWindow,
+    Skipping,
     SlidingTile,
     SparseVideoGen,
     SpatialHead,
     TemporalHead,
 )
 from dit_accel.pipelines import family_of, load, tiny
-from dit_accel.recipe import Recipe, presets
-from dit_accel.selectors import flat_indices
-from dit_accel.switch import accelerated
+from dit_accel.recipe.recipe import Recipe, presets
+from dit_accel.runtime.switching import accelerated
 
 MODELS = {  # family, configuration, what it makes
     "flux": ("flux", {}, "image"),
     "sd3": ("sd3", {}, "image"),
     "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
     "wan": ("wan", {}, "video"),
+    "skyreels": ("skyreels", {}, "video"),
     "hunyuan": ("hunyuan", {}, "video"),
+    "hunyuan15": ("hunyuan15", {}, "video"),
 }
+TEXTS = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
 SIZES = {"image": ((8, 12), (6, 14)), "video": ((4, 4, 6), (3, 5, 7))}  # in tokens
 PatternOf = Callable[[int, int], Pattern]  # by layer (flat index) and head
 
@@ -76,11 +88,25 @@ BOTH = {
     "neighborhood": Neighborhood((3, 5)),
     "neighborhood-stride": Neighborhood(3, stride=2),
     "spatial-head": SpatialHead(0.5, block_size=8),
+    "chunk-causal": ChunkCausal(2, Neighborhood(3)),
+    "by-noise": ByNoise({0.5: InwardWindow((1, 2)), 0: Dense()}),
 }
 ADAPTIVE = SparseVideoGen(0.5, block_size=8)
+ROUTED = Routed(top_p=0.4, crossing=True, similarity=0.1, block_size=(16, 16))
+CHOSEN = {
+    "routed": ROUTED,
+    "routed-antidiagonal": Routed(top_k=0.3, score="antidiagonal", stride=4, block_size=(16, 16)),
+    "routed-union": Routed(top_k=0.2, union=SlidingTile((1, 1, 1), (1, 2, 2)), block_size=(16, 16)),
+    "clustered": Clustered(6, 8, 0.3, 0.1, (3, 1)),
+    "routed-heads": Mixture(
+        {"all": Neighborhood(3), "heads.1": ROUTED},
+        lambda layer, head: ROUTED if head == 1 else Neighborhood(3),
+    ),
+}
 CASES: dict[str, dict[str, Pattern | Mixture]] = {
     "image": {
         **BOTH,
+        **CHOSEN,
         "neighborhood-dilation": Neighborhood((3, 4), dilation=(2, 3)),
         "neighborhood-causal": Neighborhood((3, 5), is_causal=(True, False)),
         "sliding-tile": SlidingTile((1, 1, 3), (1, 2, 3)),
@@ -88,6 +114,7 @@ CASES: dict[str, dict[str, Pattern | Mixture]] = {
     },
     "video": {
         **BOTH,
+        **CHOSEN,
         "neighborhood-dilation": Neighborhood((3, 2, 3), dilation=(1, 2, 2)),
         "neighborhood-causal": Neighborhood((2, 3, 3), is_causal=(True, False, False)),
         "sliding-tile": SlidingTile((1, 3, 1), (2, 2, 2)),
@@ -108,6 +135,12 @@ CASES: dict[str, dict[str, Pattern | Mixture]] = {
 EXCLUDED = {
     ("image", Radial): "in one frame everything is near: it is dense",
     ("image", TemporalHead): "in one frame places are raster order: it is SpatialHead",
+    ("image", Rectified): "is more than a mask: dit_accel/patterns/test_rectified.py",
+    ("video", Rectified): "is more than a mask: dit_accel/patterns/test_rectified.py",
+    ("image", Calibrated): "is for one model and size: test_calibrations_of_every_family",
+    ("video", Calibrated): "is for one model and size: test_calibrations_of_every_family",
+    ("image", Skipping): "computes all in one step: dit_accel/attention/test_skipping.py",
+    ("video", Skipping): "computes all in one step: dit_accel/attention/test_skipping.py",
     ("image", SparseVideoGen): "refuses one frame, as there would be nothing to choose",
 }
 
@@ -115,28 +148,37 @@ EXCLUDED = {
 class Call(NamedTuple):
     """One call of an accelerated transformer: its sampler step, its inputs, the sample it returned.
 
-    `temporal` is what heads chose, bool (B, H), by layer.
+    By layer, `temporal` is which heads are, bool (B, H), and `chosen` what heads that choose blocks attend
+    to, bool (B, heads that do, S, S). `sigma` is the noise level at which the step began.
     """
 
     step: int
     inputs: dict
     output: torch.Tensor
     temporal: dict[str, torch.Tensor | None]
+    chosen: dict[str, torch.Tensor]
+    sigma: float
 
 
 def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
     """The calls that the transformer gets while `drive(pipe)` runs under a recipe."""
-    inputs, calls = [], []
+    inputs, calls, pure_noise = [], [], family_of(pipe.transformer).pure_noise
 
     def before(module, args, kwargs):
         inputs.append(kwargs)
 
     def after(module, args, output):
-        processors = handle.bindings["transformer"].processors
-        temporal = {name: processor.temporal for name, processor in processors.items()}
-        calls.append(Call(handle.step, inputs[-1], output[0], temporal))
+        notes = handle.latest.notes.get("transformer", {})
+        of = {kind: {n: said[kind] for n, said in notes.items() if kind in said} for kind in told}
+        sigma = handle.steps.noise_level(pure_noise)
+        calls.append(Call(handle.step, inputs[-1], output[0], *of.values(), sigma))
 
+    def tell(call, mask):
+        call.notes["chosen"] = mask.to_token_mask()
+
+    told = ("temporal heads", "chosen")
     with (
+        mock.patch.object(online, "tell", tell),
         accelerated(pipe, recipe) as handle,
         pipe.transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         pipe.transformer.register_forward_hook(after),
@@ -172,17 +214,29 @@ class Oracle:
 
     def _masks(self, call: Call, grid, pattern_of: PatternOf, anchor) -> dict[str, torch.Tensor]:
         """Token masks by layer, bool (B or 1, H, S, S)."""
-        text_len = 0 if self.family.name == "wan" else call.inputs["encoder_hidden_states"].shape[1]
+        texts = (
+            []
+            if self.family.name in ("wan", "skyreels-v2")
+            else [name for name in TEXTS if name in call.inputs]
+        )
+        text_len = sum(call.inputs[name].shape[1] for name in texts)
         layout = TokenLayout((1, *grid)[-3:], text_len, self.family.name == "flux", anchor)
         names, heads = list(self.family.layers(self.plain)), range(self.plain.config.num_attention_heads)
         masks = {}
         for name, index in zip(names, flat_indices(names), strict=True):
             own = dataclasses.replace(layout, text_len=0) if name.endswith("attn2") else layout
-            temporal = call.temporal.get(name)
+            temporal, chosen = call.temporal.get(name), call.chosen.get(name)
             samples = [[None] * len(heads)] if temporal is None else temporal.tolist()
-            patterns = [pattern_of(index, h).at_step(call.step) for h in heads]
-            rows = [[token_mask(patterns[h], own, sample[h]) for h in heads] for sample in samples]
-            masks[name] = torch.stack([torch.stack(row) for row in rows])
+            patterns = [pattern_of(index, h).at_step(call.step, call.sigma) for h in heads]
+            if chosen is None:
+                rows = [[token_mask(patterns[h], own, sample[h]) for h in heads] for sample in samples]
+                masks[name] = torch.stack([torch.stack(row) for row in rows])
+            else:
+                mine = iter(chosen.unbind(1))
+                rows = [
+                    next(mine) if p.online else p.token_mask(own).expand_as(chosen[:, 0]) for p in patterns
+                ]
+                masks[name] = torch.stack(rows, 1)
         return masks
 
     @torch.no_grad()
@@ -299,6 +353,35 @@ def test_matches_dense_attention_under_masks(models, name, case, form):
         model.oracle.check(call, grid, pattern_of)
 
 
+@pytest.mark.parametrize("form", ["cfg_in_one_batch", "cfg_in_two_calls", "batch", "steps"])
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrations_of_every_family(models, name, form):
+    """Blocks along the axes and windows, another choice in every head and, in four steps, in two of them."""
+    model, transformer = models(name), models(name).pipe.transformer
+    names, grid = list(family_of(transformer).layers(transformer)), (1, *model.sizes[0])[-3:]
+    calibration = calibrations.drawn(
+        grid,
+        family=family_of(transformer).name,
+        layers=tuple(names),
+        heads=transformer.config.num_attention_heads,
+        head_dim=transformer.config.attention_head_dim,
+        steps=4 if form == "steps" else 1,
+        patterns=(Neighborhood((3, 5)), Clear(2)),
+        tails=False,
+    )
+    twins = [names.index(one.removesuffix(".attn2")) for one in names]  # the oracle asks by flat index
+    calibration = dataclasses.replace(
+        calibration, **{n: getattr(calibration, n)[:, twins] for n in ("chosen", "order", "place", "tail")}
+    )
+    first = {index: names[at] for at, index in reversed(list(enumerate(flat_indices(names))))}
+    pattern = Calibrated(calibration)
+    drive = getattr(model, form, lambda pipe: model._run(pipe, grid=model.sizes[0], text_len=7, steps=4))
+    calls = recorded(model.pipe, Recipe(pattern, block_size=(16, 16)), drive)
+    assert [call.step for call in calls] == ([0, 1, 2, 3] if form == "steps" else [0] * len(calls))
+    for call in calls:
+        model.oracle.check(call, model.sizes[0], lambda layer, head: pattern.for_head(first[layer], head))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_windows_that_move_from_step_to_step(models, name):
     """Those of head 1 by draws of their own."""
@@ -310,6 +393,27 @@ def test_windows_that_move_from_step_to_step(models, name):
     assert [call.step for call in calls] == [0, 1, 2, 3]
     for call in calls:
         model.oracle.check(call, grid, lambda layer, head: windows.get(head, ShiftedWindow()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patterns_that_change_with_the_noise(models, name):
+    """Dense, then a wide window, then a narrow one, in both branches of guidance; head 1 at other levels."""
+    model, grid = models(name), models(name).sizes[0]
+    wide, narrow = Neighborhood((4, 5)), Neighborhood(3)
+    default, other = (
+        ByNoise({0.9: Dense(), 0.6: wide, 0: narrow}),
+        ByNoise({0.9: Dense(), 0.4: Clear(3), 0: wide}),
+    )
+    recipe = Recipe({"all": default, "heads.1": other}, order="tile", block_size=(16, 16))
+    drive = lambda pipe: model._run(pipe, grid=grid, text_len=7, steps=4, cfg=3.0)  # noqa: E731
+    calls = recorded(model.pipe, recipe, drive)
+    first = {call.sigma for call in calls if call.step == 0}
+    assert list(first) == [pytest.approx(1, abs=1e-5)]  # 0.999999 by UniPC
+    strong = name == "skyreels"  # its shift of noise leaves none of four steps below 0.4
+    assert len({other.at_step(0, call.sigma) for call in calls}) == (2 if strong else 3)
+    for call in calls:
+        if call.sigma < 0.9:  # else both are dense
+            model.oracle.check(call, grid, lambda layer, head: (default, other)[head])
 
 
 @pytest.mark.parametrize("reference", [(3, 5)], ids=str)
@@ -331,15 +435,20 @@ def small_grid(pattern: Pattern, video: bool) -> tuple[int, ...]:
     """In tokens: hardly more than its windows for a pattern that insists on them."""
     if isinstance(pattern, Neighborhood):
         return (pattern.window[0] + 1, *pattern.window[1:])
+    if isinstance(pattern, Clustered):  # of which a block of queries meets few only among many
+        return (8, 12, 10)
     return (4, 8, 8) if video else (20, 24)
 
 
 def preset_cases() -> list:
-    """Each bundled model, each of its presets, and the grid; in thousands of tokens it is slow."""
+    """Each bundled model, each of its presets that is a mask in one step, and the grid.
+
+    In thousands of tokens it is slow.
+    """
     cases = []
     for name, info in tiny.INFO.items():
         for preset, recipe in presets(info.family).items():
-            if preset.startswith(f"{name}-"):
+            if preset.startswith(f"{name}-") and not isinstance(recipe.attention, (Rectified, Skipping)):
                 grid = small_grid(recipe.attention, info.video)
                 marks = [pytest.mark.slow] if math.prod(grid) > 1000 else []
                 cases.append(pytest.param(name, preset, grid, id=preset, marks=marks))
@@ -365,7 +474,8 @@ def test_bundled_models_with_their_presets(masked, name, preset, grid):
 
 
 def test_every_pattern_and_family_is_in_the_tables(models):
-    public = {getattr(patterns, name) for name in patterns.__all__} - {Pattern, AxisWise}
+    public = {getattr(patterns, name) for name in patterns.__all__}
+    public = {pattern for pattern in public if dataclasses.is_dataclass(pattern)}  # and no base
     for kind, cases in CASES.items():
         some = [case.attention.values() if isinstance(case, Mixture) else [case] for case in cases.values()]
         used = {type(pattern) for chosen in some for pattern in chosen}

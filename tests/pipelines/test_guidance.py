@@ -6,6 +6,7 @@
 import copy
 import dataclasses
 from contextlib import nullcontext
+from unittest import mock
 
 import accelerate
 import pytest
@@ -17,11 +18,11 @@ from dit_accel.errors import UnavailableError
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.patterns import Clear, Dense, Neighborhood
 from dit_accel.pipelines import family_of
-from dit_accel.recipe import Recipe
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated, disable, enable
 from dit_accel.summary import summary
-from dit_accel.switch import accelerated, disable, enable
 
-FAMILIES = pytest.mark.parametrize("family", ["flux", "sd3", "wan", "hunyuan"])
+FAMILIES = pytest.mark.parametrize("family", ["flux", "sd3", "wan", "hunyuan", "hunyuan15"])
 W, G = 2.5, 3.0
 GUIDANCE = HeadPerturbation({(1, 1): 1.0, (2, 0): 0.5}, scale=W)
 
@@ -177,7 +178,7 @@ def test_blocks_before_the_first_perturbed_one_run_once(case, first):
     assert f"guidance perturbs {1 + (first == 2)} heads" in str(summary(pipe))
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "hunyuan"])
+@pytest.mark.parametrize("family", ["flux", "wan", "hunyuan", "hunyuan15"])
 def test_pipelines_that_name_no_branches(case):
     """The first call of each step is the conditional one."""
     pipe = case.make()
@@ -187,7 +188,7 @@ def test_pipelines_that_name_no_branches(case):
     assert torch.equal(case.run(pipe, cfg=G), expected)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "hunyuan"])
+@pytest.mark.parametrize("family", ["flux", "wan", "hunyuan", "hunyuan15"])
 def test_branches_of_a_bare_transformer(case):
     """`cache_context` names them: both get the same w (cond - ptb), and only cond has a second forward."""
     pipe, inputs = case.make(), case.inputs(case.make())
@@ -360,12 +361,12 @@ def test_compiled_blocks(case):
 
 @FAMILIES
 def test_second_run_is_identical_even_after_an_aborted_one(case):
-    def abort(pipe, step, timestep, kwargs):
-        raise InterruptedError
-
     pipe = case.make()
     enable(pipe, Recipe(sparse(pipe), guidance=GUIDANCE))
     expected = case.run(pipe, cfg=G)
-    with pytest.raises(InterruptedError):
-        case.run(pipe, cfg=G, callback_on_step_end=abort)
+    with (
+        pytest.raises(InterruptedError),
+        mock.patch.object(pipe.scheduler, "step", side_effect=InterruptedError),
+    ):
+        case.run(pipe, cfg=G)
     assert torch.equal(case.run(pipe, cfg=G), expected)

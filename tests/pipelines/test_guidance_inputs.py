@@ -9,8 +9,8 @@ from diffusers import WanVACETransformer3DModel
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.patterns import Clear, Dense, Neighborhood
 from dit_accel.pipelines import family_of
-from dit_accel.recipe import Recipe
-from dit_accel.switch import accelerated, disable, enable
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated, disable, enable
 
 W = 2.5
 GUIDANCE = HeadPerturbation({(1, 1): 1.0, (2, 0): 0.5}, scale=W)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dit_accel import TokenLayout
-from dit_accel.choice import HeadChoice
+from dit_accel.attention.head_ordered import HeadOrdered
 from dit_accel.patterns import Neighborhood, SparseVideoGen
 from dit_accel.pipelines import family_of
-from dit_accel.recipe import Recipe, presets
+from dit_accel.recipe.recipe import Recipe, presets
+from dit_accel.runtime.switching import accelerated, disable, enable, handle_of
 from dit_accel.summary import summary
-from dit_accel.switch import accelerated, disable, enable, handle_of
 
 GRID = (4, 4, 6)
 SVG = {
@@ -34,14 +34,15 @@ def models(request, family):
 @pytest.fixture
 def attended(monkeypatch):
     """What every layer that chose was given and what it chose, in order of the calls."""
-    records, attend = [], HeadChoice.attend
+    records, attend = [], HeadOrdered.__call__
 
-    def recorded(self, q, k, v, sample, text_valid, backend):
-        out, temporal = attend(self, q, k, v, sample, text_valid, backend)
-        records.append((self, (q, k, v), sample, text_valid, temporal))
-        return out, temporal
+    def recorded(self, call):
+        out = attend(self, call)
+        temporal = call.notes["temporal heads"]
+        records.append((self, (call.q, call.k, call.v), self.sample(call.step), call.text_valid, temporal))
+        return out
 
-    monkeypatch.setattr(HeadChoice, "attend", recorded)
+    monkeypatch.setattr(HeadOrdered, "__call__", recorded)
     return records
 
 
@@ -179,9 +180,7 @@ class TestRecipes:
     def test_two_settings_in_one_layer_are_refused(self, models, family):
         pipe = make(models)
         other = dataclasses.replace(SVG[family], keep=0.9)
-        with pytest.raises(
-            ValueError, match=r"heads of layer .*\.0 have different settings of SparseVideoGen"
-        ):
+        with pytest.raises(ValueError, match=r"heads of layer .*\.0 choose by content in two ways"):
             enable(pipe, Recipe({"all": SVG[family], "heads.0": other}))
         assert handle_of(pipe) is None
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dit_accel.pipelines.tiny.adapters import adapter
-from dit_accel.pipelines.tiny.flow import Diet, Whereabouts
+from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize, balanced
 from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
-from dit_accel.pipelines.tiny.train import PLANS, Training
+from dit_accel.pipelines.tiny.train import CURRICULA, Training
 
 SIZES = {
     "tiny-flux": (1, 32, 32),
@@ -20,22 +20,22 @@ SIZES = {
 }
 
 
-def short_plan(name: str, steps: int):
-    plan = PLANS[name]
+def short_curriculum(name: str, steps: int):
+    curriculum = CURRICULA[name]
     return replace(
-        plan,
-        autoencoder=plan.autoencoder if name == "tiny-sd3" else replace(plan.autoencoder, steps=1),
+        curriculum,
+        autoencoder="tiny-flux" if name == "tiny-sd3" else replace(curriculum.autoencoder, steps=1),
         crops=1,
-        flow=replace(plan.flow, steps=steps, warmup=1),
-        diets=(Diet(SIZES[name], 2, 4, ((0.0, 1.0),)),),
-        decoder=plan.decoder and replace(plan.decoder, steps=1),
+        flow=replace(curriculum.flow, steps=steps, warmup=1),
+        sizes=(TrainingSize(SIZES[name], 2, 4, ((0.0, 1.0),)),),
+        decoder=curriculum.decoder and replace(curriculum.decoder, steps=1),
         clips={9: 1},
     )
 
 
 def training(name: str, folder, resume: bool = False, steps: int = 3) -> Training:
-    plan = short_plan(name, steps)
-    return Training(name, folder / "run", folder / "out", resume=resume, plan=plan)
+    curriculum = short_curriculum(name, steps)
+    return Training(name, folder / "run", folder / "out", resume=resume, curriculum=curriculum)
 
 
 def trained(run: Training) -> dict[str, torch.Tensor]:
@@ -76,9 +76,9 @@ def test_training_leaves_a_pipeline_folder_that_loads(tmp_path):
 def test_the_last_stage_can_start_from_given_weights(tmp_path):
     first = training("tiny-wan", tmp_path / "first", steps=1)
     first.run()
-    plan = short_plan("tiny-wan", 0)
+    curriculum = short_curriculum("tiny-wan", 0)
     second = Training(
-        "tiny-wan", tmp_path / "run", tmp_path / "out", plan=plan, init=tmp_path / "first" / "out"
+        "tiny-wan", tmp_path / "run", tmp_path / "out", curriculum=curriculum, init=tmp_path / "first" / "out"
     )
     second.run()
     for kind in ("transformer", "vae", "text_encoder"):
@@ -88,16 +88,39 @@ def test_the_last_stage_can_start_from_given_weights(tmp_path):
     assert saved["padding"] is saved["truncation"] is None
 
 
-def test_whereabouts_are_places_on_the_canvas():
+def test_position_probe_reads_places_on_the_canvas():
     landmark = nn.Identity()
     family = SimpleNamespace(width=3, landmark=landmark, visual=lambda output: output)
-    whereabouts = Whereabouts(family)
-    nn.init.eye_(whereabouts.read.weight)
+    position_probe = PositionProbe(family)
+    nn.init.eye_(position_probe.read.weight)
     landmark(torch.tensor([[[0.0, y, x] for y in (-0.5, 0.5) for x in (-0.75, -0.25, 0.25, 0.75)]]))
     latents = torch.zeros(1, 4, 1, 4, 8)
-    assert whereabouts(latents) == 0
+    assert position_probe(latents) == 0
     landmark(torch.zeros(1, 8, 3))
-    assert whereabouts(latents) > 0.1
+    assert position_probe(latents) > 0.1
+
+
+def test_objects_weigh_half_of_the_loss_whatever_their_size():
+    near = torch.zeros(2, 1, 1, 8, 8)
+    near[0, ..., :2, :2], near[1, ..., :4] = 1, 1
+    object_only, rest_only = near.expand(-1, 3, -1, -1, -1), (1 - near).expand(-1, 3, -1, -1, -1)
+    assert balanced(object_only, near) == pytest.approx(0.5)
+    assert balanced(rest_only, near) == pytest.approx(0.5)
+    assert balanced(torch.ones(2, 3, 1, 8, 8), near) == pytest.approx(1)
+
+
+def test_held_out_loss_repeats_and_follows_the_weights(tmp_path):
+    pipe = spec("tiny-flux").build()
+    family = adapter(spec("tiny-flux"), pipe)
+    size = (1, 32, 32)
+    entry = TrainingSize(size, 2, 4, ((0.0, 1.0),))
+    loss = Flow(family, (entry,), tmp_path, 0, torch.device("cpu"), PositionProbe(family))
+    first = loss.held_out(size, 3)
+    loss(Draw(0, "step"), 0.0).backward()
+    assert loss.held_out(size, 3) == first
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1)
+    assert loss.held_out(size, 3) > first
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -160,13 +183,13 @@ def test_draws_depend_on_every_part_of_their_key():
         assert not torch.equal(Draw(0, "flow", 1).normal((3,)), other.normal((3,)))
 
 
-def test_diets_change_with_progress():
-    diet = Diet((1, 64, 64), 1, 1, ((0.2, 0.5), (0.6, 0.1)))
-    assert [diet.weight(progress) for progress in (0.0, 0.2, 0.5, 0.6, 1.0)] == [0.0, 0.5, 0.5, 0.1, 0.1]
+def test_weights_change_with_progress():
+    entry = TrainingSize((1, 64, 64), 1, 1, ((0.2, 0.5), (0.6, 0.1)))
+    assert [entry.weight(progress) for progress in (0.0, 0.2, 0.5, 0.6, 1.0)] == [0.0, 0.5, 0.5, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_plans_end_on_the_demo_size_and_always_have_something_to_train_on(name):
-    plan = PLANS[name]
-    assert any(diet.size == SPECS[name].demo and diet.weight(1.0) > 0 for diet in plan.diets)
-    assert all(sum(diet.weight(step / 100) for diet in plan.diets) > 0 for step in range(101))
+    curriculum = CURRICULA[name]
+    assert any(entry.size == SPECS[name].demo and entry.weight(1.0) > 0 for entry in curriculum.sizes)
+    assert all(sum(entry.weight(step / 100) for entry in curriculum.sizes) > 0 for step in range(101))

@@ -14,7 +14,8 @@ from dit_accel import TokenLayout
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.pipelines import family_of
 
-GRIDS = {"flux": (1, 8, 12), "sd3": (1, 8, 12), "wan": (3, 6, 8), "hunyuan": (3, 6, 8)}
+IMAGE, VIDEO = (1, 8, 12), (3, 6, 8)
+GRIDS = {"flux": IMAGE, "sd3": IMAGE, "wan": VIDEO, "hunyuan": VIDEO, "hunyuan15": VIDEO}
 
 
 def blurred(q: torch.Tensor, layout: TokenLayout, sigma: float, text: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ class ExplicitProcessor:
         def attend(query, key, value, attn_mask=None, **options):
             samples = []
             for i, qkv in enumerate(zip(query, key, value, strict=True)):
-                seen = self.mask if attn_mask is None else self.mask & attn_mask[i, 0]
+                seen = self.mask if attn_mask is None else self.mask & attn_mask[i, 0].any(0)
                 samples.append(perturbed_attention(*qkv, seen, self.layout, self.perturbation, self.heads))
             return torch.stack(samples)
 

@@ -11,8 +11,8 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 
 from dit_accel.guidance import HeadPerturbation, HeadPerturbationGuidance
 from dit_accel.patterns import Clear, Dense, Neighborhood
-from dit_accel.recipe import Recipe
-from dit_accel.switch import accelerated, enable, handle_of
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated, enable, handle_of
 
 BOTH = pytest.mark.parametrize("family", ["sd3", "wan"])
 G = 3.0
@@ -71,7 +71,7 @@ def test_is_that_of_ordinary_pipelines(case, guidance, cfg):
     assert torch.equal(ordinary(case, pipe, cfg), plain)
 
 
-@pytest.mark.parametrize("family", ["flux", "hunyuan"])
+@pytest.mark.parametrize("family", ["flux", "hunyuan", "hunyuan15"])
 @pytest.mark.parametrize("cfg", [1.0, G], ids=["plain", "cfg"])
 def test_in_a_loop_of_one_s_own(case, cfg):
     """FLUX and HunyuanVideo have no guider in their modular pipelines, or no such pipeline."""

@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.patterns import Clear, Dense
-from dit_accel.recipe import Recipe
+from dit_accel.recipe.recipe import Recipe
 
 FLUX = ["double.0", "double.1", "single.0", "single.1"]
 SD35 = ["blocks.0", "blocks.1", "blocks.2", "blocks.0.attn2", "blocks.2.attn2"]
@@ -102,6 +105,41 @@ class TestStrength:
 def test_bad_values(options, error, message):
     with pytest.raises(error, match=message):
         HeadPerturbation(**{"heads": [(0, 0)], **options})
+
+
+ANY_NUMBER = (
+    st.sampled_from([2**31, 2**63, 2**70, -(2**70), 10**400, True, np.int64(1), np.float32(0.5)])
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+)
+
+
+@given(st.sampled_from(["strength", "scale", "sigma", "temperature", "start", "stop"]), ANY_NUMBER)
+def test_any_number_is_taken_as_a_float_or_refused(name, value):
+    kind = "temperature" if name == "temperature" else "soft_pag"
+    try:
+        perturbation = HeadPerturbation([(0, 0)], kind, **{name: value})
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        assert f"`{name}` must" in message or "start <= stop" in message
+    else:
+        assert type(getattr(perturbation, name)) is float
+        assert getattr(perturbation, name) == float(value)
+
+
+@given(ANY_NUMBER, st.booleans())
+def test_any_head_is_taken_as_an_integer_or_refused(value, alone):
+    try:
+        perturbation = HeadPerturbation([value if alone else (0, value)])
+    except ValueError as error:
+        assert "must hold (layer, head) pairs or layers, as numbers from 0" in str(error)  # noqa: PT017
+    else:
+        (seen,) = perturbation.heads if alone else perturbation.heads[0][1:]
+        assert type(seen) is int
+        assert seen == value
+        if value >= 4:
+            with pytest.raises(ValueError, match=f"`heads` names {'layer' if alone else 'head'} {value}"):
+                perturbation.layers(FLUX, 4)
 
 
 class TestInRecipes:

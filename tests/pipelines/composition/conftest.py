@@ -18,11 +18,14 @@ import torch
 from dit_accel import TokenLayout
 from dit_accel.patterns import Clear, Neighborhood
 from dit_accel.pipelines import family_of
-from dit_accel.recipe import Recipe
-from dit_accel.switch import accelerated
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated
 
 TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
-TITLES = {"flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo"}
+TITLES = {
+    "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
+    "skyreels": "SkyReels-V2",
+}  # fmt: skip
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()
@@ -104,7 +107,7 @@ def pytest_sessionfinish(session):
 
 
 def table_of(outcomes: dict[tuple[str, str], str]) -> str:
-    rows = [["feature", *TITLES.values()], ["---"] * 5]
+    rows = [["feature", *TITLES.values()], ["---"] * (1 + len(TITLES))]
     for name in dict.fromkeys(name for name, _ in outcomes):
         rows.append([name, *(outcomes.get((name, family), NONE) for family in TITLES)])
     return HEAD + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -150,7 +153,9 @@ class Case:
         self.pattern = Clear(3) if image else Neighborhood((3, 3, 3))
         self.recipe = Recipe(self.pattern, order="hilbert")
         self.grid = (1, 8, 12) if image else (3, 6, 8)
-        self.layout = TokenLayout(self.grid, 0 if family == "wan" else 7, text_first=family == "flux")
+        self.layout = TokenLayout(
+            self.grid, 0 if family in ("wan", "skyreels") else 7, text_first=family == "flux"
+        )
         self.config = {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"} if family == "sd3" else {}
 
     def make(self, **config):

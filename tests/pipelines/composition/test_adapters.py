@@ -6,8 +6,8 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 from dit_accel.errors import UnavailableError
-from dit_accel.recipe import Recipe
-from dit_accel.switch import accelerated, disable, enable
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated, disable, enable
 
 
 def install(case, pipe):

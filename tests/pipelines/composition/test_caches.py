@@ -11,8 +11,8 @@ import torch
 
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import Clear
-from dit_accel.recipe import Recipe
-from dit_accel.switch import accelerated
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated
 
 RUN = {"steps": 6, "cfg": 2.0}
 CACHING = ("flux", "wan", "hunyuan")
@@ -47,7 +47,14 @@ def test_first_block_cache(case, cell):
         assert not hasattr(case.make().transformer, "enable_cache")
         cell.no_such_thing("no `enable_cache` in diffusers")
         return
-    works(case, cache(lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.5)))
+    first_block = cache(lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.5))
+    unregistered = {"hunyuan15": "HunyuanVideo15TransformerBlock", "skyreels": "SkyReelsV2TransformerBlock"}
+    if case.family in unregistered:
+        with pytest.raises(ValueError, match=rf"{unregistered[case.family]}.* not registered"):
+            case.untouched(first_block)
+        cell.no_such_thing("its blocks are not registered in diffusers")
+        return
+    works(case, first_block)
 
 
 @pytest.mark.feature("PyramidAttentionBroadcast", families=CACHING)

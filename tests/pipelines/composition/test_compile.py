@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dit_accel.switch import accelerated
+from dit_accel.runtime.switching import accelerated
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dit_accel import TokenLayout
-from dit_accel.switch import accelerated
+from dit_accel.runtime.switching import accelerated
 
 LATENT_CHANNELS = {"flux": 4, "sd3": 16}  # 16 is what SD3's inpainting insists on
 OF_SD3 = {"in_channels": 16, "out_channels": 16}

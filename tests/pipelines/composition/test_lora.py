@@ -11,6 +11,8 @@ TARGETS = {
     "wan": ["to_q", "to_v", "to_out.0", "proj_out", "net.0.proj"],
     "hunyuan": ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "x_embedder.proj", "proj_out"],
 }
+TARGETS["skyreels"] = TARGETS["wan"]
+TARGETS["hunyuan15"] = [t for t in TARGETS["hunyuan"] if t != "x_embedder.proj"]  # PEFT fuses no 1 x 1 x 1
 
 
 @pytest.fixture

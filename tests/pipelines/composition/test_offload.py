@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 
-from dit_accel.switch import accelerated
+from dit_accel.runtime.switching import accelerated
 
 CPU = torch.device("cpu")
 

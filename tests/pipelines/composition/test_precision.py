@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from dit_accel.switch import accelerated, enable
+from dit_accel.runtime.switching import accelerated, enable
 
-CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance")
+CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance", "timestep")
+CAST += ("encoder_hidden_states_2", "image_embeds")
 
 
 def in_dtype(inputs: dict, dtype: torch.dtype) -> dict:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.switch import accelerated, disable, enable
+from dit_accel.runtime.switching import accelerated, disable, enable
 
 PLAIN_SD3 = {"dual_attention_layers": (), "qk_norm": None}  # all that diffusers' fused processor can do
 

@@ -6,7 +6,7 @@ from diffusers import WanVACETransformer3DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from dit_accel import TokenLayout
-from dit_accel.switch import accelerated, enable
+from dit_accel.runtime.switching import accelerated, enable
 
 
 def close(actual, expected):

@@ -1,0 +1,244 @@
+"""How a model family is described: its layers, the geometry of a call, where tokens come and go."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import UnavailableError
+from dit_accel.json_files import read_json
+from dit_accel.masks.layout import TokenLayout
+
+from .processors import Accelerated, not_reusable
+from .tokens import Permute
+
+Fill = Callable[..., torch.Tensor]  # (*shape) -> a tensor of this shape
+
+
+@dataclass(frozen=True)
+class HeadSearch:
+    """What a search for the heads that guide best (`dit-accel hunt`) takes where nothing is asked for.
+
+    Attributes:
+        scale: of perturbation guidance.
+        steps: sampler steps; None: as the model's pipeline.
+        side: of a square picture in pixels; None: as the model's pipeline.
+    """
+
+    scale: float = 3.0
+    steps: int | None = None
+    side: int | None = None
+
+
+class Family:
+    """What only this model family knows. One instance per family, without state.
+
+    Attributes:
+        name: as in presets and selectors' documentation.
+        transformer: class name of the transformers it describes.
+        originals: class names of the attention processors that accelerated ones can stand in for.
+        processor: of accelerated layers; None: a copy of the original's own code.
+        accelerates_dense: whether a layer under `Dense()` is accelerated as well, where diffusers' own
+            processor wastes memory.
+        moves_tokens: whether tokens are laid out where they enter the transformer; if not, in each layer.
+        video: whether its models make videos.
+        head_search: defaults of a search for heads.
+        upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
+        hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
+            as our masks take the place of what it makes of the real ones.
+        pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; None:
+            not known.
+    """
+
+    name: str
+    transformer: str
+    originals: tuple[str, ...]
+    processor: type[Accelerated] | None = None
+    accelerates_dense: bool = False
+    moves_tokens: bool = True
+    hidden_config: Mapping[str, Any] = MappingProxyType({})
+    pure_noise: float | None = 1000.0
+
+    def matches(self, transformer: Any) -> bool:
+        return any(cls.__name__ == self.transformer for cls in type(transformer).__mro__)
+
+    def layers(self, transformer: Any) -> dict[str, nn.Module]:
+        """Attention modules by layer name, in flat order."""
+        raise NotImplementedError
+
+    def found_layers(self, transformer: Any) -> dict[str, nn.Module]:
+        """The same, checked.
+
+        Raises:
+            UnavailableError: blocks that are not where this family has them.
+        """
+        try:
+            layers = self.layers(transformer)
+            missing = next(
+                (name for name, module in layers.items() if not hasattr(module, "processor")), None
+            )
+        except AttributeError as error:
+            missing = str(error)
+        if missing is None:
+            return layers
+        raise UnavailableError(
+            f"the blocks of this {type(transformer).__name__} are not those of diffusers ({missing}): "
+            "something has wrapped or replaced them; enable first and wrap after that, or unwrap them"
+        )
+
+    def blocks(self, transformer: Any) -> tuple[nn.ModuleList, ...]:
+        """The lists of blocks, in the order in which they run; those of `layers`, each the next ones."""
+        raise NotImplementedError
+
+    def rotary_module(self, transformer: Any) -> nn.Module | None:
+        """The module that makes the cosines and sines of the rotary embedding; None: there is none."""
+        return None
+
+    def rotary_axes(self, transformer: Any, args: tuple) -> list[tuple[torch.Tensor, int]]:
+        """In a call of that module, positions (S,) on each axis (frame, row, column), and its dimension."""
+        raise NotImplementedError
+
+    def text_layers(self, transformer: Any) -> dict[str, nn.Module]:
+        """Cross-attention modules to text by layer name; empty where text is a part of joint attention."""
+        return {}
+
+    def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
+        """Which samples of a conditional call of `pipeline` (None: not known) are conditional."""
+        return slice(0, len(inputs["hidden_states"]))
+
+    def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
+        """The geometry of a call, from the inputs of the transformer's forward.
+
+        `memo` keeps what is costly to read until the next call.
+
+        Raises:
+            ValueError: tokens that are not one full grid.
+        """
+        raise NotImplementedError
+
+    def text_valid(self, inputs: dict[str, Any], memo: dict) -> torch.Tensor | None:
+        """Number of valid text tokens of each sample, integer (B,); None where text is never padded.
+
+        Raises:
+            ValueError: padding that does not come last.
+        """
+        return None
+
+    def chunk_frames(self, transformer: Any, inputs: dict[str, Any]) -> int | None:
+        """Frames of a chunk where each frame has its own timestep (diffusion forcing), otherwise None.
+
+        Tokens then stay in their frame and, where chunks are of more than one frame, attend to their own
+        chunk and to earlier ones.
+
+        Raises:
+            ValueError: chunks that do not fill the video.
+        """
+        return None
+
+    def leading(self, transformer: Any, layout: TokenLayout) -> int:
+        """How many visual tokens must stay first in every order, as the model tells them by their place."""
+        return 0
+
+    def enter(self, transformer: Any, inputs: dict[str, Any], layout: TokenLayout, permute: Permute) -> dict:
+        """The inputs with everything that has a place per visual token permuted."""
+        raise NotImplementedError
+
+    def leave(
+        self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
+    ) -> torch.Tensor:
+        """The transformer's output back in its own order."""
+        raise NotImplementedError
+
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+        """Modules inside whose output must be permuted as well, such as tables of the rotary embedding.
+
+        Each with the dimension of the visual tokens in its output, a tensor or a tuple of tensors.
+        """
+        return {}
+
+    def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
+        """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""
+        return layout
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why `processor` cannot stand in for this module's processor, with the remedy, or None."""
+        original = type(module.processor).__name__
+        if original in self.originals:
+            reason = not_reusable(type(module.processor)) if self.processor is None else None
+            return reason and f"has the attention processor {original}, which {reason}; update diffusers"
+        return (
+            f"has the attention processor {original}, which accelerated layers cannot stand in for (only "
+            f"{', '.join(self.originals)}); unload what installed it (such as an IP-Adapter), or make the "
+            "layer dense"
+        )
+
+    # -- what is known before a run: for plans, benchmarks and searches without weights ----------------------
+
+    video: bool = False
+    head_search: HeadSearch = HeadSearch()
+    upscaled_shift: float | None = None
+
+    def published(self) -> list[dict[str, Any]]:
+        """Published models, the family's reference first: `published/<name>.json` beside its module.
+
+        Each has the fields of `dit_accel.planning.model_config.ModelConfig`, its family left out. Empty where
+        there is no such file.
+        """
+        path = Path(inspect.getfile(type(self))).parent / "published" / f"{self.name}.json"
+        return read_json(path) if path.is_file() else []
+
+    def patch(self, config: Any) -> tuple[int, int, int]:
+        """Latents per token along frames, rows and columns, by the transformer's `config`."""
+        return getattr(config, "patch_size_t", 1), config.patch_size, config.patch_size
+
+    def planned_layout(self, grid: tuple[int, int, int], text_len: int) -> TokenLayout:
+        """The geometry that `layout` will read from a call with this token grid and this much text."""
+        return TokenLayout(grid, text_len=text_len)
+
+    def example_inputs(
+        self, config: Any, grid: tuple[int, int, int], text_len: int, fill: Fill
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of the transformer's forward for one sample, each made by `fill` where any values will do.
+
+        Args:
+            config: the transformer's.
+            grid: token grid (F, H, W).
+            text_len: text tokens.
+            fill: makes a tensor of a shape, on the device and in the number format of the call.
+        """
+        raise NotImplementedError
+
+    def vae_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Frames and pixels (along a side) per latent, from an autoencoder's config as pipelines read it."""
+        if not self.video:
+            return 1, 2 ** (len(config["block_out_channels"]) - 1)
+        frames = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") or 4
+        return frames, config.get("scale_factor_spatial") or config.get("spatial_compression_ratio") or 8
+
+    def prompt_tokens(self, folder: Path, longest: int | None) -> int | None:
+        """Text tokens of a prompt in a pipeline folder, padding included; None: as of its published models.
+
+        Args:
+            folder: of a diffusers pipeline.
+            longest: `max_sequence_length` of its calls; None: the pipeline's default.
+        """
+        return longest
+
+
+def double_and_single(transformer: Any) -> dict[str, nn.Module]:
+    """Attention modules by layer name of a transformer with double-stream, then single-stream blocks."""
+    double = {f"double.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
+    single = {f"single.{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
+    return double | single
+
+
+def double_and_single_blocks(transformer: Any) -> tuple[nn.ModuleList, ...]:
+    """The blocks of the same."""
+    return transformer.transformer_blocks, transformer.single_transformer_blocks

@@ -1,0 +1,74 @@
+"""Reading and moving the tokens of a call: patches of latents, lengths of padded text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dit_accel.bounded_dict import make_room
+
+_TENSORS_KEPT = 8
+Permute = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor, dimension of the visual tokens) -> reordered
+
+
+def move_patches(
+    latents: torch.Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], move: Permute
+) -> torch.Tensor:
+    """Latents (B, C, F, H, W), or (B, C, H, W) of images, with their patches moved to other places.
+
+    There is one patch per token. Rows and columns that fill no patch are cut off, as the models do.
+    """
+    if latents.ndim == 4:
+        return move_patches(latents.unsqueeze(2), grid, patch, move).squeeze(2)
+    (f, h, w), (pf, ph, pw) = grid, patch
+    latents = latents[:, :, : f * pf, : h * ph, : w * pw]
+    batch, channels = latents.shape[:2]
+    patches = latents.reshape(batch, channels, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    tokens = move(patches.reshape(batch, f * h * w, -1), 1)
+    patches = tokens.view(batch, f, h, w, channels, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return patches.reshape(batch, channels, f * pf, h * ph, w * pw)
+
+
+def grid_positions(
+    latents: torch.Tensor, patch: Sequence[int], dims: Sequence[int]
+) -> list[tuple[torch.Tensor, int]]:
+    """Of each axis of latents (B, C, F, H, W), the place (S,) of every token on it, and a dimension."""
+    axes = [
+        torch.arange(n // p, device=latents.device) for n, p in zip(latents.shape[2:], patch, strict=True)
+    ]
+    places = torch.cartesian_prod(*axes).view(-1, len(axes))
+    return list(zip(places.unbind(1), dims, strict=True))
+
+
+def read_once(memo: dict, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+    """`read(tensor)`, kept in `memo` for the calls to come.
+
+    A run passes the same few tensors at all its steps: reading them once means no device synchronisation per
+    step.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    kept, kept_version, value = memo.get(id(tensor), (None, None, None))
+    if kept is not tensor or kept_version != version or version is None:
+        make_room(memo, _TENSORS_KEPT)
+        with torch.inference_mode(False):  # what stays must be usable under autograd later
+            value = read(tensor)
+        memo[id(tensor)] = (tensor, version, value)
+    return value
+
+
+def valid_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """How many text tokens of each sample are valid, int32 (B,), from a mask (B, T) of ones, then zeros.
+
+    Raises:
+        ValueError: padding that does not come last.
+    """
+    valid = mask.sum(dim=1, dtype=torch.int32)
+    first = torch.arange(mask.shape[1], device=mask.device) < valid[:, None]
+    if not torch.equal(mask, first.to(mask.dtype)):
+        raise ValueError(
+            "`encoder_attention_mask` must be ones followed by zeros: accelerated layers take padded text by "
+            'its length; tokenize with padding_side="right", or `dit_accel.disable` it for such calls'
+        )
+    return valid

@@ -1,0 +1,46 @@
+"""Patterns that choose by content, in each family: the output of the specification, also of two samples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_accel.patterns import Clustered, Pattern, Rectified, Routed, Skipping
+from dit_accel.runtime.switching import accelerated
+
+RUN = {"batch": 2, "cfg": 3.0, "steps": 3}
+
+
+def chosen_by_content(case, pattern: Pattern) -> None:
+    """As by the reference, other than dense, the same again in another run, and gone after `disable`."""
+    recipe = replace(case.recipe, attention=pattern, block_size=(16, 16))
+    untouched = case.run(case.make(), **RUN)
+    pipe = case.make()
+    with accelerated(pipe, replace(recipe, backend="reference")):
+        expected = case.run(pipe, **RUN)
+    with accelerated(pipe, recipe):
+        first = case.run(pipe, **RUN)
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(case.run(pipe, **RUN), first)
+    assert torch.equal(case.run(pipe, **RUN), untouched)
+    assert not torch.allclose(expected, untouched, atol=1e-4)
+
+
+@pytest.mark.feature("Blocks routed by content (`Routed`)")
+def test_routed(case):
+    chosen_by_content(case, Routed(top_k=0.3, block_size=(16, 16), refresh=2))
+
+
+@pytest.mark.feature("Clusters of tokens (`Clustered`)")
+def test_clustered(case):
+    chosen_by_content(case, Clustered(6, 8, top_p=0.3, least=0.1, iterations=(3, 1)))
+
+
+@pytest.mark.feature("Rescaled, with pooled values (`Rectified`)")
+def test_rectified(case):
+    chosen_by_content(case, Rectified(mass=0.2, neighbours=False, block_size=16))
+
+
+@pytest.mark.feature("Skip bits that last for a run (`Skipping`)")
+def test_skipping(case):
+    chosen_by_content(case, Skipping(-0.05, block_size=(16, 16)))

@@ -1,0 +1,42 @@
+"""Quantized attention in each family: the specification's output, with guidance and several samples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_accel.patterns import Dense
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import accelerated
+
+
+@pytest.mark.feature('Quantized attention (`quantization="int8"`) on top of a pattern')
+def test_on_top_of_a_pattern(case):
+    check(case, replace(case.recipe, block_size=(32, 32)), rough=0.05)
+
+
+@pytest.mark.feature('Quantized attention (`quantization="int8"`) alone, over `Dense()`')
+def test_alone(case):
+    check(case, Recipe(Dense(), block_size=(32, 32)), rough=0.05)
+
+
+@pytest.mark.feature('Quantized attention (`quantization="int8-int4"`) with the pooled tail')
+def test_four_bits_with_a_tail(case):
+    check(case, replace(case.recipe, block_size=(32, 32), tail="pooled"), "int8-int4", rough=0.3)
+
+
+def check(case, plain: Recipe, format: str = "int8", *, rough: float) -> None:
+    """It is what the specification computes, near what it is without, and gone when it is disabled."""
+    run, recipe = {"batch": 2, "cfg": 3.0, "steps": 2}, replace(plain, quantization=format)
+    untouched = case.run(case.make(), **run)
+    pipe = case.make()
+    with accelerated(pipe, replace(recipe, backend="reference")):
+        expected = case.run(pipe, **run)
+    with accelerated(pipe, plain):
+        exact = case.run(pipe, **run)
+    with accelerated(pipe, recipe):
+        actual = case.run(pipe, **run)
+    assert torch.equal(case.run(pipe, **run), untouched)
+    difference = (expected - exact).norm()
+    assert 0 < difference < rough * exact.norm()
+    assert (actual - expected).norm() < 0.1 * difference + 1e-5 * exact.norm()  # some round the other way

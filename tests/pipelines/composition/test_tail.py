@@ -1,0 +1,24 @@
+"""The compensated tail in each family: the specification's output, with guidance and several samples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_accel.runtime.switching import accelerated
+
+
+@pytest.mark.feature('Pooled tail (`tail="pooled"`)')
+def test_tail(case):
+    run, plain = {"batch": 2, "cfg": 3.0, "steps": 2}, case.recipe
+    recipe = replace(plain, tail="pooled", block_size=(16, 16))
+    untouched = case.run(case.make(), **run)
+    pipe = case.make()
+    with accelerated(pipe, replace(recipe, backend="reference")):
+        expected = case.run(pipe, **run)
+    with accelerated(pipe, recipe):
+        torch.testing.assert_close(case.run(pipe, **run), expected, rtol=1e-4, atol=1e-5)
+    with accelerated(pipe, replace(recipe, tail=None)):
+        without = case.run(pipe, **run)
+    assert torch.equal(case.run(pipe, **run), untouched)
+    assert 0 < (expected - untouched).norm() < (without - untouched).norm()
