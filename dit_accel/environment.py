@@ -21,12 +21,22 @@ def _package(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as Linux knows it; elsewhere what Python knows."""
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The widest instruction set for vectors or matrices that this CPU has, as Linux knows it, or empty."""
+    flags = _of_processor("flags").split()
+    known = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((name for flag, name in known.items() if flag in flags), "")
+
+
+def _of_processor(key: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def _commit() -> str | None:
@@ -53,7 +63,12 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _package(name) for name in PACKAGES},
         "commit": _commit(),
-        "cpu": {"name": _processor(), "cores": cores, "torch_threads": torch.get_num_threads()},
+        "cpu": {
+            "name": processor(),
+            "instructions": instruction_set(),
+            "cores": cores,
+            "torch_threads": torch.get_num_threads(),
+        },
         "cuda": torch.version.cuda,
         "gpus": [
             {

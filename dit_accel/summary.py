@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .binding import Binding
-from .layers import LayerPlan
 from .patterns import Pattern
-from .pipelines import family_of
-from .recipe import Recipe
-from .switch import Handle, _transformers, handle_of
+from .pipelines.families import family_of
+from .recipe.layer_patterns import LayerPatterns
+from .recipe.noise import NoiseRange
+from .recipe.recipe import Recipe
+from .runtime.switching import Handle, handle_of, transformers_of
 
 _COLUMNS = ("layer", "pattern", "backend", "density", "block density", "dense steps", "note")
 
@@ -20,7 +21,10 @@ class Summary:
     """What `summary` returns: `str()` is a table, `rows` one dict per layer for programs.
 
     Keys of a row: `transformer`, `layer`, `pattern` and `backend` (None where the model's own attention
-    runs), `density` and `block_density` (None before the geometry is known), `dense_steps`, `note`.
+    runs), `density` and `block_density` (None before the geometry is known), `dense_steps`, `note`,
+    `tail`, `quantization`, and `density_by_step`: of a layer that chooses by content what it computed at each
+    of its steps in the latest run, of which `density` and `block_density` then are the means; empty for
+    others.
     """
 
     title: str
@@ -42,19 +46,21 @@ def summary(target: Any) -> Summary:
     handle = handle_of(target)
     if handle is None:
         rows, titles = [], []
-        for name, transformer in _transformers(target).items():
+        for name, transformer in transformers_of(target).items():
             family = family_of(transformer)
             titles.append(f"{name}: {type(transformer).__name__} ({family.name}), not accelerated")
             rows += [
-                _row(name, LayerPlan(layer, reason="not enabled")) for layer in family.layers(transformer)
+                _row(name, LayerPatterns(layer, reason="not enabled"))
+                for layer in family.found_layers(transformer)
             ]
         return Summary("\n".join(titles), rows)
-    rows = [row for name, binding in handle.bindings.items() for row in _rows(name, binding)]
+    rows = [row for name in handle.bindings for row in _rows(handle, name)]
     return Summary("\n".join(_titles(handle)), rows)
 
 
 def _titles(handle: Handle) -> list[str]:
     titles = [f"recipe {handle.recipe.tag}"]
+    titles += [note for pattern in handle.recipe.patterns for note in pattern.notes]
     for name, binding in handle.bindings.items():
         line = f"{name}: {type(binding.transformer).__name__} ({binding.family.name}), "
         if not binding.sparse_layers:
@@ -70,59 +76,104 @@ def _titles(handle: Handle) -> list[str]:
             )
         titles.append(line)
         if binding.sparse_layers:
-            titles.append(binding.rates().describe_break_even())
+            titles.append(binding.speed().describe_break_even())
         if binding.branch is not None:
-            titles.append(binding.branch.describe())
+            forwards = binding.branch.run(handle.latest.run).forwards
+            titles.append(binding.branch.describe(forwards))
     if handle.run_density is not None:
         stats = handle.stats()
         steps = f"{len(stats['dense_steps'])} of {stats['steps'] or 'unknown'} steps dense"
         titles.append(
             f"latest run: density {stats['density']:.4f}, in blocks {stats['block_density']:.4f}, {steps}"
         )
+        titles.append(f"by step: {_stretches(stats['step_densities'])}")
     return titles
 
 
-def _rows(name: str, binding: Binding) -> list[dict[str, Any]]:
+def _rows(handle: Handle, name: str) -> list[dict[str, Any]]:
+    binding = handle.bindings[name]
     geometry, rows = binding.geometry, []
     automatic = "auto: " if binding.recipe.backend == "auto" else ""
-    backend = f"{automatic}{binding.backend}" if binding.sparse_layers else None
-    temporal = {} if geometry is None else binding.temporal_heads()
-    for index, plan in enumerate(binding.plans):
-        row = _row(name, plan, binding.recipe)
-        if plan.heads:
-            row["backend"] = backend
-        if plan.heads and geometry is not None and geometry.kept[index]:
-            row = _row(name, LayerPlan(plan.name, reason=geometry.kept[index]))
-        elif plan.heads and geometry is not None:
+    formats = dict.fromkeys(layer.quantization for layer in binding.layers if layer.heads)
+    backends = {format: f"{automatic}{binding.backend_for(format)}" for format in formats}
+    temporal = handle.latest.temporal_heads(name)
+    for index, layer in enumerate(binding.layers):
+        row = _row(name, layer, binding.recipe)
+        if layer.heads:
+            row["backend"] = backends[layer.quantization]
+        if layer.heads and geometry is not None and geometry.dense_reasons[index]:
+            row = _row(name, LayerPatterns(layer.name, reason=geometry.dense_reasons[index]))
+        elif layer.heads and geometry is not None:
             row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
-        if plan.name in temporal:
-            row["note"] = f"{temporal[plan.name]:.0%} temporal heads in the latest call"
-        if binding.branch is not None and (perturbed := binding.branch.layers.get(plan.name)):
+        elif geometry is not None and geometry.attentions[index] is not None:
+            row |= {"density": geometry.densities[index], "block_density": geometry.block_densities[index]}
+            row |= {
+                "backend": backends.get(None, binding.backend),
+                "note": f"chunk-causal, as the model itself: {layer.reason}",
+            }
+        if steps := handle.latest.achieved_by_step(name, layer.name):
+            row |= _achieved(steps, geometry.densities[index])
+        if layer.name in temporal:
+            row["note"] = f"{temporal[layer.name]:.0%} temporal heads in the latest call"
+        if binding.branch is not None and (perturbed := binding.branch.layers.get(layer.name)):
             row["note"] = "; ".join(filter(None, [row["note"], f"guidance perturbs {len(perturbed)} heads"]))
         rows.append(row)
     return rows
 
 
-def _row(transformer: str, plan: LayerPlan, recipe: Recipe | None = None) -> dict[str, Any]:
+def _achieved(steps: dict[int, list[float]], aim: float) -> dict[str, Any]:
+    """What a layer's row says of what it computed at its steps, [density, block density] each."""
+    density, blocks = (sum(column) / len(steps) for column in zip(*steps.values(), strict=True))
+    by_step = {step: one for step, (one, _) in steps.items()}
+    least, most = min(by_step.values()), max(by_step.values())
+    note = f"chosen by content: {least:.3f} to {most:.3f} in {len(steps)} steps, aims at {aim:.3f}"
+    return {"density": density, "block_density": blocks, "density_by_step": by_step, "note": note}
+
+
+def _row(transformer: str, layer: LayerPatterns, recipe: Recipe | None = None) -> dict[str, Any]:
     """One layer; the model's own attention computes everything."""
-    row = {"transformer": transformer, "layer": plan.name, "pattern": None, "backend": None, "density": 1.0}
-    row |= {"block_density": 1.0, "dense_steps": "all", "note": f"model's own attention: {plan.reason}"}
-    if plan.heads:
-        counts = {_pattern(p): plan.heads.count(p) for p in plan.patterns}
-        mixed = ", ".join(f"{count} heads {pattern}" for pattern, count in counts.items())
-        row |= {"pattern": mixed if len(counts) > 1 else next(iter(counts))}
+    row = {"transformer": transformer, "layer": layer.name, "pattern": None, "backend": None, "density": 1.0}
+    row |= {"block_density": 1.0, "dense_steps": "all", "note": f"model's own attention: {layer.reason}"}
+    row |= {"density_by_step": {}, "tail": None, "quantization": None}
+    if layer.heads:
+        counts = Counter(map(_pattern, layer.heads))
+        mixed = ", ".join(f"{n} heads {p}" if len(counts) > 1 else p for p, n in counts.items())
+        row |= {"pattern": mixed + layer.options, "tail": layer.tail, "quantization": layer.quantization}
         row |= {"density": None, "block_density": None, "dense_steps": _steps(recipe), "note": ""}
     return row
 
 
 def _pattern(pattern: Pattern) -> str:
-    """The pattern with the fields that are not at their defaults."""
-    shown = (f"{f.name}={v!r}" for f in fields(pattern) if (v := getattr(pattern, f.name)) != f.default)
-    return f"{type(pattern).__name__}({', '.join(shown)})"
+    """The pattern with the fields that are not at their defaults; of a calibration what it chose."""
+    if pattern.per_head:
+        return str(pattern)
+    values = ((f.name, v) for f in fields(pattern) if (v := getattr(pattern, f.name)) != f.default)
+    return f"{type(pattern).__name__}({', '.join(f'{name}={_value(v)}' for name, v in values)})"
+
+
+def _value(value: Any) -> str:
+    """As `repr`, patterns within it as `_pattern`."""
+    if isinstance(value, tuple) and any(isinstance(one, tuple | Pattern) for one in value):
+        return f"({', '.join(map(_value, value))})"
+    return _pattern(value) if isinstance(value, Pattern) else repr(value)
+
+
+def _stretches(densities: dict[int, float]) -> str:
+    """Densities of steps, those of neighbours that are the same in one: `"0-1 1.0000, 2-7 0.2500"`."""
+    stretches: list[tuple[int, int, str]] = []
+    for step, density in densities.items():
+        shown = f"{density:.4f}"
+        if stretches and stretches[-1][1:] == (step - 1, shown):
+            stretches[-1] = (stretches[-1][0], step, shown)
+        else:
+            stretches.append((step, step, shown))
+    return ", ".join(f"{a if a == b else f'{a}-{b}'} {shown}" for a, b, shown in stretches)
 
 
 def _steps(recipe: Recipe) -> str:
     spec = recipe.dense_steps
+    if isinstance(spec, NoiseRange):
+        return str(spec)
     if isinstance(spec, tuple):
         return ", ".join(map(str, spec)) or "none"
     if isinstance(spec, float):

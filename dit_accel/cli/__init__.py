@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from . import compare, evaluate, generate, hunt, listing, plan
+from dit_accel.files import ended_by_sigterm
+
+from . import bench, calibrate, compare, demo, evaluate, generate, hunt, listing, plan
 from .errors import set_debug
 
 app = typer.Typer(
@@ -29,10 +31,11 @@ def _options(
     set_debug(debug)
 
 
-for module in (generate, compare, plan, hunt, listing, evaluate):
+for module in (generate, compare, plan, calibrate, bench, hunt, listing, evaluate, demo):
     module.register(app)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="dit-accel")
+    with ended_by_sigterm():
+        app(prog_name="dit-accel")

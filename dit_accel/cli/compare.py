@@ -10,31 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..records import write_json
-from ..runs import DENSE, Request, Run, attempt, build_masks, by_name, check_request, is_video, load
-from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    ModelOption,
-    PromptOption,
-    SeedOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    check_output,
-    parse_size,
-    pick_device,
-    pick_dtype,
+from dit_accel.generation import (
+    DENSE,
+    Request,
+    Run,
+    attempt,
+    build_masks,
+    by_name,
+    check_request,
+    is_video,
+    load,
 )
+from dit_accel.json_files import write_json
+
+from . import options as opt
+from .errors import reported
 from .output import JsonOption, note, print_json, print_table
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..recipe import Recipe
+    from dit_accel.recipe.recipe import Recipe
 
 SCHEMA = "dit-accel/compare/1"
 EXAMPLE = (
@@ -45,25 +41,25 @@ EXAMPLE = (
 
 @reported
 def compare(
-    model: ModelOption,
-    prompt: PromptOption,
+    model: opt.ModelOption,
+    prompt: opt.PromptOption,
     recipe: Annotated[
         list[str],
         typer.Option(
             "--recipe", "-r", help="A preset's name or a recipe file; repeat it to compare several."
         ),
     ],
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: opt.SeedOption = 0,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Timed runs of each, taken in turn: A B A B.")
+        int, typer.Option("--repeats", min=1, max=10_000, help="Timed runs of each, taken in turn: A B A B.")
     ] = 1,
-    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of a video.")] = 8,
+    fps: Annotated[int, typer.Option("--fps", min=1, max=1000, help="Frames per second of a video.")] = 8,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -80,18 +76,17 @@ def compare(
     first, so building masks and compiling is reported apart. Bundled models start at their demo size, where
     attention is a large part of the work; other models at their pipeline's own default.
     """
-    from .. import accelerated
-    from ..environment import command_line, environment
-    from ..evals import media
-    from ..recipe import resolve
+    from dit_accel import accelerated, media
+    from dit_accel.environment import command_line, environment
+    from dit_accel.recipe.recipe import resolve
 
-    width, height = parse_size(size) or (None, None)
-    check_guidance(guidance)
+    width, height = opt.parse_size(size) or (None, None)
+    opt.check_guidance(guidance)
     if out is not None:
-        check_output(out)
+        opt.check_output(out)
     recipes = by_name([resolve(text) for text in recipe])
-    target = pick_device(device)
-    number = pick_dtype(dtype, target)
+    target = opt.pick_device(device)
+    number = opt.pick_dtype(dtype, target)
 
     request = Request(prompt, width, height, frames, steps, guidance, seed).with_defaults(model, "demo")
     pipe = load(model, number, target)
@@ -158,10 +153,10 @@ def _measure(
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     for turn, (name, recipe) in product(range(repeats), methods.items()):
         note(f"{name}: run {turn + 1} of {repeats}, {request.steps} steps")
-        trial = attempt(pipe, request, recipe, name)
-        runs[name].append(trial.run)
-        about = {"recipe": recipe and recipe.to_dict(), "warm_up_seconds": trial.warm_up_seconds}
-        results.setdefault(name, about | trial.densities)
+        done = attempt(pipe, request, recipe, name)
+        runs[name].append(done.run)
+        about = {"recipe": recipe and recipe.to_dict(), "warm_up_seconds": done.warm_up_seconds}
+        results.setdefault(name, about | done.densities)
     for name, taken in runs.items():
         results[name] |= {
             "seconds": median(run.seconds for run in taken),
@@ -175,7 +170,7 @@ def _measure(
 
 def _fidelity(name: str, pictures: dict[str, Any]) -> dict[str, Any]:
     """PSNR and SSIM against dense; PSNR is null where the two are identical."""
-    from ..evals.fidelity import SSIM_WINDOW, psnr, ssim
+    from dit_accel.evals.metrics.fidelity import SSIM_WINDOW, psnr, ssim
 
     if name == DENSE:
         return {"identical": True, "psnr_db": None, "ssim": 1.0}
@@ -242,4 +237,5 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     app.command(epilog=EXAMPLE)(compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -24,12 +25,24 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
+def _message(error: Exception) -> str:
+    """What an error says, without the C++ frames that PyTorch adds; memory in words."""
+    text = re.split(r"\n(?:Exception raised from|frame #)", str(error))[0]
+    refused = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    if refused is None:
+        return text
+    return (
+        f"not enough memory: {int(refused[1]) / 2**30:.1f} GiB were asked for at once; take a smaller size, "
+        "fewer frames or a smaller batch"
+    )
+
+
 def reported(command: Callable) -> Callable:
     """Decorates a command: exceptions become a line on stderr and an exit code, unless debugging."""
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
-        from ..errors import UnavailableError
+        from dit_accel.errors import NonFiniteError, UnavailableError
 
         try:
             return command(*args, **kwargs)
@@ -42,8 +55,8 @@ def reported(command: Callable) -> Callable:
                 raise
             if isinstance(error, UnavailableError):
                 _fail(str(error), UNAVAILABLE)
-            expected = isinstance(error, ValueError | TypeError | OSError)
+            expected = isinstance(error, ValueError | TypeError | OSError | NonFiniteError)
             hint = "" if expected else f" ({type(error).__name__}; dit-accel --debug shows where)"
-            _fail(f"{error}{hint}", BAD_INPUT)
+            _fail(f"{_message(error)}{hint}", BAD_INPUT)
 
     return wrapper

@@ -8,26 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ..records import write_json
-from ..runs import Request, check_request, load
+from dit_accel.generation import Request, check_request, load
+from dit_accel.json_files import write_json
+
 from . import evaluate_files, scores, sweep, vbench
+from . import options as opt
+from . import results as res
 from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    RecipeOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    check_output,
-    parse_size,
-    pick_device,
-    pick_dtype,
-)
 from .output import JsonOption, note, print_json, print_table
-from .results import LabelOption, OutOption, WeightsOption, head, pick_sources
 
 LIST_SCHEMA = "dit-accel/eval-list/1"
 EXAMPLE = "Example: dit-accel eval attributes --model tiny-flux -n 32 --json"
@@ -44,38 +32,40 @@ def _group() -> None:
 @reported
 def attributes(
     model: Annotated[str, typer.Option("--model", "-m", help="A bundled model.")],
-    recipe: RecipeOption = None,
-    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Prompt-seed pairs.")] = 256,
+    recipe: opt.RecipeOption = None,
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", min=1, max=opt.MOST_SAMPLES, help="Prompt-seed pairs.")
+    ] = 256,
     demo: Annotated[bool, typer.Option("--demo", help="At the demo size instead of the native one.")] = False,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of prompts and noise.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples generated at once.")] = 16,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    out: OutOption = None,
-    label: LabelOption = None,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: Annotated[int, opt.seed_option("Seed of prompts and noise.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=10_000, help="Samples generated at once.")] = 16,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    out: res.OutOption = None,
+    label: res.LabelOption = None,
     json: JsonOption = False,
 ) -> None:
     """Count how often colour, shape, position, background and motion are what the caption says.
 
     Captions are combinations that the bundled models never saw in training.
     """
-    from ..evals.attributes import check_bundled, evaluate
-    from ..recipe import resolve
+    from dit_accel.evals.metrics.attributes import check_bundled, evaluate
+    from dit_accel.recipe.recipe import resolve
 
     if out is not None:
-        check_output(out)
-    check_guidance(guidance)
+        opt.check_output(out)
+    opt.check_guidance(guidance)
     check_bundled(model)
-    width, height = parse_size(size) or (None, None)
+    width, height = opt.parse_size(size) or (None, None)
     chosen = resolve(recipe) if recipe else None
-    target = pick_device(device)
+    target = opt.pick_device(device)
     request = Request("", width, height, frames, steps, guidance)
     request = request.with_defaults(model, "demo" if demo else "native")
-    pipe = load(model, pick_dtype(dtype, target), target)
+    pipe = load(model, opt.pick_dtype(dtype, target), target)
     check_request(pipe, request)
     note(f"{model}: {samples} held-out captions, {chosen.name or chosen.tag if chosen else 'dense'}")
     result = evaluate(
@@ -95,7 +85,7 @@ def attributes(
     settings = {"model": model, "recipe": chosen and chosen.to_dict(), "samples": samples}
     metrics = {name: {"value": value, "better": "higher"} for name, value in shares.items()}
     answer = {
-        **head("attributes", label),
+        **res.head("attributes", label),
         **settings,
         "run_density": density,
         **result,
@@ -113,11 +103,11 @@ def attributes(
 
 @evaluations.command("list", epilog="Example: dit-accel eval list --json")
 @reported
-def list_metrics(weights: WeightsOption = None, json: JsonOption = False) -> None:
+def list_metrics(weights: res.WeightsOption = None, json: JsonOption = False) -> None:
     """List every metric: whether it can run here, and if not why and what to do about it."""
-    from ..evals.metrics import METRICS, by_reason
+    from dit_accel.evals.metrics.catalogue import METRICS, by_reason
 
-    sources = pick_sources(weights, download=False)
+    sources = res.pick_sources(weights, download=False)
     rows = [metric.describe(sources) for metric in METRICS.values()]
     if json:
         return print_json({"schema": LIST_SCHEMA, "metrics": rows})
@@ -137,15 +127,14 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Put several results into one table, a row each."""
-    from ..evals import report as reports
-    from ..evals.media import atomic
+    from dit_accel.evals.reports import result_files as reports
+    from dit_accel.files import write_text
 
     if out is not None:
-        check_output(out)
+        opt.check_output(out)
     results = reports.load_all(files)
     if out is not None:
-        with atomic(out) as temporary:
-            temporary.write_text(reports.markdown(results) + "\n")
+        write_text(out, reports.markdown(results) + "\n")
     if json:
         return print_json({"schema": reports.SCHEMA, "kind": "report", "results": results})
     if md:
@@ -157,6 +146,7 @@ def report(
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     evaluate_files.register(evaluations)
     scores.register(evaluations)
     sweep.register(evaluations)

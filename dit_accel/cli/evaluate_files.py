@@ -7,30 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import results as res
 from .errors import reported
-from .options import DeviceOption, check_output, pick_device
-from .output import JsonOption
-from .results import (
-    CacheOption,
-    DownloadOption,
-    FramesChoice,
-    LabelOption,
-    NoCacheOption,
-    OutOption,
-    SkippedOption,
-    TestOption,
-    WeightsOption,
-    give,
-    head,
-    pick_metrics,
-    pick_sources,
-    pick_store,
-    track,
-)
+from .option_groups import Judging, grouped
+from .options import check_output, pick_device
 
 if TYPE_CHECKING:
-    from ..evals.folders import Folder
-    from ..evals.sets import Statistics
+    from dit_accel.evals.metrics.folders import Folder
+    from dit_accel.evals.metrics.sets import Statistics
 
 PAIRS_EXAMPLE = "Example: dit-accel eval pairs --test radial/ --ref dense/ --metrics psnr,lpips --out a.json"
 DIST_EXAMPLE = (
@@ -39,56 +23,48 @@ DIST_EXAMPLE = (
 
 
 @reported
+@grouped
 def pairs(
-    test: TestOption,
+    test: res.TestOption,
     ref: Annotated[Path, typer.Option("--ref", help="Folder of what they should look like, named alike.")],
     metrics: Annotated[str, typer.Option("--metrics", help="psnr, ssim, ms_ssim, lpips.")] = "psnr,ssim",
-    frames: FramesChoice = "all",
-    device: DeviceOption = "auto",
-    weights: WeightsOption = None,
-    allow_download: DownloadOption = False,
-    allow_skipped: SkippedOption = False,
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    label: LabelOption = None,
-    out: OutOption = None,
-    json: JsonOption = False,
+    frames: res.FramesChoice = "all",
+    *,
+    judging: Judging,
 ) -> None:
     """Compare images or videos with references of the same file names: PSNR, SSIM, MS-SSIM, LPIPS.
 
     Every file needs a partner of the same name, size and number of frames.
     """
-    from ..evals import pairs as evaluation
-    from ..evals.folders import Folder, check_frames
-    from ..evals.metrics import available
+    from dit_accel.evals.metrics import pairs as evaluation
+    from dit_accel.evals.metrics.catalogue import available
+    from dit_accel.evals.metrics.folders import Folder, check_frames
 
-    names = pick_metrics(metrics, "pairs")
+    names = res.pick_metrics(metrics, "pairs")
     check_frames(frames)
-    if out is not None:
-        check_output(out)
-    sources = pick_sources(weights, allow_download)
+    sources = judging.sources()
     ours, theirs = Folder.open(test), Folder.open(ref)
     evaluation.match(ours, theirs)
-    names, skipped = available(names, sources, allow_skipped)
-    ready = evaluation.prepare(names, sources, pick_device(device))
-    store = pick_store(cache, no_cache)
-    rows = evaluation.measure(ours, theirs, ready, frames=frames, store=store, track=track)
+    names, skipped = available(names, sources, judging.allow_skipped)
+    ready = evaluation.prepare(names, sources, pick_device(judging.device))
+    store = judging.store()
+    rows = evaluation.measure(ours, theirs, ready, frames=frames, store=store, track=res.track)
     answer = {
-        **head("pairs", label),
         "test": test,
         "reference": ref,
         "frames": frames,
         "metrics": evaluation.summarise(rows, ready),
         "pairs": rows,
         "skipped": skipped,
-        "warnings": [],
+        "warnings": evaluation.one_colour_warnings(rows),
     }
-    give(answer, out, json)
+    judging.give("pairs", answer)
 
 
 @reported
+@grouped
 def dist(
-    test: TestOption,
+    test: res.TestOption,
     ref: Annotated[
         Path | None, typer.Option("--ref", help="Folder of images or videos to compare with.")
     ] = None,
@@ -99,34 +75,27 @@ def dist(
         str,
         typer.Option("--metrics", help="fid, kid, prdc, cmmd, frechet-scenes, ...: see `eval list`."),
     ] = "frechet-scenes,kid-scenes,prdc-scenes",
-    frames: FramesChoice = "middle",
+    frames: res.FramesChoice = "middle",
     resize: Annotated[
         str, typer.Option("--resize", help="For InceptionV3: clean (as clean-fid) or legacy (its own).")
     ] = "clean",
     save_stats: Annotated[
         Path | None, typer.Option("--save-stats", help="Write the reference's statistics to this .npz file.")
     ] = None,
-    device: DeviceOption = "auto",
-    weights: WeightsOption = None,
-    allow_download: DownloadOption = False,
-    allow_skipped: SkippedOption = False,
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    label: LabelOption = None,
-    out: OutOption = None,
-    json: JsonOption = False,
+    *,
+    judging: Judging,
 ) -> None:
     """Compare a folder with another as a set: Fréchet distance, KID, MMD, precision and recall.
 
     The default metrics use the bundled scene encoder, which needs no download and knows the bundled scenes
     only; they are not FID. `fid`, `kid`, `prdc` and `cmmd` are the published ones and need weights.
     """
-    from ..evals import sets
-    from ..evals.features import EXTRACTORS, RESIZES
-    from ..evals.folders import Folder, check_frames
-    from ..evals.metrics import METRICS, available
+    from dit_accel.evals.metrics import sets
+    from dit_accel.evals.metrics.catalogue import METRICS, available
+    from dit_accel.evals.metrics.features import EXTRACTORS, RESIZES
+    from dit_accel.evals.metrics.folders import Folder, check_frames
 
-    names = pick_metrics(metrics, "dist")
+    names = res.pick_metrics(metrics, "dist")
     if (ref is None) == (stats is None):
         raise typer.BadParameter("give either `--ref` or `--stats`")
     if save_stats and stats:
@@ -137,16 +106,16 @@ def dist(
     if len(extractors) > 1 and (stats or save_stats):
         raise typer.BadParameter(f"statistics are of one extractor, `--metrics` need {', '.join(extractors)}")
     check_frames(frames)
-    for path in filter(None, (out, save_stats)):
-        check_output(path)
+    if save_stats is not None:
+        check_output(save_stats)
     if save_stats is not None and save_stats.suffix != ".npz":
         raise ValueError(f"`--save-stats` must end in .npz, got {save_stats.name!r}")
     ours = Folder.open(test)
     theirs: Folder | Statistics = Folder.open(ref) if ref is not None else sets.Statistics.load(stats)
-    sources, target = pick_sources(weights, allow_download), pick_device(device)
-    names, skipped = available(names, sources, allow_skipped)
+    sources, target = judging.sources(), pick_device(judging.device)
+    names, skipped = available(names, sources, judging.allow_skipped)
 
-    options = {"frames": frames, "store": pick_store(cache, no_cache), "track": track}
+    options = {"frames": frames, "store": judging.store(), "track": res.track}
     lines = sets.jpeg_warnings(*(side for side in (ours, theirs) if isinstance(side, Folder)))
     found = []
     for kind in extractors:
@@ -157,7 +126,6 @@ def dist(
     if save_stats is not None:
         found[0].reference.save(save_stats)
     answer = {
-        **head("dist", label),
         "test": test,
         "reference": ref or stats,
         "frames": frames,
@@ -166,9 +134,10 @@ def dist(
         "skipped": skipped,
         "warnings": lines + [line for one in found for line in one.warnings],
     }
-    give(answer, out, json)
+    judging.give("dist", answer)
 
 
 def register(evaluations: typer.Typer) -> None:
+    """Adds the commands of this module."""
     evaluations.command(epilog=PAIRS_EXAMPLE)(pairs)
     evaluations.command(epilog=DIST_EXAMPLE)(dist)

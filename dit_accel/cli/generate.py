@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..runs import Request, check_request, execute, is_video, load
+from dit_accel.generation import Request, check_request, execute, is_video, load
+
+from . import options as opt
 from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    ModelOption,
-    PromptOption,
-    RecipeOption,
-    SeedOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    check_output,
-    parse_size,
-    pick_device,
-    pick_dtype,
-)
 from .output import JsonOption, note, print_json
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 EXAMPLE = (
     "Example: dit-accel generate --model tiny-flux --out circle.png "
@@ -36,37 +27,60 @@ EXAMPLE = (
 
 @reported
 def generate(
-    model: ModelOption,
-    prompt: PromptOption,
-    recipe: RecipeOption = None,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of a video.")] = 8,
+    model: opt.ModelOption,
+    prompt: opt.PromptOption,
+    recipe: opt.RecipeOption = None,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: opt.SeedOption = 0,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    fps: Annotated[int, typer.Option("--fps", min=1, max=1000, help="Frames per second of a video.")] = 8,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="PNG for an image; MP4, GIF or PNG for a video.")
     ] = None,
+    highres: Annotated[
+        str | None,
+        typer.Option("--highres", help="Method for a --size above the trained one: swim, flow, growing, ..."),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option("--strength", help="With --highres: share of the steps above the trained size.")
+    ] = 0.7,
+    guidance_above: Annotated[
+        float | None,
+        typer.Option("--guidance-above", help="With --highres: guidance above the trained size."),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep", help="With --highres: .safetensors file of the trained size's result, to go on from."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Generate an image or a video, dense or with a recipe.
+    """Generate an image or a video, dense or with a recipe; with --highres larger than the model can.
 
     Bundled models start at the size they were trained on; other models at their pipeline's own default.
     """
-    from .. import enable, summary
-    from ..evals import media
-    from ..recipe import resolve
+    from dit_accel import enable, media, summary
+    from dit_accel.recipe.recipe import resolve
 
-    width, height = parse_size(size) or (None, None)
-    check_guidance(guidance)
+    width, height = opt.parse_size(size) or (None, None)
+    opt.check_guidance(guidance)
+    opt.check_guidance(guidance_above, "--guidance-above")
+    if not 0 < strength <= 1:
+        raise ValueError(f"`--strength` must be above 0 and at most 1, got {strength}")
+    if highres is None and (keep is not None or guidance_above is not None):
+        raise ValueError("`--keep` and `--guidance-above` belong to `--highres METHOD`")
+    if highres is not None:
+        _check_highres(highres, size, keep)
     if out is not None:
-        check_output(out)
+        opt.check_output(out)
     chosen = resolve(recipe) if recipe else None
-    target = pick_device(device)
-    number = pick_dtype(dtype, target)
+    target = opt.pick_device(device)
+    number = opt.pick_dtype(dtype, target)
 
     request = Request(prompt, width, height, frames, steps, guidance, seed).with_defaults(model, "native")
     pipe = load(model, number, target)
@@ -74,8 +88,13 @@ def generate(
     path = media.check_suffix(out or Path("out.mp4" if is_video(pipe) else "out.png"), is_video(pipe))
     if chosen:
         enable(pipe, chosen)
-    run = execute(pipe, request, "generate")
+    call = None
+    if highres is not None:
+        call = _above(pipe, request, highres, strength, guidance_above, keep)
+    run = execute(pipe, request, "generate", call=call)
     media.save(path, run.frames, fps)
+    if media.one_colour(run.frames):
+        note("warning: every pixel has the same colour; try another --dtype, or more --steps")
 
     if json:
         answer = {"file": path, "seconds": run.seconds, "seconds_per_step": run.median_step_seconds}
@@ -88,5 +107,36 @@ def generate(
     typer.echo(f"{path}: {run.seconds:.1f} s in all, {run.median_step_seconds:.3f} s per step")
 
 
+def _check_highres(method: str, size: str | None, keep: Path | None) -> None:
+    """Refuses, before a model is loaded, what no model could do."""
+    from dit_accel.highres import METHODS
+    from dit_accel.highres.keeping import check_path
+
+    if method not in METHODS:
+        raise ValueError(f"`--highres` must be one of {', '.join(METHODS)}, got {method!r}")
+    if size is None:
+        raise ValueError("`--highres` needs `--size`, that of the result")
+    if keep is not None:
+        check_path(keep)
+
+
+def _above(
+    pipe: DiffusionPipeline,
+    request: Request,
+    method: str,
+    strength: float,
+    guidance: float | None,
+    keep: Path | None,
+) -> Callable[..., Any]:
+    """What generates by a high-resolution method, with the arguments of a call of the pipeline."""
+    from dit_accel import highres
+
+    given = replace(request, guidance=guidance).arguments(pipe)
+    names = () if guidance is None else ("guidance_scale", "true_cfg_scale", "negative_prompt")
+    above = {name: given[name] for name in names if name in given}
+    return partial(highres.generate, pipe, method=method, strength=strength, above=above, keep=keep)
+
+
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     app.command(epilog=EXAMPLE)(generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,35 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..evals import prompts as prompt_file
-from ..runs import Request, check_request, load, transformers
+from dit_accel.evals.metrics import prompts as prompt_file
+from dit_accel.generation import Request, check_request, load, transformers
+
+from . import options as opt
 from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    ModelOption,
-    RecipeOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    parse_size,
-    pick_dtype,
-    pick_shared_device,
-)
 from .output import JsonOption, note, print_json, print_table
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..guidance.hunter import HeadHunter, Hunt
-    from ..guidance.objectives import Objective
+    from dit_accel.guidance.hunter import HeadHunter, Hunt
+    from dit_accel.guidance.objectives import Objective
 
 RECIPE = "recipe.yaml"
-STEPS = {"flux": 15, "sd3": 20}  # published; bundled models have their own
-SIZES = {"flux": 512}
 EXAMPLE = (
     "Example: dit-accel hunt --model tiny-flux --objective attributes --rounds 5 --top-k 3 -n 32 "
     "--out outputs/hunt"
@@ -46,7 +33,7 @@ EXAMPLE = (
 
 @reported
 def hunt(
-    model: ModelOption,
+    model: opt.ModelOption,
     objective: Annotated[
         list[str],
         typer.Option(
@@ -65,10 +52,11 @@ def hunt(
         Path | None, typer.Option("--prompts", help="A text file with a prompt on each line.")
     ] = None,
     samples: Annotated[
-        int, typer.Option("-n", "--samples", min=1, help="Prompt-seed pairs of each trial.")
+        int,
+        typer.Option("-n", "--samples", min=1, max=opt.MOST_SAMPLES, help="Prompt-seed pairs of each trial."),
     ] = 5,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of the search.")] = 5,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Heads that each round adds.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Rounds of the search.")] = 5,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, max=10_000, help="Heads that each round adds.")] = 3,
     at_least: Annotated[
         list[str] | None,
         typer.Option("--at-least", help="OBJECTIVE=MINIMUM: do not add heads below, as in pickscore=20."),
@@ -81,15 +69,15 @@ def hunt(
     only: Annotated[
         str, typer.Option("--only", help='Search these layers or heads: "single", "double.0-3/heads.0-7".')
     ] = "all",
-    recipe: RecipeOption = None,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first pair.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples generated at once.")] = 5,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    recipe: opt.RecipeOption = None,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: Annotated[int, opt.seed_option("Seed of the first pair.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=10_000, help="Samples generated at once.")] = 5,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
     allow_download: Annotated[
         bool, typer.Option("--allow-download", help="Fetch a scorer's weights from the hub.")
     ] = False,
@@ -107,32 +95,33 @@ def hunt(
     `accelerate launch --multi_gpu -m dit_accel.cli hunt ...`.
     For quality instead of a style: --rounds 1 --top-k 24 -n 20 --strength 0.25.
     """
-    from .. import enable
-    from ..evals.plots import check_plot
-    from ..guidance import HeadHunter
-    from ..guidance.hunt_pictures import MAP
-    from ..guidance.objectives import BUNDLED
-    from ..recipe import resolve
+    from dit_accel import enable
+    from dit_accel.guidance import HeadHunter, HeadPerturbation
+    from dit_accel.guidance.head_pictures import MAP
+    from dit_accel.guidance.objectives import BUNDLED
+    from dit_accel.plots import check_plot
+    from dit_accel.recipe.recipe import resolve
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must be a folder, got the file {out}")
     if pictures:
         check_plot(out / MAP, ", or do without (--no-pictures)")
-    check_guidance(guidance)
-    width, height = parse_size(size) or (None, None)
+    opt.check_guidance(guidance)
+    width, height = opt.parse_size(size) or (None, None)
     chosen = resolve(recipe) if recipe else None
-    target, state = pick_shared_device(device)
+    target, state = opt.pick_shared_device(device)
+    options = {"kind": kind, "strength": strength} | ({} if scale is None else {"scale": scale})
+    HeadPerturbation([0], **options)  # refuses bad ones before anything is loaded
     goal, floors = _objectives(objective, at_least or [], model, target, allow_download)
     pairs = _pairs(prompt or [], prompts, model, samples, seed, not set(BUNDLED).isdisjoint(objective))
 
     request = Request("", width, height, frames, steps, guidance).with_defaults(model, "native")
-    pipe = load(model, pick_dtype(dtype, target), target)
+    pipe = load(model, opt.pick_dtype(dtype, target), target)
     pipe.set_progress_bar_config(disable=True)
     request = _published(pipe, replace(request, guidance=guidance))
     check_request(pipe, request)
     if chosen:
         enable(pipe, chosen)
-    options = {"kind": kind, "strength": strength} | ({} if scale is None else {"scale": scale})
     call = request.arguments(pipe)
     call = {k: v for k, v in call.items() if k not in ("prompt", "generator", "output_type")}
     hunter = HeadHunter(
@@ -164,8 +153,8 @@ def _objectives(
     names: list[str], at_least: list[str], model: str, device: torch.device, allow_download: bool
 ) -> tuple[Objective, list[tuple[Objective, float]]]:
     """The objective and the floors, each scorer loaded once."""
-    from ..evals.attributes import check_bundled
-    from ..guidance.objectives import BUNDLED, HarmonicMean, named
+    from dit_accel.evals.metrics.attributes import check_bundled
+    from dit_accel.guidance.objectives import BUNDLED, HarmonicMean, named
 
     minima = {}
     for text in at_least:
@@ -173,9 +162,11 @@ def _objectives(
         try:
             minima[name] = float(number)
         except ValueError:
+            minima[name] = math.nan
+        if not (name and math.isfinite(minima[name])):
             raise ValueError(
-                f"`--at-least` must be OBJECTIVE=MINIMUM, such as pickscore=20, got {text!r}"
-            ) from None
+                f"`--at-least` must be OBJECTIVE=MINIMUM, such as pickscore=20, got {text!r:.80}"
+            )
     if not {*names, *minima}.isdisjoint(BUNDLED):
         check_bundled(model)
     loaded = {name: named(name, device, allow_download) for name in dict.fromkeys((*names, *minima))}
@@ -188,15 +179,14 @@ def _pairs(
     given: list[str], file: Path | None, model: str, count: int, seed: int, captions: bool
 ) -> list[tuple[str, int]]:
     """Prompts in turn, with seeds that count up; without prompts, held-out captions of a bundled model."""
-    from ..guidance.objectives import read_caption
-    from ..pipelines import tiny
+    from dit_accel.pipelines import tiny
 
     texts = list(given)
     if file is not None:
         texts += prompt_file.read(file)
     if captions:
         for text in texts:
-            read_caption(text)
+            tiny.read_caption(text)
     if len(texts) > count:
         raise ValueError(
             f"{len(texts)} prompts need at least as many pairs; use -n {len(texts)}, got {count}"
@@ -204,10 +194,10 @@ def _pairs(
     if not texts and model not in tiny.NAMES:
         raise ValueError("give the prompts to search with, by --prompt or --prompts FILE")
     if not texts:
-        from ..pipelines.tiny.evaluate import held_out_scenes
+        from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 
-        video = tiny.INFO[model].video
-        texts = [tiny.caption(scene) for scene in held_out_scenes(count, seed, video)]
+        info = tiny.INFO[model]
+        texts = [tiny.caption(scene) for scene in held_out_scenes(count, seed, info.video, info.world)]
     return [(texts[i % len(texts)], seed + i) for i in range(count)]
 
 
@@ -216,15 +206,15 @@ def _published(pipe: DiffusionPipeline, request: Request) -> Request:
 
     A distilled model keeps its own guidance scale, which is an input of its transformer.
     """
-    from ..pipelines import family_of
+    from dit_accel.pipelines.families import family_of
 
     transformer = transformers(pipe)[0]
-    name = family_of(transformer).name
+    search = family_of(transformer).head_search
     distilled = getattr(transformer.config, "guidance_embeds", False)
     defaults = {
-        "steps": STEPS.get(name),
-        "width": SIZES.get(name) if request.height is None else None,
-        "height": SIZES.get(name) if request.width is None else None,
+        "steps": search.steps,
+        "width": search.side if request.height is None else None,
+        "height": search.side if request.width is None else None,
         "guidance": None if distilled else 1.0,
     }
     missing = {field: value for field, value in defaults.items() if getattr(request, field) is None}
@@ -232,32 +222,32 @@ def _published(pipe: DiffusionPipeline, request: Request) -> Request:
 
 
 def _heads(pipe: DiffusionPipeline, only: str) -> list[tuple[int, int]]:
-    from .. import selectors
-    from ..pipelines import family_of
+    from dit_accel.layer_names import flat_indices
+    from dit_accel.pipelines.families import family_of
+    from dit_accel.recipe import selectors
 
     transformer = transformers(pipe)[0]
     names = list(family_of(transformer).layers(transformer))
-    flat = selectors.flat_indices(names)
+    flat = flat_indices(names)
     chosen = selectors.select(only, names, transformer.config.num_attention_heads)
     return sorted({(flat[place], head) for place, heads in chosen for head in heads})
 
 
 def _write(hunter: HeadHunter, found: Hunt, recipe: str | None, pictures: bool) -> dict[str, Path]:
     """The recipe and the pictures, beside what the search itself has written."""
-    import yaml
-
-    from ..evals import media
-    from ..guidance.hunt_pictures import MAP, SHEET, effects_sheet, heat_map
-    from ..guidance.hunter import FOUND, LOG
-    from ..recipe import resolve
+    from dit_accel import media
+    from dit_accel.files import write_text
+    from dit_accel.guidance.head_pictures import MAP, SHEET, effects_sheet, heat_map
+    from dit_accel.guidance.hunter import FOUND, LOG
+    from dit_accel.recipe.recipe import resolve
+    from dit_accel.recipe.yaml_text import to_yaml
 
     folder = hunter.folder
     files = {"log": folder / LOG}
     if found.heads:
         files |= {"heads": folder / FOUND, "recipe": folder / RECIPE}
         data = resolve(recipe).to_dict() if recipe else {"attention": {"pattern": "Dense"}}
-        with media.atomic(files["recipe"]) as partial:
-            partial.write_text(yaml.safe_dump({**data, "guidance": FOUND}, sort_keys=False))
+        write_text(files["recipe"], to_yaml({**data, "guidance": FOUND}))
     if pictures:
         files |= {"heat map": folder / MAP, "sheet": folder / SHEET}
         heat_map(found, files["heat map"])
@@ -278,10 +268,11 @@ def _show(found: Hunt, files: dict[str, Any]) -> None:
         for number, one in enumerate(found.rounds, 1)
     ]
     print_table(f"Heads by {found.objective}", ("", "added", "score"), rows)
-    typer.echo(f"kept: the {len(found.best)} heads of the best round and those before it")
+    typer.echo(f"chosen: the {len(found.best)} heads of the best round and those before it")
     for name, path in files.items():
         typer.echo(f"{name}: {path}")
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     app.command(epilog=EXAMPLE)(hunt)

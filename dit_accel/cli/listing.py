@@ -11,7 +11,7 @@ from .errors import reported
 from .output import JsonOption, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from dit_accel.recipe.recipe import Recipe
 
 
 def _size(size: dict[str, int]) -> str:
@@ -22,7 +22,7 @@ def _size(size: dict[str, int]) -> str:
 @reported
 def models(json: JsonOption = False) -> None:
     """List the bundled models."""
-    from ..pipelines import tiny
+    from dit_accel.pipelines import tiny
 
     rows = [_describe_model(name, info, tiny.weights_dir(name)) for name, info in tiny.INFO.items()]
     if json:
@@ -69,7 +69,7 @@ def _summary(recipe: Recipe) -> str:
     parts = [f"{selector}: {pattern}" if selector else str(pattern) for selector, pattern in chosen.items()]
     parts += [
         f"{name}={value}"
-        for name in ("dense_layers", "dense_steps", "quantization")
+        for name in ("dense_layers", "dense_steps", "quantization", "tail")
         if (value := getattr(recipe, name)) not in (None, 0, ())
     ]
     return ", ".join(parts)
@@ -85,7 +85,7 @@ def list_recipes(
     """List the named recipes, or show one as YAML."""
     if context.invoked_subcommand:
         return None
-    from .. import presets
+    from dit_accel import presets
 
     known = presets(family)
     if family is not None and not known:
@@ -105,22 +105,20 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Print a recipe as YAML, ready to save and edit."""
-    import yaml
+    from dit_accel.recipe.recipe import resolve
 
-    from ..recipe import resolve
-
-    text = resolve(name).to_yaml()
+    recipe = resolve(name)
     if json:
-        return print_json(yaml.safe_load(text))
-    typer.echo(text.rstrip())
+        return print_json(recipe.to_dict())
+    typer.echo(recipe.to_yaml().rstrip())
     return None
 
 
 @reported
 def env(json: JsonOption = False) -> None:
     """Show versions, devices, and which attention backends can run here and why not."""
-    from ..environment import environment
-    from ..kernels import support_table
+    from dit_accel.environment import environment
+    from dit_accel.kernels import support_table
 
     answer = environment()
     answer["backends"] = support_table()
@@ -146,6 +144,7 @@ def env(json: JsonOption = False) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     app.command(epilog="Example: dit-accel models --json")(models)
     app.add_typer(recipes, name="recipes")
     app.command(epilog="Example: dit-accel env --json")(env)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UnavailableError
+from dit_accel.errors import UnavailableError
+from dit_accel.seeds import LARGEST_OPTION
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+MOST_SAMPLES = 1_000_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ModelOption = Annotated[
@@ -27,10 +29,17 @@ RecipeOption = Annotated[
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, for example 512x512.")
 ]
-FramesOption = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+FramesOption = Annotated[int | None, typer.Option("--frames", min=1, max=100_000, help="Frames of a video.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, max=10_000, help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial noise.")]
+
+
+def seed_option(help: str) -> typer.models.OptionInfo:
+    """`--seed`, within the range that commands take."""
+    return typer.Option("--seed", min=0, max=LARGEST_OPTION, help=help)
+
+
+SeedOption = Annotated[int, seed_option("Seed of the initial noise.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32.")
@@ -47,9 +56,14 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def check_guidance(guidance: float | None) -> None:
+def check_guidance(guidance: float | None, option: str = "--guidance") -> None:
+    """Refuses a guidance scale that is negative or not finite.
+
+    Raises:
+        ValueError: such a scale.
+    """
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-        raise ValueError(f"`--guidance` must be a number of at least 0, got {guidance}")
+        raise ValueError(f"`{option}` must be a number of at least 0, got {guidance}")
 
 
 def pick_device(text: str) -> torch.device:
@@ -79,7 +93,8 @@ def pick_shared_device(device: str) -> tuple[torch.device, PartialState]:
 
     target = pick_device(device)
     state = PartialState(cpu=target.type == "cpu")
-    if target.type == "cuda" and target.index is None and state.num_processes > 1:
+    shared = target.type == "cuda" and target.index is None and state.num_processes > 1
+    if shared and state.device is not None:
         target = state.device
     return target, state
 

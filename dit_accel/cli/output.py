@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..records import to_json
+from dit_accel.json_files import to_json
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def print_json(value: Any) -> None:
+    """Prints a value as strict JSON on stdout."""
     typer.echo(to_json(value))
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options as opt
 from .errors import reported
-from .options import DTYPES, DtypeOption, FramesOption, SizeOption, StepsOption, check_output, parse_size
 from .output import JsonOption, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..plan import Plan, Speedup
+    from dit_accel.planning.plan import Plan, Speedup
 
 SCHEMA = "dit-accel/plan/1"
 EXAMPLE = (
@@ -28,19 +28,23 @@ def plan(
     ] = None,
     family: Annotated[
         str | None,
-        typer.Option("--family", help="Instead of a model: flux, sd3, hunyuan-video or wan, as published."),
+        typer.Option("--family", help="Instead of a model: a family, such as flux, as published."),
     ] = None,
     variant: Annotated[
         str | None, typer.Option("--variant", help="A published model of the family, such as wan2.1-1.3b.")
     ] = None,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    shift: Annotated[
+        float | None,
+        typer.Option("--shift", help="Of the noise schedule, for recipes by noise level; else the model's."),
+    ] = None,
     device: Annotated[
         str,
         typer.Option("--device", help="What is planned for, cpu or cuda; need not be here. auto: what is."),
     ] = "auto",
-    dtype: DtypeOption = "auto",
+    dtype: opt.DtypeOption = "auto",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the mask of the first sparse layer into this PNG.")
     ] = None,
@@ -49,11 +53,12 @@ def plan(
     """Say what a recipe would do to a model at a size: densities, speed-up, memory. Runs nothing.
 
     Needs no weights and no GPU: the model is built from its configuration alone and its real forward is
-    counted. The masks are really built, so their block densities are what kernels will pay.
+    counted. Masks are really built, so their block densities are what kernels will pay; of very long
+    sequences they are estimated from a part of each mask, which is then said.
     """
     from rich.console import Console
 
-    from ..plan import plan as make
+    from dit_accel.planning.plan import plan as make
 
     if plot is not None:
         _check_plot(plot)
@@ -64,9 +69,10 @@ def plan(
             model=model,
             family=family,
             variant=variant,
-            size=parse_size(size),
+            size=opt.parse_size(size),
             frames=frames,
             steps=steps,
+            shift=shift,
             device=target,
             dtype=number,
         )
@@ -84,8 +90,8 @@ def _target(device: str, dtype: str):
 
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"`--device` must be auto, cpu or cuda, got {device!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"`--dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in opt.DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(opt.DTYPES)}, got {dtype!r}")
     target = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     automatic = "bfloat16" if target == "cuda" else "float32"
     return target, getattr(torch, automatic if dtype == "auto" else dtype)
@@ -94,19 +100,22 @@ def _target(device: str, dtype: str):
 def _check_plot(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"`--plot` must end in .png, got {path.name!r}")
-    check_output(path)
+    opt.check_output(path)
 
 
 def _draw(answer: Plan, path: Path) -> None:
-    from ..evals.media import atomic
-    from ..mask_plot import draw
+    from dit_accel.files import atomic
+    from dit_accel.masks.plot import draw
 
+    if answer.sampled:
+        raise ValueError(f"`--plot`: masks of {answer.tokens} tokens are not built; take a smaller size")
     if answer.mask is None:
         raise ValueError(
             f"recipe {answer.recipe} has no sparse layer on {answer.model}: there is no mask to draw"
         )
     with atomic(path) as temporary:
-        draw(answer.mask, f"{answer.recipe}, {answer.tokens} tokens").save(temporary, format="PNG")
+        title, orders = f"{answer.recipe}, {answer.tokens} tokens", answer.layer_attention.model_orders()
+        draw(answer.mask, title, orders).save(temporary, format="PNG")
     note(f"mask: {path}")
 
 
@@ -121,8 +130,12 @@ def _show(answer: Plan) -> None:
         ("model", f"{answer.model} ({answer.family}), {answer.heads} heads x {answer.head_dim}"),
         ("size", f"{shape}: {grid} tokens, {answer.tokens} in an attention layer, {answer.text_tokens} text"),
         ("planned for", f"{answer.device}, {answer.dtype}, blocks {'x'.join(map(str, answer.block_size))}"),
-        ("steps", f"{answer.steps}, of them {answer.dense_steps} dense"),
-        ("density", f"{answer.density:.4f} of all layers together, {answer.block_density:.4f} in blocks"),
+        ("steps", f"{answer.steps}, of them {answer.dense_steps} dense" + _levels(answer)),
+        (
+            "density",
+            f"{answer.density:.4f} of all layers together, {answer.block_density:.4f} in blocks"
+            + (", estimated" if answer.sampled else ""),
+        ),
     ]
     print_table(f"Plan of {answer.recipe}", ("", ""), rows)
     print_table("Layers", ("layers", "pattern", "tokens", "density", "block density"), _layer_rows(answer))
@@ -135,12 +148,20 @@ def _show(answer: Plan) -> None:
     rows = [
         ("weights", _size(memory.weights)),
         ("q, k, v and output of one layer", _size(memory.qkv_and_output)),
-        ("all block masks", _size(memory.masks)),
+        ("all block masks", "not built" if memory.masks is None else _size(memory.masks)),
         ("scores of one layer, never made", _size(memory.scores_never_made)),
     ]
     print_table("Memory, batch of one", ("", ""), rows)
     for line in answer.notes:
         typer.echo(f"- {line}")
+
+
+def _levels(answer: Plan) -> str:
+    levels = answer.noise_levels
+    if levels is None:
+        return ""
+    shown = [f"{level:.3f}" for level in levels]
+    return f", at noise levels {', '.join(shown if len(shown) <= 8 else [*shown[:4], '...', *shown[-2:]])}"
 
 
 def _layer_rows(answer: Plan) -> list[tuple]:
@@ -191,4 +212,5 @@ def _size(count: int) -> str:
 
 
 def register(app: typer.Typer) -> None:
+    """Adds the commands of this module."""
     app.command(epilog=EXAMPLE)(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..records import write_json
+from dit_accel.cache_folder import user_cache_folder
+from dit_accel.json_files import write_json
+
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..evals.folders import Store
-    from ..evals.pretrained import Sources
+    from dit_accel.evals.metrics.folders import Store
+    from dit_accel.scorers.pretrained import Sources
 
 TestOption = Annotated[Path, typer.Option("--test", help="Folder of the images or videos to judge.")]
 FramesChoice = Annotated[
@@ -51,7 +52,7 @@ def pick_metrics(text: str, command: str, of: Sequence[str] = ()) -> list[str]:
     Raises:
         typer.BadParameter: a name that is not such a metric.
     """
-    from ..evals.metrics import of_command
+    from dit_accel.evals.metrics.catalogue import of_command
 
     known = [name for one in of or (command,) for name in of_command(one)]
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -65,12 +66,11 @@ def pick_metrics(text: str, command: str, of: Sequence[str] = ()) -> list[str]:
 
 def pick_store(cache: Path | None, disabled: bool) -> Store:
     """Where finished parts are kept: in the user's cache unless another folder is named."""
-    from ..evals.folders import Store
+    from dit_accel.evals.metrics.folders import Store
 
     if disabled:
         return Store(None)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Store(cache or home / "dit-accel" / "eval")
+    return Store(cache or user_cache_folder() / "dit-accel" / "eval")
 
 
 def pick_sources(weights: Path | None, download: bool) -> Sources:
@@ -79,7 +79,7 @@ def pick_sources(weights: Path | None, download: bool) -> Sources:
     Raises:
         ValueError: `--weights` is not a folder.
     """
-    from ..evals.pretrained import Sources
+    from dit_accel.scorers.pretrained import Sources
 
     if weights is not None and not weights.is_dir():
         raise ValueError(f"`--weights` must be a folder, and there is none at {weights}")
@@ -97,8 +97,8 @@ def track(items: Iterable, description: str) -> Iterable:
 
 def head(kind: str, label: str | None) -> dict[str, Any]:
     """What every result begins with: its schema, and the command, versions and hardware it is from."""
-    from ..environment import command_line, environment
-    from ..evals.report import SCHEMA
+    from dit_accel.environment import command_line, environment
+    from dit_accel.evals.reports.result_files import SCHEMA
 
     return {
         "schema": SCHEMA,
@@ -112,7 +112,7 @@ def head(kind: str, label: str | None) -> dict[str, Any]:
 
 def give(answer: dict[str, Any], out: Path | None, json: bool) -> None:
     """Writes and prints a result, its warnings on stderr."""
-    from ..evals.report import notes, table
+    from dit_accel.evals.reports.result_files import notes, table
 
     for line in answer["warnings"]:
         note(f"warning: {line}")

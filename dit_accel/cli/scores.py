@@ -7,26 +7,10 @@ from typing import Annotated
 
 import typer
 
+from . import results as res
 from .errors import reported
-from .options import DeviceOption, check_output, pick_device
-from .output import JsonOption
-from .results import (
-    CacheOption,
-    DownloadOption,
-    FramesChoice,
-    LabelOption,
-    NoCacheOption,
-    OutOption,
-    SkippedOption,
-    TestOption,
-    WeightsOption,
-    give,
-    head,
-    pick_metrics,
-    pick_sources,
-    pick_store,
-    track,
-)
+from .option_groups import Judging, grouped
+from .options import pick_device
 
 EXAMPLE = (
     "Example: dit-accel eval scores --test outputs/sweep/media/dense --prompts outputs/sweep/sweep.json "
@@ -35,8 +19,9 @@ EXAMPLE = (
 
 
 @reported
+@grouped
 def scores(
-    test: TestOption,
+    test: res.TestOption,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -51,45 +36,35 @@ def scores(
             "--metrics", help="clip, pickscore, hpsv2, aesthetics, image-reward, topiq: see `eval list`."
         ),
     ] = "clip",
-    frames: FramesChoice = "all",
-    device: DeviceOption = "auto",
-    weights: WeightsOption = None,
-    allow_download: DownloadOption = False,
-    allow_skipped: SkippedOption = False,
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    label: LabelOption = None,
-    out: OutOption = None,
-    json: JsonOption = False,
+    frames: res.FramesChoice = "all",
+    *,
+    judging: Judging,
 ) -> None:
     """Score every image or video alone: CLIP, PickScore, HPSv2, aesthetics, ImageReward, TOPIQ.
 
     A video scores the mean over its frames. All but aesthetics and topiq judge by the prompt: every file
     needs one, and every prompt a file. The mean has a 95% bootstrap interval over the files.
     """
-    from ..evals import scores as evaluation
-    from ..evals.bootstrap import BOOTSTRAP
-    from ..evals.folders import Folder, check_frames
-    from ..evals.metrics import METRICS, available
-    from ..evals.prompts import of_files
+    from dit_accel.evals.metrics import scores as evaluation
+    from dit_accel.evals.metrics.bootstrap import BOOTSTRAP
+    from dit_accel.evals.metrics.catalogue import METRICS, available
+    from dit_accel.evals.metrics.folders import Folder, check_frames
+    from dit_accel.evals.metrics.prompts import of_files
 
-    names = pick_metrics(metrics, "scores")
+    names = res.pick_metrics(metrics, "scores")
     needy = [name for name in names if METRICS[name].prompt]
     if needy and prompts is None:
         raise typer.BadParameter(f"{', '.join(needy)} judge by the prompt: give `--prompts`")
     check_frames(frames)
-    if out is not None:
-        check_output(out)
-    sources, target = pick_sources(weights, allow_download), pick_device(device)
+    sources, target = judging.sources(), pick_device(judging.device)
     folder = Folder.open(test)
     texts = of_files(prompts, folder.names) if prompts is not None else {}
-    names, skipped = available(names, sources, allow_skipped)
-    evaluation.check(folder, frames, track)
+    names, skipped = available(names, sources, judging.allow_skipped)
+    evaluation.check(folder, frames, res.track)
     ready = evaluation.prepare(names, sources, target)
-    store = pick_store(cache, no_cache)
-    rows = evaluation.measure(folder, ready, texts, frames=frames, store=store, track=track)
+    store = judging.store()
+    rows = evaluation.measure(folder, ready, texts, frames=frames, store=store, track=res.track)
     answer = {
-        **head("scores", label),
         "test": test,
         "prompts": prompts,
         "frames": frames,
@@ -99,8 +74,9 @@ def scores(
         "skipped": skipped,
         "warnings": evaluation.cut_warnings(ready, texts),
     }
-    give(answer, out, json)
+    judging.give("scores", answer)
 
 
 def register(evaluations: typer.Typer) -> None:
+    """Adds the commands of this module."""
     evaluations.command(epilog=EXAMPLE)(scores)

@@ -8,45 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnavailableError
-from ..evals import prompts as prompt_file
-from ..runs import DENSE, Request, build_masks, by_name, check_request, is_video, load
+from dit_accel.errors import UnavailableError
+from dit_accel.evals.metrics import prompts as prompt_file
+from dit_accel.generation import DENSE, Request, build_masks, by_name, check_request, is_video, load
+
+from . import options as opt
+from . import results as res
 from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    ModelOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    parse_size,
-    pick_device,
-    pick_dtype,
-)
 from .output import JsonOption, note, print_json, print_table
-from .results import (
-    CacheOption,
-    DownloadOption,
-    LabelOption,
-    NoCacheOption,
-    SkippedOption,
-    WeightsOption,
-    head,
-    pick_metrics,
-    pick_sources,
-    pick_store,
-    track,
-)
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..evals.pretrained import Sources
-    from ..evals.sweep import Sweep
-    from ..recipe import Recipe
+    from dit_accel.evals.sweep.runner import Sweep
+    from dit_accel.recipe.recipe import Recipe
+    from dit_accel.scorers.pretrained import Sources
 
 SAMPLES = 8  # held-out captions
 FIDELITY = "psnr,ssim,lpips"
@@ -61,7 +38,7 @@ EXAMPLE = (
 
 @reported
 def sweep(
-    model: ModelOption,
+    model: opt.ModelOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a stopped sweep goes on.")],
     recipe: Annotated[
         list[str] | None,
@@ -80,36 +57,40 @@ def sweep(
     samples: Annotated[
         int | None,
         typer.Option(
-            "-n", "--samples", min=1, help=f"Held-out captions of a bundled model, {SAMPLES} unless given."
+            "-n",
+            "--samples",
+            min=1,
+            max=SEEDS,
+            help=f"Held-out captions of a bundled model, {SAMPLES} unless given.",
         ),
     ] = None,
     demo: Annotated[
         bool, typer.Option("--demo/--native", help="Size of a bundled model; speed needs the larger one.")
     ] = True,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help=f"Prompt i starts from noise {SEEDS} * seed + i.")
-    ] = 0,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each prompt.")] = 1,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: Annotated[int, opt.seed_option(f"Prompt i starts from noise {SEEDS} * seed + i.")] = 0,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, max=10_000, help="Timed runs of each prompt.")
+    ] = 1,
     metrics: Annotated[
         str | None,
         typer.Option("--metrics", help=f"{BUNDLED}, fid, ...: see `eval list`. Default: what applies."),
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of a video.")] = 8,
-    weights: WeightsOption = None,
-    allow_download: DownloadOption = False,
-    allow_skipped: SkippedOption = False,
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    fps: Annotated[int, typer.Option("--fps", min=1, max=1000, help="Frames per second of a video.")] = 8,
+    weights: res.WeightsOption = None,
+    allow_download: res.DownloadOption = False,
+    allow_skipped: res.SkippedOption = False,
+    cache: res.CacheOption = None,
+    no_cache: res.NoCacheOption = False,
     plot: Annotated[
         bool, typer.Option("--plot/--no-plot", help="Draw quality against speed, with matplotlib.")
     ] = True,
-    label: LabelOption = None,
+    label: res.LabelOption = None,
     json: JsonOption = False,
 ) -> None:
     """Generate and evaluate every recipe against dense: speed, memory, density and quality, a row each.
@@ -117,12 +98,13 @@ def sweep(
     For each prompt the settings run in turn, each after a warm-up. --out then holds sweep.json, sweep.csv,
     sweep.md and sweep.png, every run in runs.json, and what was generated, without loss, in media/.
     """
-    from ..environment import environment
-    from ..evals import memory, sweep_report
-    from ..evals.plots import check_plot
-    from ..evals.sweep import Sweep
-    from ..evals.sweep_rows import Judges, judge
-    from ..pipelines import tiny
+    from dit_accel.environment import environment
+    from dit_accel.evals.benchmarks import memory
+    from dit_accel.evals.sweep import report as sweep_report
+    from dit_accel.evals.sweep.rows import Judges, judge
+    from dit_accel.evals.sweep.runner import Sweep
+    from dit_accel.pipelines import tiny
+    from dit_accel.plots import check_plot
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must be a folder, got the file {out}")
@@ -135,23 +117,23 @@ def sweep(
             if not allow_skipped:
                 raise
             plot, without = False, {"plot": str(error)}
-    width, height = parse_size(size) or (None, None)
-    check_guidance(guidance)
+    width, height = opt.parse_size(size) or (None, None)
+    opt.check_guidance(guidance)
     bundled = model in tiny.NAMES
     recipes = _recipes(model, [*(recipe or []), *(more or [])])
     texts = _prompts(model, prompts, samples, seed)
     request = Request("", width, height, frames, steps, guidance)
     request = request.with_defaults(model, "demo" if demo else "native")
     requests = [replace(request, prompt=text, seed=SEEDS * seed + i) for i, text in enumerate(texts)]
-    sources, target = pick_sources(weights, allow_download), pick_device(device)
-    number = pick_dtype(dtype, target)
+    sources, target = res.pick_sources(weights, allow_download), opt.pick_device(device)
+    number = opt.pick_dtype(dtype, target)
     names, skipped = _metrics(metrics, requests, bundled, sources, allow_skipped)
     judges = Judges.prepare(names, sources, target)
 
     here = environment()
     pipe = load(model, number, target)
     check_request(pipe, request)
-    plan = Sweep(
+    runner = Sweep(
         folder=out,
         methods={DENSE: None, **recipes},
         requests=[request.with_steps(pipe) for request in requests],
@@ -161,13 +143,13 @@ def sweep(
         fps=fps,
         commit=here["commit"],
     )
-    _announce(pipe, plan)
-    runs = plan.run(pipe, track)
-    judged = judge(plan, runs, judges, pick_store(cache, no_cache), track)
+    _announce(pipe, runner)
+    runs = runner.run(pipe, res.track)
+    judged = judge(runner, runs, judges, res.pick_store(cache, no_cache), res.track)
     answer = {
-        **head("sweep", label or Path(model).name),
-        "settings": plan.settings,
-        "picture": plan.picture(),
+        **res.head("sweep", label or Path(model).name),
+        "settings": runner.settings,
+        "picture": runner.picture(),
         "memory": memory.describe(target),
         **vars(judged),
         "skipped": skipped | without,
@@ -184,8 +166,8 @@ def sweep(
 
 def _recipes(model: str, given: list[str]) -> dict[str, Recipe]:
     """The recipes by name; all presets of a bundled model if none is given."""
-    from ..pipelines import tiny
-    from ..recipe import presets, resolve
+    from dit_accel.pipelines import tiny
+    from dit_accel.recipe.recipe import presets, resolve
 
     if not given and model in tiny.NAMES:
         given = [name for name in presets() if name.startswith(f"{model}-")]
@@ -196,8 +178,8 @@ def _recipes(model: str, given: list[str]) -> dict[str, Recipe]:
 
 def _prompts(model: str, file: Path | None, samples: int | None, seed: int) -> list[str]:
     """The lines of a file, or held-out captions of a bundled model."""
-    from ..pipelines import tiny
-    from ..pipelines.tiny.evaluate import held_out_scenes
+    from dit_accel.pipelines import tiny
+    from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 
     if file is not None and samples is not None:
         raise typer.BadParameter("give either `--prompts` or `-n`")
@@ -208,7 +190,9 @@ def _prompts(model: str, file: Path | None, samples: int | None, seed: int) -> l
         return texts
     if model not in tiny.NAMES:
         raise typer.BadParameter("give `--prompts`: captions are known for bundled models only")
-    return [tiny.caption(one) for one in held_out_scenes(samples or SAMPLES, seed, tiny.INFO[model].video)]
+    info = tiny.INFO[model]
+    scenes = held_out_scenes(samples or SAMPLES, seed, info.video, info.world)
+    return [tiny.caption(scene) for scene in scenes]
 
 
 def _metrics(
@@ -220,10 +204,10 @@ def _metrics(
         ValueError: one that was asked for by name and does not apply.
         UnavailableError: one that cannot run here and may not be skipped.
     """
-    from ..evals.metrics import available
-    from ..evals.sweep_rows import COMMANDS, unfit
+    from dit_accel.evals.metrics.catalogue import available
+    from dit_accel.evals.sweep.rows import COMMANDS, unfit
 
-    names = pick_metrics(text or (BUNDLED if bundled else FIDELITY), "sweep", COMMANDS)
+    names = res.pick_metrics(text or (BUNDLED if bundled else FIDELITY), "sweep", COMMANDS)
     reasons = unfit(names, requests, bundled)
     if reasons and text is not None:
         raise ValueError(f"`--metrics`: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}")
@@ -235,7 +219,7 @@ def _about(
     pipe: DiffusionPipeline, dtype: torch.dtype, device: torch.device, here: dict[str, Any]
 ) -> dict[str, Any]:
     """What times and outputs depend on beside model, prompts and recipes."""
-    from ..evals.table import machine
+    from dit_accel.evals.benchmarks.table import machine
 
     return {
         "pipeline": type(pipe).__name__,
@@ -246,17 +230,18 @@ def _about(
     }
 
 
-def _announce(pipe: DiffusionPipeline, plan: Sweep) -> None:
+def _announce(pipe: DiffusionPipeline, runner: Sweep) -> None:
     """Says what is to run; a recipe that does not fit this model and size is refused before any of it."""
-    from .. import accelerated
+    from dit_accel import accelerated
 
-    kept = plan.kept()
-    missing = plan.missing(kept)
-    note(f"{plan.folder}: {len(kept)} runs are there, {len(missing)} to make")
+    kept = runner.kept()
+    missing = runner.missing(kept)
+    note(f"{runner.folder}: {len(kept)} runs are there, {len(missing)} to make")
     for name in dict.fromkeys(name for _, _, name in missing if name != DENSE):
-        with accelerated(pipe, plan.methods[name]):
-            build_masks(pipe, plan.requests[0])
+        with accelerated(pipe, runner.methods[name]):
+            build_masks(pipe, runner.requests[0])
 
 
 def register(evaluations: typer.Typer) -> None:
+    """Adds the commands of this module."""
     evaluations.command(epilog=EXAMPLE)(sweep)

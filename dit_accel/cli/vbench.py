@@ -8,47 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnavailableError
-from ..records import write_json
+from dit_accel.errors import UnavailableError
+from dit_accel.json_files import write_json
+
+from . import results as res
 from . import vbench_generate
+from . import vbench_options as vb
 from .errors import reported
-from .options import DeviceOption, check_output, pick_device
+from .option_groups import Judging, grouped
+from .options import check_output, pick_device
 from .output import JsonOption, note, print_json, print_table
-from .results import (
-    CacheOption,
-    DownloadOption,
-    LabelOption,
-    NoCacheOption,
-    OutOption,
-    SkippedOption,
-    WeightsOption,
-    give,
-    head,
-    pick_sources,
-    pick_store,
-    track,
-)
-from .vbench_options import (
-    START,
-    DimensionsOption,
-    PromptsOption,
-    PythonOption,
-    SamplesOption,
-    pick_dimensions,
-    pick_prompts,
-)
 
 if TYPE_CHECKING:
-    from ..evals.pretrained import Sources
-    from ..evals.vbench import Installed, Prompt
+    from dit_accel.evals.vbench.suite import Installed, Prompt
+    from dit_accel.scorers.pretrained import Sources
 
 PROMPTS_SCHEMA, CHECK_SCHEMA = "dit-accel/vbench-prompts/1", "dit-accel/vbench-check/1"
-PROMPTS_EXAMPLE = f"{START} prompts --vbench-python ~/vbench/bin/python --dimensions color"
-CHECK_EXAMPLE = f"{START} check --videos videos/ --prompts VBench_full_info.json"
+PROMPTS_EXAMPLE = f"{vb.START} prompts --vbench-python ~/vbench/bin/python --dimensions color"
+CHECK_EXAMPLE = f"{vb.START} check --videos videos/ --prompts VBench_full_info.json"
 RUN_EXAMPLE = (
-    f"{START} run --videos videos/ --dimensions all --vbench-python ~/vbench/bin/python --out a.json"
+    f"{vb.START} run --videos videos/ --dimensions all --vbench-python ~/vbench/bin/python --out a.json"
 )
-AGGREGATE_EXAMPLE = f"{START} aggregate evaluation_results/ --plot radar.png --out scores.json"
+AGGREGATE_EXAMPLE = f"{vb.START} aggregate evaluation_results/ --plot radar.png --out scores.json"
 
 VideosOption = Annotated[Path, typer.Option("--videos", help="Folder of the videos, `{prompt}-{i}.mp4`.")]
 
@@ -58,16 +39,16 @@ commands = typer.Typer(no_args_is_help=True, help="Videos and scores of VBench."
 @commands.command("prompts", epilog=PROMPTS_EXAMPLE)
 @reported
 def list_prompts(
-    prompts: PromptsOption = None,
-    vbench_python: PythonOption = None,
-    dimensions: DimensionsOption = None,
+    prompts: vb.PromptsOption = None,
+    vbench_python: vb.PythonOption = None,
+    dimensions: vb.DimensionsOption = None,
     json: JsonOption = False,
 ) -> None:
     """List how many prompts each dimension has, or with --dimensions the prompts themselves."""
-    from ..evals.vbench import T2V, by_dimension
+    from dit_accel.evals.vbench.suite import T2V, by_dimension
 
-    names = pick_dimensions(dimensions)
-    groups = by_dimension(pick_prompts(prompts, vbench_python, names))
+    names = vb.pick_dimensions(dimensions)
+    groups = by_dimension(vb.pick_prompts(prompts, vbench_python, names))
     if json:
         rows = {name: [one.text for one in group] for name, group in groups.items()}
         return print_json({"schema": PROMPTS_SCHEMA, "dimensions": rows})
@@ -91,16 +72,16 @@ def _videos(prompts: list[Prompt], samples: int | None = None) -> int:
 @reported
 def check(
     videos: VideosOption,
-    prompts: PromptsOption = None,
-    vbench_python: PythonOption = None,
-    dimensions: DimensionsOption = None,
-    samples: SamplesOption = None,
+    prompts: vb.PromptsOption = None,
+    vbench_python: vb.PythonOption = None,
+    dimensions: vb.DimensionsOption = None,
+    samples: vb.SamplesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Count and name the videos that are missing, empty or cut off. Exit code 1 if there are any."""
-    from ..evals.vbench import T2V, by_dimension, find
+    from dit_accel.evals.vbench.suite import T2V, by_dimension, find
 
-    chosen = pick_prompts(prompts, vbench_python, pick_dimensions(dimensions))
+    chosen = vb.pick_prompts(prompts, vbench_python, vb.pick_dimensions(dimensions))
     found = find(videos, chosen, samples)
     rows = []
     for name, group in by_dimension(chosen).items():
@@ -134,42 +115,36 @@ def _foreign(names: tuple[str, ...]) -> list[str]:
 
 @commands.command(epilog=RUN_EXAMPLE)
 @reported
+@grouped
 def run(
     videos: VideosOption,
     dimensions: Annotated[str, typer.Option("--dimensions", help="Names with commas, or all.")],
-    prompts: PromptsOption = None,
-    vbench_python: PythonOption = None,
+    prompts: vb.PromptsOption = None,
+    vbench_python: vb.PythonOption = None,
     custom: Annotated[
         bool, typer.Option("--custom", help="Every video in the folder, whatever it is called.")
     ] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Score the videos that are there.")
     ] = False,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="For vbench to run on.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=1024, help="For vbench to run on.")] = 1,
     output_path: Annotated[
         Path, typer.Option("--output-path", help="Folder for vbench's own results.")
     ] = Path("evaluation_results"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Take over vbench's results that are in --output-path.")
     ] = False,
-    device: DeviceOption = "auto",
-    weights: WeightsOption = None,
-    allow_download: DownloadOption = False,
-    allow_skipped: SkippedOption = False,
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    label: LabelOption = None,
-    out: OutOption = None,
-    json: JsonOption = False,
+    *,
+    judging: Judging,
 ) -> None:
     """Score videos in dimensions of VBench: by VBench itself with --vbench-python, else by our own code.
 
     Our own code has temporal_flickering, and with weights subject_consistency and background_consistency.
     VBench runs as a program in its own environment, a dimension at a time, and fetches its weights itself.
     """
-    from ..evals.vbench import NEED_PROMPTS, Installed
+    from dit_accel.evals.vbench.suite import NEED_PROMPTS, Installed
 
-    names = pick_dimensions(dimensions)
+    names = vb.pick_dimensions(dimensions)
     if custom and NEED_PROMPTS & set(names):
         raise typer.BadParameter(f"`--custom` has no {', '.join(sorted(NEED_PROMPTS & set(names)))}")
     if custom and prompts:
@@ -178,24 +153,21 @@ def run(
         raise typer.BadParameter(
             "vbench needs its full-info JSON; plain `--prompts` are for our own dimensions"
         )
-    if out is not None:
-        check_output(out)
     tool = Installed.find(vbench_python) if vbench_python else None
     skipped: dict[str, str] = {}
     if tool is None:
-        sources = pick_sources(weights, allow_download)
-        names, skipped = _available(names, sources, allow_skipped)
+        sources = judging.sources()
+        names, skipped = _available(names, sources, judging.allow_skipped)
     info = None if custom else prompts or (tool or Installed.find(sys.executable)).full_info
     files, warnings = _files(videos, info, names, allow_missing)
     if tool is None:
-        from ..evals.vbench_dimensions import measure, prepare
+        from dit_accel.evals.vbench.dimensions import measure, prepare
 
-        ready = prepare(names, sources, pick_device(device))
-        metrics = measure(files, ready, store=pick_store(cache, no_cache), track=track)
+        ready = prepare(names, sources, pick_device(judging.device))
+        metrics = measure(files, ready, store=judging.store(), track=res.track)
     else:
         metrics = _by_vbench(tool, videos, names, info, output_path, gpus, resume)
     answer = {
-        **head("vbench", label),
         "test": videos,
         "prompts": info,
         "implementation": f"vbench {tool.version or '(version unknown)'}" if tool else "dit-accel",
@@ -203,7 +175,7 @@ def run(
         "skipped": skipped,
         "warnings": warnings,
     }
-    give(answer, out, json)
+    judging.give("vbench", answer)
 
 
 def _available(names: list[str], sources: Sources, allow_skipped: bool) -> tuple[list[str], dict[str, str]]:
@@ -212,7 +184,7 @@ def _available(names: list[str], sources: Sources, allow_skipped: bool) -> tuple
     Raises:
         UnavailableError: as `metrics.available`.
     """
-    from ..evals.metrics import available, of_command
+    from dit_accel.evals.metrics.catalogue import available, of_command
 
     others = [name for name in names if name not in of_command("vbench")]
     if len(others) == len(names) or (others and not allow_skipped):
@@ -232,8 +204,8 @@ def _files(
     Raises:
         ValueError: missing or damaged videos, or a dimension without any.
     """
-    from ..evals.folders import Folder
-    from ..evals.vbench import FLICKERING, VIDEOS, by_dimension, find, read_prompts
+    from dit_accel.evals.metrics.folders import Folder
+    from dit_accel.evals.vbench.suite import FLICKERING, VIDEOS, by_dimension, find, read_prompts
 
     if info is None:
         return dict.fromkeys(names, Folder.open(videos).files), []
@@ -262,8 +234,8 @@ def _by_vbench(
     tool: Installed, videos: Path, names: list[str], info: Path | None, output: Path, gpus: int, resume: bool
 ) -> dict[str, dict[str, Any]]:
     """Scores by VBench itself, a dimension at a time."""
-    from ..evals.vbench import result_file
-    from ..evals.vbench_scores import read
+    from dit_accel.evals.vbench.scores import read
+    from dit_accel.evals.vbench.suite import result_file
 
     for name in names:
         if resume and result_file(output, name).is_file():
@@ -290,16 +262,17 @@ def aggregate(
     beside: Annotated[
         list[Path] | None, typer.Option("--beside", help="An earlier --out to draw too; more than once.")
     ] = None,
-    label: LabelOption = None,
-    out: OutOption = None,
+    label: res.LabelOption = None,
+    out: res.OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Combine VBench's dimensions into Quality, Semantic and Total scores (i2v: I2V, Quality and Total).
 
     A score that lacks a dimension is null, unless --missing-as-zero.
     """
-    from ..evals import plots, vbench_scores
-    from ..evals.report import load_all
+    from dit_accel import plots
+    from dit_accel.evals.reports.result_files import load_all
+    from dit_accel.evals.vbench import scores as vbench_scores
 
     if suite not in vbench_scores.SUITES:
         raise typer.BadParameter(f"`--suite` is {' or '.join(vbench_scores.SUITES)}, got {suite!r}")
@@ -315,7 +288,7 @@ def aggregate(
         effect = "counted as raw scores of 0" if missing_as_zero else "so its group and the total have none"
         warnings = [f"no score for {', '.join(scores.missing)}, {effect}"]
     answer = {
-        **head(vbench_scores.SCORES_KIND, label),
+        **res.head(vbench_scores.SCORES_KIND, label),
         "results": files,
         **scores.to_dict(),
         "missing_as_zero": missing_as_zero,
@@ -339,5 +312,6 @@ def aggregate(
 
 
 def register(evaluations: typer.Typer) -> None:
+    """Adds the commands of this module."""
     vbench_generate.register(commands)
     evaluations.add_typer(commands, name="vbench")

@@ -2,64 +2,42 @@
 
 from __future__ import annotations
 
-import json as jsons
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..records import check_same, write_json
-from ..runs import Request, check_request, is_video, load
+from dit_accel.generation import Request, check_request, is_video, load
+from dit_accel.json_files import check_same, read_json, write_json
+
+from . import options as opt
+from . import vbench_options as vb
 from .errors import reported
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    FramesOption,
-    GuidanceOption,
-    ModelOption,
-    RecipeOption,
-    SizeOption,
-    StepsOption,
-    check_guidance,
-    check_output,
-    parse_size,
-    pick_dtype,
-    pick_shared_device,
-)
 from .output import JsonOption, note, print_json
 from .results import head, track
-from .vbench_options import (
-    START,
-    DimensionsOption,
-    PromptsOption,
-    PythonOption,
-    SamplesOption,
-    pick_dimensions,
-    pick_prompts,
-)
 
 VIDEOS_SCHEMA = "dit-accel/vbench-videos/1"
-EXAMPLE = f"{START} generate -m tiny-wan -r tiny-wan-radial --prompts prompts.txt --out videos/"
+EXAMPLE = f"{vb.START} generate -m tiny-wan -r tiny-wan-radial --prompts prompts.txt --out videos/"
 
 
 @reported
 def generate(
-    model: ModelOption,
+    model: opt.ModelOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the videos; {FOLDER}.json beside it.")],
-    prompts: PromptsOption = None,
-    vbench_python: PythonOption = None,
-    dimensions: DimensionsOption = None,
-    samples: SamplesOption = None,
-    recipe: RecipeOption = None,
-    size: SizeOption = None,
-    frames: FramesOption = None,
-    steps: StepsOption = None,
-    guidance: GuidanceOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Video i starts from the noise seed + i.")] = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second.")] = 8,
+    prompts: vb.PromptsOption = None,
+    vbench_python: vb.PythonOption = None,
+    dimensions: vb.DimensionsOption = None,
+    samples: vb.SamplesOption = None,
+    recipe: opt.RecipeOption = None,
+    size: opt.SizeOption = None,
+    frames: opt.FramesOption = None,
+    steps: opt.StepsOption = None,
+    guidance: opt.GuidanceOption = None,
+    seed: Annotated[int, opt.seed_option("Video i starts from the noise seed + i.")] = 0,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    fps: Annotated[int, typer.Option("--fps", min=1, max=1000, help="Frames per second.")] = 8,
     json: JsonOption = False,
 ) -> None:
     """Generate the videos that VBench scores: 5 per prompt, 25 of the prompts for temporal flickering.
@@ -68,18 +46,17 @@ def generate(
     when started by `accelerate launch --multi_gpu -m dit_accel.cli eval vbench generate ...`; who makes a
     video does not change it.
     """
-    from .. import enable
-    from ..evals import media
-    from ..evals.vbench import find
-    from ..recipe import resolve
+    from dit_accel import enable, media
+    from dit_accel.evals.vbench.suite import find
+    from dit_accel.recipe.recipe import resolve
 
-    width, height = parse_size(size) or (None, None)
-    check_guidance(guidance)
+    width, height = opt.parse_size(size) or (None, None)
+    opt.check_guidance(guidance)
     chosen = resolve(recipe) if recipe else None
-    wanted = pick_prompts(prompts, vbench_python, pick_dimensions(dimensions))
+    wanted = vb.pick_prompts(prompts, vbench_python, vb.pick_dimensions(dimensions))
     found = find(out, wanted, samples)
-    target, state = pick_shared_device(device)
-    number = pick_dtype(dtype, target)
+    target, state = opt.pick_shared_device(device)
+    number = opt.pick_dtype(dtype, target)
     request = Request("", width, height, frames, steps, guidance, seed).with_defaults(model, "native")
     if request.frames == 1:
         raise ValueError("`--frames` must be at least 2: VBench compares the frames of a video")
@@ -133,13 +110,13 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    path = check_output(_record(out))
+    path = opt.check_output(_record(out))
     if not path.exists():
         return
     try:
-        earlier = jsons.loads(path.read_text())
+        earlier = read_json(path)
         same_kind = earlier["schema"] == VIDEOS_SCHEMA
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         same_kind = False
     if not same_kind:
         raise ValueError(
@@ -149,4 +126,5 @@ def _check_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def register(commands: typer.Typer) -> None:
+    """Adds the commands of this module."""
     commands.command(epilog=EXAMPLE)(generate)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..evals.vbench import Prompt
+    from dit_accel.evals.vbench.suite import Prompt
 
 START = "Example: dit-accel eval vbench"
 
@@ -25,7 +25,9 @@ DimensionsOption = Annotated[
 ]
 SamplesOption = Annotated[
     int | None,
-    typer.Option("-n", "--samples", min=1, help="Videos per prompt, instead of 5 (flickering: 25)."),
+    typer.Option(
+        "-n", "--samples", min=1, max=1000, help="Videos per prompt, instead of 5 (flickering: 25)."
+    ),
 ]
 
 
@@ -35,7 +37,7 @@ def pick_dimensions(text: str | None) -> list[str]:
     Raises:
         typer.BadParameter: not a dimension of VBench.
     """
-    from ..evals.vbench import T2V
+    from dit_accel.evals.vbench.suite import T2V
 
     if text == "all":
         return list(T2V.dimensions)
@@ -51,6 +53,6 @@ def pick_dimensions(text: str | None) -> list[str]:
 
 def pick_prompts(file: Path | None, python: str | None, dimensions: list[str]) -> list[Prompt]:
     """Prompts of a file, else those of the vbench that is installed."""
-    from ..evals.vbench import Installed, read_prompts
+    from dit_accel.evals.vbench.suite import Installed, read_prompts
 
     return read_prompts(file or Installed.find(python or sys.executable).full_info, dimensions)

@@ -1,10 +1,11 @@
 import pytest
 from torch import nn
 
-from dit_accel.patterns import Clear, Dense, Neighborhood
-from dit_accel.recipe import Recipe
+from dit_accel import TokenLayout
+from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood
+from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.switching import enable
 from dit_accel.summary import summary
-from dit_accel.switch import enable
 
 
 def test_not_enabled(flux):
@@ -62,3 +63,26 @@ def test_two_transformers(wan):
 def test_unsupported():
     with pytest.raises(TypeError, match="Linear is not supported"):
         summary(nn.Linear(2, 2))
+
+
+def test_by_noise_level(wan):
+    """What each step was, and the pattern in few words."""
+    near = Neighborhood((3, 3, 3))
+    recipe = Recipe(ByNoise({0.5: Dense(), 0: near}), dense_steps={"sigma": (0.9, 1.0)})
+    handle = enable(wan.pipe, recipe)
+    assert summary(wan.pipe).rows[0]["dense_steps"] == "sigma 0.9 to 1"
+    assert (
+        summary(wan.pipe).rows[0]["pattern"]
+        == "ByNoise(levels=((0.5, Dense()), (0.0, Neighborhood(window=(3, 3, 3)))))"
+    )
+    wan.run(wan.pipe, steps=4, cfg=3.0)
+    stats, density = handle.stats(), near.density(TokenLayout((3, 6, 8)))
+    sigmas = wan.pipe.scheduler.sigmas.tolist()[:-1]
+    assert stats["dense_steps"] == [0]
+    assert stats["step_densities"] == pytest.approx(
+        {i: density if s < 0.5 else 1.0 for i, s in enumerate(sigmas)}
+    )
+    last = sum(s < 0.5 for s in sigmas)
+    assert 0 < last < 3
+    steps = "3" if last == 1 else f"{4 - last}-3"
+    assert f"by step: 0-{3 - last} 1.0000, {steps} {density:.4f}" in str(summary(wan.pipe))

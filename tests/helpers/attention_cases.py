@@ -26,6 +26,7 @@ class Case:
     extra_keys: int = 0
     block_size: tuple[int, int] = (64, 16)
     per_head: bool = False
+    per_sample: bool = False
     text: int = 0
     text_valid: tuple[int, ...] | None = None
     density: float = 0.2
@@ -35,7 +36,7 @@ class Case:
         parts = [f"B{self.batch}", f"H{self.heads}", f"N{self.seq}", f"D{self.dim}", SHORT[self.dtype]]
         parts += [f"K{self.seq + self.extra_keys}"] * bool(self.extra_keys)
         parts += ["x".join(map(str, self.block_size))]
-        parts += ["heads"] * self.per_head + ["strided"] * self.strided
+        parts += ["heads"] * self.per_head + ["samples"] * self.per_sample + ["strided"] * self.strided
         parts += [f"T{self.text}"] * bool(self.text)
         parts += ["valid" + "_".join(map(str, self.text_valid or ()))] * (self.text_valid is not None)
         return "-".join(parts)
@@ -44,18 +45,16 @@ class Case:
         """Random, with full blocks, absent blocks and rows that attend nothing; text in the last tokens."""
         generator = torch.Generator().manual_seed(self.seq)
         keys = self.seq + self.extra_keys
-        bits = (
-            torch.rand(self.heads if self.per_head else 1, self.seq, keys, generator=generator) < self.density
-        )
-        bits[:, : self.seq // 3, : keys // 2] = True
-        bits[:, self.seq // 2 :, : keys // 4] = False
-        bits[:, -1, -1] = True
+        differ = ((self.batch,) if self.per_sample else ()) + ((self.heads,) if self.per_head else ())
+        bits = torch.rand(*differ, self.seq, keys, generator=generator) < self.density
+        bits[..., : self.seq // 3, : keys // 2] = True
+        bits[..., self.seq // 2 :, : keys // 4] = False
+        bits[..., -1, -1] = True
         if self.seq > 16:
-            bits[:, 9:13] = False
-            bits[:, self.seq // 2 : self.seq // 2 + self.block_size[0] * 2] &= self.seq < 200
+            bits[..., 9:13, :] = False
+            bits[..., self.seq // 2 : self.seq // 2 + self.block_size[0] * 2, :] &= self.seq < 200
         if self.text:
             bits[..., self.seq - self.text : self.seq] = True
-        bits = bits if self.per_head else bits[0]
         text = (self.seq - self.text, self.seq) if self.text else (0, 0)
         return BlockMask.from_token_mask(bits, self.block_size, text)
 
@@ -91,7 +90,7 @@ def check(case: Case, backend: str, with_lse: bool = True) -> None:
     mask, valid, scale = case.mask(), case.valid(), case.dim**-0.5
     exact = [x.double() for x in (q, k, v)]
     expected, expected_lse = reference.attention(*exact, mask, scale=scale, text_valid=valid)
-    allowed = reference.dense_mask(mask, case.heads, valid)
+    allowed = reference.dense_mask(mask, case.batch, case.heads, valid)
     rounding = torch.finfo(case.dtype).eps * expected.abs().max().item()
     tolerance = 2 * error(plain(q, k, v, allowed, scale), expected) + rounding
     result = block_sparse_attention(q, k, v, mask, text_valid=valid, backend=backend)
@@ -112,6 +111,32 @@ def check(case: Case, backend: str, with_lse: bool = True) -> None:
     assert error(lse[finite], expected_lse[finite]) <= 2 * plain_error + rounding
 
 
+def check_tail(case: Case, backend: str) -> None:
+    """Error against float64 at most twice that of the reference in the inputs' dtype, plus eps."""
+    q, k, v = case.inputs()
+    mask, valid = case.mask(), case.valid()
+    options = {"scale": case.dim**-0.5, "text_valid": valid, "tail": "pooled"}
+    expected, expected_lse = reference.attention(q.double(), k.double(), v.double(), mask, **options)
+    plain, plain_lse = reference.attention(q, k, v, mask, **options)
+    out, lse = block_sparse_attention(q, k, v, mask, backend=backend, return_lse=True, **options)
+    again = block_sparse_attention(q, k, v, mask, backend=backend, **options)
+    eps = torch.finfo(case.dtype).eps
+    rounding = 2 * eps * expected.abs().max().item()
+    assert out.dtype == again.dtype == q.dtype
+    assert error(out, expected) <= 2 * error(plain, expected) + rounding
+    assert error(again, expected) <= 2 * error(plain, expected) + rounding
+    finite = expected_lse.isfinite()
+    assert torch.equal(lse == -math.inf, ~finite)
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    # keys and their means are rounded to the inputs' dtype where the backend multiplies in it
+    slack = torch.finfo(lse.dtype).eps * 4 * expected_lse[finite].abs().max() + (
+        0 if case.dtype in (torch.float32, torch.float64) else eps
+    )
+    assert (
+        error(lse[finite], expected_lse[finite]) <= 2 * error(plain_lse[finite], expected_lse[finite]) + slack
+    )
+
+
 LENGTHS = [
     Case(n, batch=2, dtype=t) for n in (1, 63, 128, 300, 1027) for t in (torch.float32, torch.bfloat16)
 ]
@@ -125,9 +150,57 @@ VARIANTS = [
     Case(300, torch.bfloat16, block_size=(128, 128)),
     Case(300, heads=3, per_head=True, batch=2),
     Case(300, torch.bfloat16, heads=3, per_head=True, text=40, text_valid=(5,)),
+    Case(300, batch=3, heads=2, per_head=True, per_sample=True, text=40, text_valid=(5, 40, 0)),
     Case(300, extra_keys=77),
     Case(300, batch=2, text=40, text_valid=(40, 0)),
     Case(300, torch.bfloat16, batch=2, text=40, text_valid=(17, 1)),
+    Case(300, batch=2, text=40, text_valid=(3, 0), density=0.0),
+    Case(300, density=0.0),
+]
+
+
+def relative_l1(result, expected) -> float:
+    """Sum of errors over sum of magnitudes; 0 of nothing."""
+    result, expected = result.double(), expected.double()
+    return ((result - expected).abs().sum() / expected.abs().sum().clamp(min=1e-30)).item()
+
+
+def check_quantized(case: Case, backend: str, format: str, slack: float = 2e-4) -> None:
+    """What the reference computes in the format, but for roundings that fall the other way (`slack`)."""
+    q, k, v = case.inputs()
+    mask, valid = case.mask(), case.valid()
+    options = {"text_valid": valid, "quantization": format}
+    expected, expected_lse = block_sparse_attention(
+        q, k, v, mask, backend="reference", return_lse=True, **options
+    )
+    out, lse = block_sparse_attention(q, k, v, mask, backend=backend, return_lse=True, **options)
+    again = block_sparse_attention(q, k, v, mask, backend=backend, **options)
+    eps = torch.finfo(case.dtype).eps
+    assert out.dtype == again.dtype == q.dtype
+    assert out.shape == again.shape == q.shape
+    assert relative_l1(out, expected) <= slack + eps
+    assert relative_l1(again, expected) <= slack + eps
+    assert error(out, expected) <= (50 * slack + 4 * eps) * max(1.0, v.abs().max().item())
+    finite = expected_lse.isfinite()
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    assert torch.equal(lse == -math.inf, ~finite)
+    assert (out[~finite] == 0).all()
+    if finite.any():
+        assert error(lse[finite], expected_lse[finite]) <= 10 * slack + eps
+
+
+QUANTIZED = [
+    *(Case(n, batch=2) for n in (1, 63, 128, 1027)),
+    Case(300, torch.float16),
+    Case(300, torch.bfloat16, strided=True, batch=2),
+    Case(300, strided=True, dim=40),
+    Case(300, dim=16, block_size=(64, 32)),
+    Case(300, torch.bfloat16, dim=256),
+    Case(300, block_size=(128, 64)),
+    Case(300, torch.bfloat16, block_size=(128, 128)),
+    Case(300, torch.bfloat16, heads=3, per_head=True, text=40, text_valid=(5,)),
+    Case(300, batch=3, heads=2, per_head=True, per_sample=True, text=40, text_valid=(5, 40, 0)),
+    Case(300, extra_keys=77),
     Case(300, batch=2, text=40, text_valid=(3, 0), density=0.0),
     Case(300, density=0.0),
 ]

@@ -1,7 +1,7 @@
 """Small stand-ins for the packages ImageReward and pyiqa, which are not installed where the tests run.
 
-They have what `dit_accel.evals.scores` calls, with the arguments of image-reward 1.5 and pyiqa 0.1.16, and
-print to stdout as those do. They cannot show that the real packages give the published scores.
+They have what `dit_accel.evals.metrics.scores` calls, with the arguments of image-reward 1.5 and pyiqa
+0.1.16, and print to stdout as those do. They cannot show that the real packages give the published scores.
 """
 
 from __future__ import annotations

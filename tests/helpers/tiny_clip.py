@@ -43,7 +43,7 @@ def save_aesthetics(path: Path, clip: Path) -> torch.nn.Module:
     """A scorer on an image encoder of the sizes of `clip`, whose image processor it takes."""
     from transformers import CLIPVisionConfig
 
-    from dit_accel.guidance.scorers import AestheticsModel
+    from dit_accel.scorers.image_scorers import AestheticsModel
 
     config = CLIPVisionConfig.from_pretrained(clip)
     config.projection_dim = 8

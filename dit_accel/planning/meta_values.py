@@ -1,0 +1,34 @@
+"""Values that a model asks of tensors on the meta device, where tensors have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+
+class EveryConditionHolds(TorchDispatchMode):
+    """Within it, forwards on the meta device may branch on values and select by masks.
+
+    A condition is true, a mask selects everything, and its negation nothing: so does a call whose text is
+    not padded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._negations: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is _aten._local_scalar_dense.default:
+            return True
+        if function is _aten.index.Tensor and args[1][0].dtype == torch.bool:
+            tensor, (mask, *_) = args
+            nothing = any(mask is negation for negation in self._negations)
+            return tensor.new_empty(0 if nothing else mask.numel(), *tensor.shape[mask.ndim :])
+        made = function(*args, **(kwargs or {}))
+        if function is _aten.bitwise_not.default:
+            self._negations.append(made)
+        return made

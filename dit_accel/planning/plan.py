@@ -1,0 +1,409 @@
+"""What a recipe would do to a model at a size: densities, speed-up and memory, without weights or a run.
+
+The prediction has two terms. Attention of a layer takes block density / efficiency of its dense time, and
+what a call takes whatever it computes, where both are measured (`dit_accel.runtime.measured_speed`); where
+they are not, only the ideal of an efficiency of 1 is given. The rest of a step takes its FLOPs at a rate
+relative to dense attention that is measured for the model or else assumed to be 1. Times cancel out of every
+speed-up, so none is predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_accel.arguments import positive
+from dit_accel.attention.call import LayerAttention
+from dit_accel.kernels import default_block_size, fastest_backend
+from dit_accel.masks.block_mask import BlockMask
+from dit_accel.masks.layout import TokenLayout
+from dit_accel.patterns import Pattern
+from dit_accel.recipe.layer_patterns import LayerPatterns
+from dit_accel.recipe.recipe import Recipe, resolve
+from dit_accel.runtime.binding import Binding
+from dit_accel.runtime.geometry import backend
+from dit_accel.runtime.measured_speed import MeasuredSpeed, measured_speed
+from dit_accel.runtime.steps import StepTracker
+
+from .densities import EXACT_UP_TO, LayerDensities, Moment, OrderDensity, layer_densities, plans
+from .model_config import Flops, ModelConfig, Size, of_model, published
+
+ASSUMED_REST = 1.0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers that do the same. `pattern` is None where the model's own attention stays, for the `reason`."""
+
+    names: tuple[str, ...]
+    pattern: str | None
+    tokens: int
+    density: float
+    block_density: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster than dense: what is predicted, its range, and the ideal.
+
+    `low`, `predicted` and `high` follow the least, median and most efficiency measured, and are None where
+    none is; `ideal` is for an efficiency of 1, whatever was measured.
+    """
+
+    low: float | None
+    predicted: float | None
+    high: float | None
+    ideal: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the weights, of q, k, v and the output of one layer (batch of one), of all block masks (None
+    where they are not built), and of the S x S scores of one layer, which are never made."""
+
+    weights: int
+    qkv_and_output: int
+    masks: int | None
+    scores_never_made: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` returns.
+
+    Attributes:
+        recipe: its name, or its tag where it has none.
+        size: frames, height, width in pixels; `grid` the same in tokens.
+        tokens: in an attention layer, its text included; `text_tokens` are those of a prompt.
+        steps, dense_steps: sampler steps of a run, and how many of them are dense.
+        density, block_density: of all layers together at a sparse step, the mean of all of them.
+        noise_levels: at which the steps begin, where the recipe goes by them.
+        sampled: "N of M" query blocks that all block densities are estimated from; None where they are exact.
+        layers, orders: per group of layers, and per pattern and token order; where patterns change with the
+            noise level, at the last sparse step.
+        flops: of one call of the transformer, dense.
+        attention, step, run: times faster than dense: attention of the sparse layers, a sparse step, a run.
+        notes: what the predictions rest on.
+        layer_attention, layout: of the first sparse layer; None and the model's layout where nothing is, or
+            where block densities are estimated and no mask is built.
+    """
+
+    model: str
+    family: str
+    recipe: str
+    size: Size
+    grid: Size
+    tokens: int
+    text_tokens: int
+    heads: int
+    head_dim: int
+    device: str
+    dtype: str
+    block_size: tuple[int, int]
+    steps: int
+    dense_steps: int
+    noise_levels: tuple[float, ...] | None
+    density: float
+    block_density: float
+    sampled: str | None
+    layers: tuple[Layers, ...]
+    orders: tuple[OrderDensity, ...]
+    flops: Flops
+    attention: Speedup
+    step: Speedup
+    run: Speedup
+    memory: Memory
+    rates: MeasuredSpeed
+    notes: tuple[str, ...]
+    layer_attention: LayerAttention | None = field(repr=False, compare=False)
+    layout: TokenLayout = field(repr=False, compare=False)
+
+    @property
+    def mask(self) -> BlockMask | None:
+        """Of the first sparse layer, where that is known before a run."""
+        return None if self.layer_attention is None else self.layer_attention.mask
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the attention, as plain data."""
+        shown = (f.name for f in dataclasses.fields(self) if f.name not in ("layer_attention", "layout"))
+        return {name: _plain(getattr(self, name)) for name in shown}
+
+
+def plan(
+    recipe: Recipe | Pattern | str | Path,
+    *,
+    model: str | ModelConfig | None = None,
+    family: str | None = None,
+    variant: str | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    shift: float | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rates: MeasuredSpeed | None = None,
+) -> Plan:
+    """What a recipe would do to a model at a size. Runs nothing and needs no weights and no such device.
+
+    Args:
+        recipe: a recipe, a pattern, a preset's name or a recipe file.
+        model: a bundled model, a local pipeline folder or a `ModelConfig`.
+        family, variant: a published model instead, of the family's reference if no variant is named.
+        size: (width, height) in pixels; by default the model's usual size.
+        frames: of a video.
+        steps: sampler steps of a run.
+        shift: of the noise schedule towards noise, 1 for an even one, where the recipe goes by noise level;
+            by default the model's.
+        device: device type that is planned for, `"cpu"` or `"cuda"`.
+        dtype: number format that is planned for.
+        rates: what to predict from, instead of the measured results that come with the library.
+
+    Raises:
+        ValueError: no such model, a size it would round, a recipe of another family, a pattern that does not
+            fit the size.
+    """
+    model_config = _model_config(model, family, variant)
+    recipe = resolve(recipe)
+    recipe.check_family(model_config.family, f"{model_config.name} is of {model_config.family!r}")
+    pixels = _pixels(model_config, size, frames)
+    steps = model_config.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"`steps` must be a positive integer, got {steps}")
+    transformer = model_config.transformer()
+    grid = model_config.grid(transformer, pixels)
+    layout = model_config.layout(grid)
+    # masks are built here, whatever they are for, and any backend will do for that
+    blocks = None if device == "cpu" else default_block_size(device)
+    built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
+    head_dim, number = transformer.config.attention_head_dim, str(dtype).removeprefix("torch.")
+    rates = rates or measured_speed(device, number, head_dim, model_config.name)
+    # on a CPU what runs here; another device is taken to run what is meant for it
+    elsewhere = recipe.backend == "auto" and device != "cpu"
+    used = fastest_backend(device) if elsewhere else backend(recipe, device, dtype, head_dim)
+    rates = rates.of_backend(used, device)
+    binding = Binding(transformer, model_config.description, built, StepTracker(), torch.device("cpu"), rates)
+    if shift is not None:
+        model_config = dataclasses.replace(model_config, shift=float(positive("shift", shift)))
+    levels = model_config.noise_levels(steps, layout.visual_len) if recipe.needs_noise else [None] * steps
+    moments = [Moment(step, level, steps) for step, level in enumerate(levels)]
+    sparse = [moment for moment in moments if not recipe.is_dense_step(moment.step, steps, moment.sigma)]
+    changes = _changes(binding, sparse or moments[-1:])
+    of_steps = [_at(binding, layout, moment, count) for moment, count in changes.items()]
+    found = of_steps[-1].found
+    flops = model_config.flops(transformer, grid)
+    dense_steps = steps - len(sparse)
+    pairs = zip(found.attentions or (), found.layouts, strict=found.attentions is not None)
+    attention, of_mask = next((pair for pair in pairs if pair[0] is not None), (None, layout))
+    return Plan(
+        model=model_config.name,
+        family=model_config.family,
+        recipe=recipe.name or recipe.tag,
+        size=pixels,
+        grid=grid,
+        tokens=layout.seq_len,
+        text_tokens=model_config.text_len,
+        heads=binding.heads,
+        head_dim=head_dim,
+        device=device,
+        dtype=number,
+        block_size=found.block_size,
+        steps=steps,
+        dense_steps=dense_steps,
+        noise_levels=tuple(levels) if recipe.needs_noise else None,
+        density=_mean((at.found.over_layers(at.found.densities), at.steps) for at in of_steps),
+        block_density=_mean((at.found.over_layers(at.found.block_densities), at.steps) for at in of_steps),
+        sampled=found.sampled or None,
+        layers=_layers(of_steps[-1].layers, found),
+        orders=found.orders,
+        flops=flops,
+        **speedups(binding, of_steps, flops, rates, dense_steps / steps),
+        memory=_memory(binding, of_steps, dtype),
+        rates=rates,
+        notes=_notes(model_config, binding, rates, layout.seq_len, found.sampled),
+        layer_attention=attention,
+        layout=of_mask,
+    )
+
+
+# -- what was asked ------------------------------------------------------------------------------------------
+
+
+def _model_config(model: str | ModelConfig | None, family: str | None, variant: str | None) -> ModelConfig:
+    if (model is None) == (family is None):
+        raise ValueError(
+            "give either `model` or `family`, " + ("got neither" if model is None else "got both")
+        )
+    if family is not None:
+        return published(family, variant)
+    if variant is not None:
+        raise ValueError(f"`variant` goes with `family`, got {variant!r} with `model`")
+    return model if isinstance(model, ModelConfig) else of_model(model)
+
+
+def _pixels(model_config: ModelConfig, size: tuple[int, int] | None, frames: int | None) -> Size:
+    usual = model_config.size
+    width, height = size or (usual[2], usual[1])
+    chosen = (usual[0] if frames is None else frames, height, width)
+    if min(chosen) < 1:
+        raise ValueError(f"frames, height and width must be positive, got {chosen}")
+    return chosen
+
+
+# -- what it does --------------------------------------------------------------------------------------------
+
+
+class AtSteps(NamedTuple):
+    """What `steps` sampler steps do alike."""
+
+    found: LayerDensities
+    layers: list[LayerPatterns]
+    steps: int
+
+
+def _changes(binding: Binding, moments: list[Moment]) -> Counter[Moment | None]:
+    """Moments between which layers change, of each how many steps do as the one at it."""
+    used = [pattern for layer in binding.layers for pattern in layer.patterns]
+    if not any(p.by_noise or (p.per_head and len(p.variants) > 1) for p in used):
+        return Counter({None: len(moments)})
+    alike: dict[tuple[LayerPatterns, ...], list[Moment]] = {}
+    for moment in moments:
+        alike.setdefault(tuple(plans(binding, moment)), []).append(moment)
+    return Counter({same[0]: len(same) for same in alike.values()})
+
+
+def _at(binding: Binding, layout: TokenLayout, moment: Moment | None, steps: int) -> AtSteps:
+    return AtSteps(layer_densities(binding, layout, moment), plans(binding, moment), steps)
+
+
+def _mean(values: Iterable[tuple[float, int]]) -> float:
+    """Of (value, weight) pairs."""
+    pairs = list(values)
+    total = sum(weight for _, weight in pairs)
+    return sum(value * (weight / total) for value, weight in pairs)
+
+
+def _layers(layers: list[LayerPatterns], found: LayerDensities) -> tuple[Layers, ...]:
+    groups: dict[tuple, list[str]] = {}
+    columns = (layers, found.layouts, found.densities, found.block_densities, found.dense_reasons)
+    for layer, layout, density, blocks, dense in zip(*columns, strict=True):
+        counts = Counter(map(str, layer.heads))
+        pattern = ", ".join(f"{n} heads {p}" if len(counts) > 1 else p for p, n in counts.items())
+        pattern += layer.options
+        key = (None if dense else pattern or None, layout.seq_len, density, blocks, dense or layer.reason)
+        groups.setdefault(key, []).append(layer.name)
+    return tuple(Layers(tuple(names), *key) for key, names in groups.items())
+
+
+def speedups(
+    binding: Binding, of_steps: list[AtSteps], flops: Flops, rates: MeasuredSpeed, dense_share: float
+) -> dict[str, Speedup]:
+    """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps."""
+    # FLOPs of a mean step; of calls those that dense attention makes in their fixed time, of `own` those of
+    # layers that are sparse at other steps
+    sparse = paid = calls = own = 0.0
+    total = sum(at.steps for at in of_steps)
+    for i, layer in enumerate(binding.layers):
+        if not any(at.found.sparse[i] for at in of_steps):
+            continue
+        full = flops.layers[layer.name]
+        sparse += full
+        for found, _, steps in of_steps:
+            share = full * steps / total
+            if found.sparse[i]:
+                paid += share * found.block_densities[i]
+                calls += rates.fixed * share / (binding.heads * found.layouts[i].seq_len ** 2)
+            else:
+                own += share
+    kept = flops.attention - sparse + flops.rest / (rates.rest or ASSUMED_REST)
+
+    def at(efficiency: float, calls: float) -> tuple[float, float, float]:
+        attention = sparse / (paid / efficiency + calls + own) if paid else 1.0
+        step = (sparse + kept) / (paid / efficiency + calls + own + kept)
+        return attention, step, 1 / (dense_share + (1 - dense_share) / step)
+
+    measured_ones = rates.efficiency or ()
+    answers = [at(efficiency, calls) for efficiency in measured_ones] or [(None,) * 3] * 3
+    return {
+        name: Speedup(*(values[i] for values in answers), ideal=at(1.0, 0.0)[i])
+        for i, name in enumerate(("attention", "step", "run"))
+    }
+
+
+def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Memory:
+    tokens = max(layout.seq_len for layout in of_steps[-1].found.layouts)
+    masks = None
+    if all(at.found.attentions is not None for at in of_steps):
+        different = {attention for at in of_steps for attention in at.found.attentions or ()} - {None}
+        masks = sum(attention.nbytes for attention in different)
+    parameters = sum(p.numel() for p in binding.transformer.parameters())
+    return Memory(
+        weights=parameters * dtype.itemsize,
+        qkv_and_output=4 * tokens * binding.heads * binding.head_dim * dtype.itemsize,
+        masks=masks,
+        scores_never_made=tokens**2 * binding.heads * dtype.itemsize,
+    )
+
+
+def _notes(
+    model_config: ModelConfig, binding: Binding, rates: MeasuredSpeed, tokens: int, sampled: str
+) -> tuple[str, ...]:
+    notes = []
+    if sampled:
+        notes.append(
+            f"block densities are estimated from {sampled} query blocks: masks of more than {EXACT_UP_TO} "
+            "tokens are not built for a plan"
+        )
+    if rates.efficiency is None:
+        notes.append(
+            f"{rates.source}: only ideal speed-ups are given, with blocks at the cost of dense attention's"
+        )
+    else:
+        least, middle, most = rates.efficiency
+        notes.append(
+            f"attention from a measured speed-up x block density of {middle:.2f} ({least:.2f} to {most:.2f}; "
+            f"{rates.source}): it pays below a block density of {middle:.2f}"
+        )
+        if tokens < rates.shortest:
+            notes.append(
+                f"{tokens} tokens are fewer than were measured for this (at least {rates.shortest}): what is "
+                "predicted for attention may be far off"
+            )
+    if rates.rest is None:
+        notes.append(
+            f"the rest of a step is not measured for {model_config.name}: "
+            "it is assumed to run at dense attention's FLOP/s"
+        )
+    else:
+        notes.append(f"the rest of a step runs at {rates.rest:.2f} of dense attention's FLOP/s, as measured")
+    if rates.another_machine:
+        notes.append(f"speeds were measured {rates.where}")
+    notes.append(rates.describe_break_even())
+    formats = dict.fromkeys(layer.quantization for layer in binding.layers if layer.quantization)
+    if formats:
+        names = ", ".join(map(repr, formats))
+        notes.append(f"quantization in {names} is counted as if it took as long as none: not measured here")
+    notes += [note for pattern in binding.recipe.patterns for note in pattern.notes]
+    used = (variant for layer in binding.layers for p in layer.patterns for variant in p.variants)
+    if any(variant.online for variant in used):
+        notes.append("what it takes to choose by content in each call is not counted")
+    if model_config.transformers > 1:
+        notes.append(
+            f"{model_config.transformers} transformers of this size, one at each step; memory is of one"
+        )
+    return tuple(notes)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        data = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Flops):
+            data |= {"attention": value.attention, "rest": value.rest}
+        return data
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,438 @@
+"""Recipes: which pattern, where (layers, heads, steps), in which format."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dit_accel import patterns
+from dit_accel.arguments import is_integer, is_number, shown, switch
+from dit_accel.files import write_text
+from dit_accel.guidance.perturbation import HeadPerturbation
+from dit_accel.kernels import TAILS, quantizations
+from dit_accel.masks.tiles import check_block_size
+from dit_accel.patterns import Pattern
+from dit_accel.patterns.plain import from_plain, to_plain
+
+from . import files
+from .noise import NoiseRange
+
+PRESETS = Path(__file__).parent / "presets"
+_OF_LAYERS = ("tail", "quantization")  # one value, or a mapping from layer selectors
+_ORDERS = ("auto", "raster", "tile", "hilbert")
+_MOST_INDICES = 100_000  # of a set; no model has as many layers, no run as many steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to accelerate and how. See `dit_accel.enable`.
+
+    Args:
+        attention: one pattern for every layer, or a mapping from layer selector (see
+            `dit_accel.recipe.selectors`) to pattern, later entries overriding earlier ones. What no selector
+            names keeps the model's own attention.
+        dense_layers: layers that keep the model's own attention: an int for the first n, or a set of flat
+            indices, negative ones counting from the end.
+        dense_steps: sampler steps at which all layers do, in the same two forms, or a float: the first
+            fraction of the steps, rounded up; or `{"sigma": (low, high)}`: the steps that begin at a noise
+            level of the flow in this range, whose ends are included (`dit_accel.recipe.NoiseRange`). One
+            range suits runs of 4 and of 50 steps.
+        quantization: numeric format in which the layers that `attention` names multiply q, k and v, under
+            `Dense()` as well: `"int8"`, `"int8-fp8"`, `"int8-int8"` or `"int8-int4"`
+            (`dit_accel.kernels.block_sparse_attention`), or a mapping from layer selectors to these or None;
+            None: their own. Dense layers and dense steps are the model's own attention, and not quantized.
+        tail: `"pooled"`: key blocks that a query's block does not compute contribute by the means of their
+            keys and values (`dit_accel.kernels.block_sparse_attention`), or a mapping from layer selectors to
+            `"pooled"` or None, later entries overriding earlier ones; None: they contribute nothing.
+        guidance: a `HeadPerturbation` of `dit_accel.guidance`, or None.
+        guard: whether a run raises where its prediction turns NaN or infinite, instead of going on to a black
+            picture (`dit_accel.NonFiniteError`, naming the layer).
+        backend: kernel of `dit_accel.kernels.block_sparse_attention`.
+        block_size: (query, key) block sizes; None takes the default of the device.
+        order: token order, see `Pattern.block_mask`.
+        min_tokens: layers that attend to fewer tokens keep the model's own attention: a number, or `"auto"`
+            for the length from which sparse attention was measured to be faster on the device, at the layer's
+            density (`dit_accel.runtime.measured_speed.MeasuredSpeed.break_even`).
+        family: the model family this recipe is for, or None for any.
+        name, source: what it is called and where its numbers come from; not compared.
+
+    Raises:
+        ValueError, TypeError: a value outside these forms.
+    """
+
+    attention: Pattern | Mapping[str, Pattern]
+    dense_layers: int | Iterable[int] = 0
+    dense_steps: int | float | Iterable[int] | Mapping[str, tuple[float, float]] | NoiseRange = 0
+    quantization: str | Mapping[str, str | None] | None = None
+    tail: str | Mapping[str, str | None] | None = None
+    guidance: HeadPerturbation | None = None
+    guard: bool = True
+    backend: str = "auto"
+    block_size: tuple[int, int] | None = None
+    order: str = "auto"
+    min_tokens: int | str = 0
+    family: str | None = None
+    name: str = field(default="", compare=False)
+    source: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self):
+        if isinstance(self.attention, Mapping):
+            object.__setattr__(self, "attention", dict(self.attention))
+        chosen = self.attention.values() if isinstance(self.attention, dict) else [self.attention]
+        if not chosen or not all(isinstance(p, Pattern) for p in chosen):
+            raise TypeError(
+                f"`attention` must be a pattern of `dit_accel.patterns` or a mapping from layer selectors to "
+                f"patterns, got {shown(self.attention)}"
+            )
+        object.__setattr__(self, "dense_layers", _index_spec("dense_layers", self.dense_layers))
+        object.__setattr__(self, "dense_steps", _step_spec("dense_steps", self.dense_steps))
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+            object.__setattr__(self, "block_size", tuple(map(int, self.block_size)))
+        if self.guidance is not None and not isinstance(self.guidance, HeadPerturbation):
+            raise TypeError(
+                "`guidance` must be a `HeadPerturbation` of `dit_accel.guidance` or None, got "
+                f"{shown(self.guidance)}"
+            )
+        for name, known in (("tail", TAILS), ("quantization", (*quantizations(), None))):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                value = dict(value)
+                object.__setattr__(self, name, value)
+            asked = list(value.values()) if isinstance(value, dict) else [value]
+            if not asked or not all(one is None or (isinstance(one, str) and one in known) for one in asked):
+                names = ", ".join(repr(one) for one in known if one is not None)
+                raise ValueError(
+                    f"`{name}` must be {names}, None or a mapping from layer selectors to these, got "
+                    f"{shown(value)}"
+                )
+        for name in ("attention", *_OF_LAYERS):
+            value = getattr(self, name)
+            if isinstance(value, dict) and not all(isinstance(selector, str) for selector in value):
+                raise TypeError(f"layer selectors of `{name}` must be text, got {shown(list(value))}")
+        switch("guard", self.guard)
+        for name in ("backend", "order", "name", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"`{name}` must be text, got {shown(getattr(self, name))}")
+        if not isinstance(self.family, str | None):
+            raise TypeError(f"`family` must be text or None, got {shown(self.family)}")
+        if self.order not in _ORDERS:
+            orders = ", ".join(map(repr, _ORDERS))
+            raise ValueError(f"`order` must be one of {orders}, got {shown(self.order)}")
+        if is_integer(self.min_tokens) and self.min_tokens >= 0:
+            object.__setattr__(self, "min_tokens", int(self.min_tokens))
+        elif not (isinstance(self.min_tokens, str) and self.min_tokens == "auto"):
+            raise ValueError(
+                "`min_tokens` must be a whole number of tokens from 0 or 'auto', got "
+                f"{shown(self.min_tokens)}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.tag)
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.repr and getattr(self, f.name) != f.default
+        ]
+        return f"Recipe({', '.join(shown)})"
+
+    def check_family(self, family: str, found: str) -> None:
+        """Raises ValueError if this recipe is for another family than `family`; `found` ends the message."""
+        if self.family not in (None, family):
+            what = f"preset {self.name!r}" if self.name else "recipe"
+            raise ValueError(f"{what} is for the family {self.family!r}, but {found}")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that is compared, as plain data; selectors are pairs in a list, since their order matters."""
+        plain = dataclasses.replace(self, guidance=None, name="", source="")._to_dict(files=False)
+        for name in ("attention", *_OF_LAYERS):
+            if isinstance(getattr(self, name), dict):
+                plain[name] = list(map(list, plain[name].items()))
+        if self.guidance is not None:
+            plain["guidance"] = repr(self.guidance)
+        return plain
+
+    @property
+    def tag(self) -> str:
+        """A short name for file names and CSV rows, the same for equal recipes: `"clear-16-0c1d9e"`."""
+        label = self.name
+        if not label:
+            chosen = self.attention.values() if isinstance(self.attention, dict) else [self.attention]
+            label = "+".join(dict.fromkeys(_slug(p) for p in chosen))
+            label += "+tail" if self.tail else ""
+            given = self.quantization
+            formats = given.values() if isinstance(given, dict) else [given]
+            label += "".join(f"+{one}" for one in dict.fromkeys(formats) if one)
+            label += f"+{self.guidance.kind}" if self.guidance else ""
+        digest = hashlib.sha1(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+        return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)[:48]}-{digest[:6]}"
+
+    def dense_layer_indices(self, layers: int) -> frozenset[int]:
+        """Flat indices of the dense layers of a model with `layers` layers.
+
+        Raises:
+            ValueError: an index that this model does not have.
+        """
+        if isinstance(self.dense_layers, int):
+            if self.dense_layers > layers:
+                raise ValueError(
+                    f"`dense_layers` is {self.dense_layers}, but this model has {layers} attention layers"
+                )
+            return frozenset(range(self.dense_layers))
+        missing = [i for i in self.dense_layers if not -layers <= i < layers]
+        if missing:
+            raise ValueError(f"`dense_layers` names {missing}, but this model has {layers} attention layers")
+        return frozenset(i % layers for i in self.dense_layers)
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the dense steps depend on how many steps a run has."""
+        return isinstance(self.dense_steps, float) or (
+            isinstance(self.dense_steps, tuple) and any(i < 0 for i in self.dense_steps)
+        )
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """Those of all layers, in the order of their selectors."""
+        chosen: Any = self.attention  # a mapping is a dict since it was checked
+        return list(chosen.values()) if isinstance(chosen, dict) else [chosen]
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether what is computed depends on the noise level."""
+        return isinstance(self.dense_steps, NoiseRange) or any(p.by_noise for p in self.patterns)
+
+    def is_dense_step(self, step: int, total: int | None, sigma: float | None = None) -> bool:
+        """Whether sampler step `step` of `total` (None: not known), at noise level `sigma`, is dense.
+
+        Raises:
+            ValueError: the answer depends on a total or on a noise level that is not known.
+        """
+        dense = self.dense_steps
+        if isinstance(dense, NoiseRange):
+            if sigma is None:
+                raise ValueError(f"`dense_steps` of {dense} needs the noise level of the step")
+            return sigma in dense
+        if isinstance(dense, int):
+            return step < dense
+        if total is not None:
+            if isinstance(dense, float):
+                return step < math.ceil(dense * total - 1e-9)
+            return step in dense or step - total in dense
+        if isinstance(dense, float) or self.needs_total:
+            raise ValueError(
+                f"`dense_steps={dense!r}` needs the number of steps, which a bare transformer "
+                "does not know; call `handle.begin(steps)` before the run, or enable on the pipeline"
+            )
+        return step in dense
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML or JSON; fields at their defaults are left out.
+
+        Raises:
+            ValueError: what has no plain form: a `guidance` with a schedule, a calibration without a file.
+        """
+        return self._to_dict(files=True)
+
+    def _to_dict(self, files: bool) -> dict[str, Any]:
+        """Without `files`, what they hold is there by its digest."""
+        order = ("name", "family", "source", "attention")
+        fields = sorted(
+            dataclasses.fields(self), key=lambda f: order.index(f.name) if f.name in order else len(order)
+        )
+        data = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        if isinstance(self.attention, dict):
+            data["attention"] = {selector: to_plain(p, files) for selector, p in self.attention.items()}
+        else:
+            data["attention"] = to_plain(self.attention, files)
+        if self.guidance is not None:
+            data["guidance"] = self.guidance.to_dict()
+        return {key: _plain(value) for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+        """The inverse of `to_dict`; files that it names, `guidance` as JSON too, are relative to `folder`.
+
+        Raises:
+            ValueError: something that is not a recipe, an unknown key or an unknown pattern.
+            TypeError: a value of the wrong type.
+        """
+        data = files.plain_data(data)
+        if not isinstance(data, dict) or "attention" not in data:
+            raise ValueError(f"a recipe must be a mapping with the key `attention`, got {shown(data)}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise ValueError(f"unknown recipe key {shown(unknown[0])}; the keys are {', '.join(known)}")
+        attention, kinds = data["attention"], _kinds()
+        if isinstance(attention, dict) and "pattern" not in attention:
+            attention = {selector: from_plain(p, kinds, folder) for selector, p in attention.items()}
+        else:
+            attention = from_plain(attention, kinds, folder)
+        guidance = data.get("guidance")
+        if isinstance(guidance, str):
+            path = Path(folder) / guidance
+            if not path.is_file():
+                raise ValueError(f"`guidance` names {shown(guidance)}, and there is no file {path}")
+            guidance = files.read(path)
+        if guidance is not None:
+            guidance = HeadPerturbation.from_dict(guidance)
+        return cls(**{**data, "attention": attention, "guidance": guidance})
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML text."""
+        from .yaml_text import to_yaml
+
+        return to_yaml(self.to_dict())
+
+    @classmethod
+    def from_yaml(cls, text: str, folder: str | Path = ".") -> Recipe:
+        """A recipe from YAML or JSON text; what it names is relative to `folder`.
+
+        Raises:
+            ValueError: text that is not YAML or JSON, has aliases, is longer or nested deeper than any recipe
+                (`dit_accel.recipe.files`), or is not a recipe.
+            TypeError: a value of the wrong type.
+        """
+        return cls.from_dict(files.parse(text), folder)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a `.yaml`, `.yml` or `.json` file, whole or not at all."""
+        path = Path(path)
+        if path.suffix not in files.SUFFIXES:
+            raise ValueError(f"a recipe file must end in {', '.join(files.SUFFIXES)}, got {path.name!r}")
+        as_json = path.suffix == ".json"
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n" if as_json else self.to_yaml())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a file written by `save` or by hand.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is not a recipe.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no recipe file at {path}")
+        data = files.read(Path(path))
+        try:
+            return cls.from_dict(data, Path(path).parent)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+@cache
+def _all_presets() -> dict[str, Recipe]:
+    recipes = ((path.stem, Recipe.load(path)) for path in sorted(PRESETS.glob("*.yaml")))
+    return {name: dataclasses.replace(recipe, name=name) for name, recipe in recipes}
+
+
+def presets(family: str | None = None) -> dict[str, Recipe]:
+    """The recipes that come with the library, by name; of one model family if given."""
+    return {name: r for name, r in _all_presets().items() if family in (None, r.family)}
+
+
+def resolve(recipe: Recipe | Pattern | str | Path) -> Recipe:
+    """The recipe behind what `enable` takes: a recipe, a pattern, a preset's name or a file's path.
+
+    Raises:
+        ValueError: neither a preset nor a recipe file.
+        TypeError: something else.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Pattern):
+        return Recipe(recipe)
+    if not isinstance(recipe, (str, Path)):
+        raise TypeError(
+            f"expected a Recipe, a preset's name or the path of a recipe file, got {shown(recipe)}"
+        )
+    if str(recipe) in presets():
+        return presets()[str(recipe)]
+    if Path(recipe).suffix in files.SUFFIXES:
+        return Recipe.load(recipe)
+    raise ValueError(
+        f"{shown(str(recipe))} is neither a preset nor a recipe file (.yaml, .yml, .json); the presets are "
+        f"{', '.join(presets())}"
+    )
+
+
+def _step_spec(name: str, value: Any) -> int | float | tuple[int, ...] | NoiseRange:
+    """A validated specification of sampler steps."""
+    if isinstance(value, NoiseRange):
+        return value
+    if isinstance(value, Mapping):
+        return NoiseRange.of(name, value)
+    return _index_spec(name, value, fraction=True)
+
+
+def _index_spec(name: str, value: Any, fraction: bool = False) -> int | float | tuple[int, ...]:
+    """A validated int, float or sorted tuple of ints."""
+    forms = "an int (the first n)"
+    if fraction:
+        forms += (
+            ", a float from 0 to 1 (the first fraction), {'sigma': (low, high)} (a range of noise levels)"
+        )
+    message = f"`{name}` must be {forms} or a set of indices, got {shown(value)}"
+    if is_integer(value) and value >= 0:
+        return int(value)
+    if fraction and is_number(value) and not is_integer(value) and 0 <= value <= 1:
+        return float(value)
+    if is_integer(value):
+        raise ValueError(f"{message}; for the last n use {{-1, ...}}")
+    if isinstance(value, bool | float):
+        raise ValueError(message)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(message)
+    indices = list(islice(value, _MOST_INDICES + 1))
+    if len(indices) > _MOST_INDICES:
+        raise ValueError(f"`{name}` has more than {_MOST_INDICES} indices")
+    if not all(map(is_integer, indices)):
+        raise TypeError(message)
+    return tuple(sorted({int(index) for index in indices}))
+
+
+def _kinds() -> dict[str, type[Pattern]]:
+    """The patterns that a file may name."""
+    found = {name: getattr(patterns, name) for name in dir(patterns)}
+    return {
+        name: cls
+        for name, cls in found.items()
+        if isinstance(cls, type) and issubclass(cls, Pattern) and dataclasses.is_dataclass(cls)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Of a field that is no pattern: tuples as lists, all the way down."""
+    if isinstance(value, NoiseRange):
+        return value.to_dict()
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _slug(pattern: Pattern) -> str:
+    """The pattern's name and its numbers: `"neighborhood-5x9x9"`."""
+    values = [
+        v
+        for k, v in to_plain(pattern, files=False).items()
+        if k != "pattern" and not isinstance(v, (bool, dict))
+    ]
+    values = [v for v in values if not (isinstance(v, list) and any(isinstance(x, list) for x in v))]
+    words = ["x".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+    return "-".join([type(pattern).__name__.lower(), *words])

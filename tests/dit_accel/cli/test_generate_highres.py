@@ -1,0 +1,44 @@
+"""`dit-accel generate --highres`."""
+
+import json
+
+import pytest
+from PIL import Image
+
+PROMPT = "a red circle at the top left on a striped background"
+
+
+@pytest.fixture
+def cli(cli_of):
+    return cli_of("generate", "--model", "tiny-flux", "--prompt", PROMPT, "--device", "cpu")
+
+
+def test_picture_above_native_size(cli, tmp_path):
+    out, keep = tmp_path / "large.png", tmp_path / "base.safetensors"
+    shared = ("--size", "96x80", "--steps", "3", "--keep", keep, "--json", "--out", out)
+    answer = json.loads(cli.run("--highres", "swim", *shared).stdout)
+    assert (answer["width"], answer["height"]) == (96, 80)
+    assert Image.open(out).size == (96, 80)
+    assert keep.is_file()
+    first = out.read_bytes()
+    cli.run("--highres", "upscaled", "--guidance-above", "2", "--recipe", "tiny-flux-clear", *shared)
+    assert out.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--highres", "swimm", "--size", "96x80"), "`--highres` must be one of swim, clear"),
+        (("--highres", "swim"), "`--highres` needs `--size`"),
+        (("--keep", "x.safetensors"), "belong to `--highres METHOD`"),
+        (("--highres", "swim", "--size", "96x80", "--keep", "x.png"), "`keep` must name a .safetensors file"),
+        (("--highres", "swim", "--size", "96x80", "--strength", "2"), "`--strength` must be above 0"),
+        (("--highres", "swim", "--size", "97x80"), "must be a multiple of 8"),
+        (
+            ("--highres", "swim", "--size", "96x80", "--guidance-above", "-1"),
+            "must be a number of at least 0",
+        ),
+    ],
+)
+def test_refused(cli, arguments, message):
+    assert message in cli.error(*arguments)
