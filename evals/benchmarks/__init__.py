@@ -1,0 +1,1 @@
+"""Benchmarks of kernels, masks and transformers, and the CSV that all of them write."""

@@ -1,0 +1,69 @@
+"""The kernel under a launch configuration of one's own: its grid of candidates, and how fast each is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+
+from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels.block_sparse.tuned import Launch
+from dit_accel.masks.block_mask import BlockMask
+
+from .attention import dtype_on, inputs, tflops, wrong
+from .cases import BY_NAME
+from .job import Row
+from .peers import kernel
+from .timing import measure
+
+GRID = tuple(Launch(*launch) for launch in product((128, 64), (64, 32), (8, 4), (5, 4, 3, 2)))
+REHEARSAL_GRID = (Launch(64, 64, 4, 3), Launch(64, 32, 4, 2))
+
+
+def describe(launch: Launch) -> str:
+    """A launch in a few characters, such as `128x64 w4 s2`."""
+    return f"{launch.rows}x{launch.keys} w{launch.warps} s{launch.stages}"
+
+
+def attend(
+    launch: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    text_valid: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and log-sum-exp of the Triton kernel, launched so; of plain PyTorch where it cannot run."""
+    if kernel(q.device.type) != "triton":
+        options = {"text_valid": text_valid, "return_lse": True, "backend": "gather"}
+        out, lse = block_sparse_attention(q, k, v, mask, **options)
+        return out, lse
+    from dit_accel.kernels.block_sparse import triton_forward as forward
+
+    text_valid = None if text_valid is None else text_valid.int().contiguous()
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    grid, arguments, options = forward.launch_arguments(
+        q, k, v, out, lse, forward.mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
+        mask.block_size, mask.text, forward.launch_options(launch, mask.block_size),
+    )  # fmt: skip
+    forward._forward[grid](*arguments, **options, **forward.LAUNCH_OPTIONS)
+    return out, lse
+
+
+def run(device: str, case: list[str], launch: list[int]) -> Iterator[Row]:
+    """A row with the times of a launch on a case."""
+    chosen, which = BY_NAME[tuple(case)], Launch(*launch)
+    q, k, v, mask = inputs(chosen, device)
+    call = partial(attend, which, q, k, v, mask)
+    out, _ = call()
+    if not (error := wrong(q, k, v, mask, out)) <= 1:
+        yield {"kind": "wrong", "reason": f"error {error:.2f} times what is allowed, not timed"}
+        return
+    timed = measure(call, device)
+    yield {
+        "kind": "launch", "case": case, "launch": list(launch), "head_dim": chosen.head_dim,
+        "element_bytes": dtype_on(device).itemsize, "tflops": tflops(chosen, mask.block_density, timed.ms),
+        **timed.as_row(),
+    }  # fmt: skip

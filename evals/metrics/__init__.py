@@ -1,0 +1,1 @@
+"""Quality metrics of images and videos: pairs, sets, scores, attributes."""

@@ -1,0 +1,173 @@
+"""Which recipe for which model: `python -m dit_accel.evals.reports.recipe_table`.
+
+Writes what `dit-accel plan --device cuda` says of every preset at the usual sizes of its family into
+docs/recipes.md, a choice of them into the README. No GPU is asked: the speed-ups are what plans call ideal,
+every block at the cost of one of dense attention's and the rest of a step at the same FLOP/s, so that the
+tables follow from the code alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dit_accel.planning.model_config import ModelConfig, all_published
+from dit_accel.planning.plan import Plan, plan
+from dit_accel.recipe.recipe import presets, resolve
+
+from . import marked
+
+README, PAGE = Path("README.md"), Path("docs/recipes.md")
+COMMAND = "python -m dit_accel.evals.reports.recipe_table"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model at one size: its name among `planning`'s, what readers call it, pixels, frames.
+
+    `steps` are those of a run where they are not the model's own.
+    """
+
+    name: str
+    title: str
+    size: tuple[int, int]
+    frames: int | None = None
+    steps: int | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}" + (f", {self.frames} frames" if self.frames else "")
+
+    @property
+    def config(self) -> ModelConfig:
+        return all_published()[self.name]
+
+
+FLUX = [Model("flux.1-dev", "FLUX.1-dev", (side, side)) for side in (1024, 2048, 4096)]
+SD3 = [
+    Model("sd3.5-large", "SD3.5 large", (1024, 1024)),
+    Model("sd3.5-medium", "SD3.5 medium", (1440, 1440)),
+]
+WAN = [
+    Model("wan2.1-14b", "Wan 2.1 14B", (832, 480), 81),
+    Model("wan2.1-14b", "Wan 2.1 14B", (1280, 720), 81),
+]
+SCHNELL = [replace(model, name="flux.1-schnell", title="FLUX.1-schnell") for model in FLUX[:2]]
+DISTILLED = [replace(WAN[0], title="Wan 2.1 14B, distilled", steps=4)]
+WAN22 = [Model("wan2.2-14b", "Wan 2.2 A14B", (1280, 720), 81)]
+BY_PREFIX = {"wan22-": WAN22, "wan-distilled-": DISTILLED, "flux-schnell-": SCHNELL}
+HUNYUAN = [Model("hunyuan-video", "HunyuanVideo", (1280, 720), 129)]
+HUNYUAN15 = [Model("hunyuan-video-1.5", "HunyuanVideo 1.5", (1280, 720), 121)]
+SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
+BY_FAMILY = {
+    "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
+    "skyreels-v2": SKYREELS,
+}  # fmt: skip
+FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
+    *(
+        ("flux-clear-r16", m, "made for distilled weights, which are not included: pictures change")
+        for m in FLUX
+    ),
+    *(("sd3-neighborhood", m, "window, stride and dense steps are ours, untried on this model") for m in SD3),
+    *(("wan-radial", m, "as published, training-free, there at 69 frames of 768p") for m in WAN),
+    ("wan22-radial", WAN22[0], "as published, training-free, there at 77 frames"),
+    ("hunyuan-video-radial", HUNYUAN[0], "as published, training-free, there at 117 frames of 768p"),
+    ("hunyuan-video-1.5-radial", HUNYUAN15[0], "HunyuanVideo's settings, not published for 1.5"),
+]
+FRONT_HEAD = (
+    "| model | size | attention | recipe | pairs computed | a step | a run | what is known of quality |",
+    "|---|---|---:|---|---:|---:|---:|---|",
+)
+PAGE_HEAD = (
+    "| recipe | model | size | tokens | pairs computed | blocks computed | dense steps | a step | a run |",
+    "|---|---|---|---:|---:|---:|---:|---:|---:|",
+)
+SHARES_HEAD = (
+    "| model | size | tokens | attention's share of the FLOPs | no pattern gains more than |",
+    "|---|---|---:|---:|---:|",
+)
+
+
+def cases() -> list[tuple[str, Model]]:
+    """Every preset that is not for a bundled model, at each of its family's sizes."""
+    found = []
+    for name in presets():
+        if not name.startswith("tiny-"):
+            special = (models for prefix, models in BY_PREFIX.items() if name.startswith(prefix))
+            models = next(special, BY_FAMILY[resolve(name).family])
+            found += [(name, model) for model in models]
+    return found
+
+
+def planned(recipe: str, model: Model) -> Plan:
+    """What is planned for a GPU, in bfloat16.
+
+    Raises:
+        ValueError: a pattern that does not fit the size.
+    """
+    size = {"size": model.size, "frames": model.frames, "steps": model.steps}
+    return plan(recipe, model=model.config, **size, device="cuda", dtype=torch.bfloat16)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+def front_table(page_rows: list[str], shares: list[str]) -> str:
+    """The README's table, from rows of the page's tables."""
+    of = {tuple(row[:3]): row for row in map(_cells, page_rows)}
+    share_of = {tuple(row[:2]): row[3] for row in map(_cells, shares)}
+    rows = []
+    for recipe, model, cost in FRONT:
+        _, _, _, _, pairs, _, _, step, run = of[f"`{recipe}`", model.title, model.where]
+        share = share_of[model.title, model.where]
+        rows.append(_row(model.title, model.where, share, f"`{recipe}`", pairs, step, run, cost))
+    return "\n".join([*FRONT_HEAD, *rows])
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def page_row(recipe: str, model: Model) -> str:
+    """A row of the page's table; of a size that the pattern refuses, the reason."""
+    try:
+        p = planned(recipe, model)
+    except ValueError as error:
+        return _row(f"`{recipe}`", model.title, model.where, f"refused: {error}", *[""] * 5)
+    cells = [f"`{recipe}`", model.title, model.where, f"{p.tokens:,}"]
+    cells += [f"{p.density:.1%}", f"{p.block_density:.1%}", f"{p.dense_steps} of {p.steps}"]
+    return _row(*cells, f"{p.step.ideal:.2f}x", f"{p.run.ideal:.2f}x")
+
+
+def shares_row(model: Model) -> str:
+    """How much of a dense step attention is, and what follows from that."""
+    config = model.config
+    transformer = config.transformer()
+    grid = config.grid(transformer, (model.frames or 1, *reversed(model.size)))
+    flops = config.flops(transformer, grid)
+    share = flops.attention / flops.total
+    tokens = config.layout(grid).seq_len
+    return _row(model.title, model.where, f"{tokens:,}", f"{share:.0%}", f"{1 / (1 - share):.2f}x")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Writes the tables into the README and the page."""
+    rows = []
+    for recipe, model in cases():
+        rows.append(page_row(recipe, model))
+        print(rows[-1], file=sys.stderr, flush=True)
+    shares = [shares_row(model) for model in (*FLUX, *SD3, *WAN, *WAN22, *HUNYUAN, *HUNYUAN15, *SKYREELS)]
+    page = {"recipes": "\n".join([*PAGE_HEAD, *rows]), "shares": "\n".join([*SHARES_HEAD, *shares])}
+    marked.write(PAGE, page)
+    marked.write(README, {"recipes": front_table(rows, shares)})
+
+
+if __name__ == "__main__":
+    main()

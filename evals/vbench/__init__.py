@@ -1,0 +1,1 @@
+"""VBench: prompts and file names, dimensions of our own, and its scores."""

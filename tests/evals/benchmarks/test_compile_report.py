@@ -1,0 +1,167 @@
+"""Kernel configurations compiled for every chip without a GPU; prints the table, fails over the limits.
+
+The installed Triton compiles them, and a second one where there is one: `make old-triton` makes its
+environment, or OTHER_TRITON_PYTHON names a Python that has it.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel import BlockMask
+from dit_accel.evals.benchmarks import compile_report
+from dit_accel.kernels.block_sparse.formats import FORMATS, key_group
+from dit_accel.kernels.block_sparse.triton import DTYPES, KEY_BLOCKS, QUERY_BLOCKS
+
+ROOT = Path(__file__).parents[3]
+OTHER = Path(os.environ.get("OTHER_TRITON_PYTHON", ROOT / ".venv-triton-3.6/bin/python"))
+
+
+triton_kernel = pytest.importorskip(
+    "dit_accel.kernels.block_sparse.triton_forward", reason="Triton is not installed"
+)
+pytestmark = pytest.mark.skipif(triton_kernel.INTERPRETED, reason="TRITON_INTERPRET is set: nothing compiles")
+
+
+@pytest.fixture
+def log(capsys):
+    """Prints through pytest's capture, so that the table is in every test log."""
+
+    def write(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}", end="", flush=True)
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", compile_report.CHIPS)
+def test_registers_stack_shared_memory_and_instructions(chip, log):
+    cases = [case for case in compile_report.GATE if case.chip == chip]
+    assert {case.head_dim for case in cases} == {64, 128}
+    log(compile_report.HEADER)
+    problems = {}
+    for case in cases:
+        row = compile_report.compile_case(case)
+        log(compile_report.line(row))
+        problems[str(case)] = row.problems()
+    assert not any(problems.values()), problems
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OTHER.exists(),
+    reason=f"no second Triton at {OTHER}: `make old-triton`, or set OTHER_TRITON_PYTHON to a Python with one",
+)
+def test_the_same_under_another_triton(tmp_path, log):
+    file = tmp_path / "report.json"
+    command = [OTHER, "-m", "dit_accel.evals.benchmarks.compile_report", "--gate", "--json", file]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    log(done.stdout)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    import triton
+
+    assert report["triton"] != triton.__version__
+    assert len(report["rows"]) == len(compile_report.GATE)
+
+
+def test_every_chip_has_as_many_configurations():
+    chips = [case.chip for case in compile_report.ALL]
+    assert len(set(compile_report.ALL)) == len(chips)
+    assert [chips.count(chip) for chip in compile_report.CHIPS] == [46, 52, 52, 52]  # sm_80 has no fp8
+    for chip in compile_report.CHIPS:
+        formats = {case.format for case in compile_report.GATE if case.chip == chip}
+        assert formats == {None, *FORMATS} - ({"int8-fp8"} if chip == "sm_80" else set())
+
+
+def test_limits_are_enforced():
+    options = {"TQ": 128, "TK": 64, "num_warps": 8, "num_stages": 5}
+
+    def problems(case, stack=0, shared=0, instructions=("mma.sync", "wgmma", "tcgen05")):
+        return compile_report.Row(case, options, 255, stack, shared, instructions).problems()
+
+    case = compile_report.Case("sm_90", 128, "bf16")
+    assert problems(case) == []
+    assert problems(case, stack=32) == []
+    assert problems(case, stack=40) == ["40 bytes of stack per thread, the limit is 32"]
+    assert problems(compile_report.Case("sm_90", 128, "fp32"), stack=40, instructions=()) != []
+    assert problems(compile_report.Case("sm_80", 64, "fp16"), stack=136) != []
+    assert problems(compile_report.Case("sm_120", 64, "fp16"), shared=99 * 1024 + 1) != []
+    assert problems(case, instructions=("mma.sync",)) == ["no wgmma in the machine code"]
+    assert problems(compile_report.Case("sm_90", 256, "fp32"), stack=4000, instructions=()) == []
+    quantized = compile_report.Case("sm_90", 128, "bf16", format="int8-fp8")
+    assert problems(quantized) == ["no products of s8", "no products of e4m3"]
+    row = compile_report.Row(case, options, 255, 0, 0, ("wgmma",), ("R1 is overwritten by MOV",), (4, 24))
+    assert row.problems() == [
+        "R1 is overwritten by MOV",
+        "multiplications are serialised: 4 waits in PTX, 24 in the machine code",
+    ]
+
+
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
+def test_every_launch_has_a_configuration(capability, dtype):
+    for head_dim in (1, 16, 24, 64, 72, 128, 129, 256):
+        for bq in QUERY_BLOCKS:
+            for bk in KEY_BLOCKS:
+                options = triton_kernel.config(head_dim, dtype, (bq, bk), capability)
+                assert bq % options["TQ"] == 0
+                assert bk % options["TK"] == 0
+                assert options["num_warps"] in (4, 8)
+                for format in FORMATS.values():
+                    options = triton_kernel.quantized_config(head_dim, dtype, format, (bq, bk), capability)
+                    assert bq % options["TQ"] == 0
+                    assert key_group(bk) % options["TK"] == 0
+                    assert format.weights is None or options["TK"] == key_group(bk)
+
+
+def test_torch_compile_sees_the_kernel(monkeypatch):
+    """Fullgraph; the kernel itself is in the graph, and only its two outputs count as written to."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def stop(graph, _example_inputs):
+        graphs.append(graph)
+        raise StopIteration("nothing to launch on")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    mask = BlockMask.from_token_mask(torch.rand(300, 300) < 0.5)
+    q, k, v = torch.randn(3, 2, 300, 3, 64).transpose(2, 3)
+
+    def attention(q, k, v):
+        return triton_kernel.attention(q, k, v, mask, scale=0.125, text_valid=None)
+
+    compiled = torch.compile(attention, fullgraph=True, backend=aot_autograd(fw_compiler=stop))
+    with compile_report.pretend_gpu((9, 0)), pytest.raises(Exception, match="nothing to launch on"):
+        compiled(q, k, v)
+    kernels = [n for n in graphs[0].graph.nodes if "triton_kernel_wrapper_functional" in str(n.target)]
+    assert len(kernels) == 1
+    assert kernels[0].kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr"]
+
+
+def test_report_writes_json(tmp_path, capsys, monkeypatch):
+    case = compile_report.Case("sm_80", 16, "fp16")
+    monkeypatch.setattr(compile_report, "ALL", (case,))
+    assert compile_report.main(["--json", str(tmp_path / "report.json")]) == 0
+    assert "mma.sync" in capsys.readouterr().out
+    text = (tmp_path / "report.json").read_text()
+    assert '"head_dim": 16' in text
+
+
+def test_the_report_lists_what_was_compiled():
+    case = compile_report.Case("sm_90", 128, "bf16")
+    options = {"TQ": 128, "TK": 64, "num_warps": 8, "num_stages": 2}
+    fine = compile_report.Row(case, options, 200, 0, 1024, ("wgmma",))
+    broken = compile_report.Row(case, options, 255, 4000, 1024, ("wgmma",), ("R1 is overwritten",), (4, 9))
+    text = compile_report.page("3.9", [fine, broken])
+    assert "Triton 3.9" in text
+    assert "2 configurations, 1 beyond a limit; 1 with an operand overwritten too early, 1 serialised" in text
+    assert text.count(compile_report.line(fine)) == 1

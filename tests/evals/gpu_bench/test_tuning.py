@@ -1,0 +1,58 @@
+"""The fastest launch: by the geometric mean over all cases, never by what was measured on some."""
+
+import pytest
+
+from dit_accel.evals.gpu_bench import cases, tuning
+from dit_accel.kernels.block_sparse.tuned import Launch
+
+DEFAULT, SMALL, LARGE = Launch(128, 64, 8, 5), Launch(64, 32, 4, 2), Launch(128, 32, 8, 3)
+HERE = {
+    "kind": "machine",
+    "capability": [9, 0],
+    "environment": {
+        "gpus": [{"name": "a GPU"}], "cpu": {"name": "a processor"}, "cuda": "12.8", "commit": "abc",
+        "packages": {"torch": "2.11.0", "triton": "3.6.0"},
+    },
+}  # fmt: skip
+
+
+def row(launch, case, ms, head_dim=128):
+    return {"launch": list(launch), "case": [case, ""], "ms": ms, "head_dim": head_dim, "element_bytes": 2}
+
+
+def test_by_the_geometric_mean():
+    rows = [row(DEFAULT, "a", 2.0), row(DEFAULT, "b", 10.0), row(SMALL, "a", 1.0), row(SMALL, "b", 16.0)]
+    assert tuning.choose(rows, DEFAULT) == (SMALL, pytest.approx((2 * 10 / 16) ** 0.5))
+
+
+def test_not_by_what_was_measured_on_some_cases():
+    rows = [row(DEFAULT, "a", 2.0), row(DEFAULT, "b", 10.0), row(SMALL, "a", 0.1)]
+    assert tuning.choose(rows, DEFAULT) == (DEFAULT, 1.0)
+
+
+def test_the_default_where_nothing_is_faster():
+    rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 2.0), row(LARGE, "a", 3.0)]
+    assert tuning.choose(rows, DEFAULT) == (DEFAULT, 1.0)
+
+
+def test_nothing_without_the_default():
+    assert tuning.choose([row(SMALL, "a", 1.0)], DEFAULT) is None
+    assert tuning.choose([], DEFAULT) is None
+
+
+def test_entries_say_what_they_were_measured_on():
+    rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 1.0), row(LARGE, "c", 1.0, head_dim=64)]
+    (entry,) = tuning.entries(rows, {128: DEFAULT, 64: DEFAULT}, HERE)
+    assert (entry.key, entry.launch, entry.gain) == (((9, 0), 2, 128), SMALL, 2.0)
+    assert (entry.gpu, entry.torch, entry.triton) == ("a GPU", "2.11.0", "3.6.0")
+    assert (entry.cuda, entry.commit) == ("12.8", "abc")
+
+
+def test_hopeless_launches_are_not_tried_again():
+    case = cases.SHAPES[0]
+    rows = [
+        {"launch": list(launch), "case": [case.name, case.preset], "ms": ms}
+        for launch, ms in ((SMALL, 1.0), (DEFAULT, 9.0), (LARGE, 1.2), (Launch(64, 64, 8, 2), 1.31))
+    ]
+    assert tuning.promising(rows, case, DEFAULT) == [DEFAULT, SMALL, LARGE]
+    assert tuning.promising([], case, DEFAULT) == [DEFAULT]
