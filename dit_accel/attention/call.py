@@ -75,12 +75,12 @@ class LayerAttention:
 
     @property
     def density(self) -> float:
-        """Computed pairs as a share of all."""
+        """Computed pairs as a share of all; pooled keys are no part of a pair of tokens."""
         return 1.0 if self.mask is None else self.mask.density
 
     @property
     def block_density(self) -> float:
-        """Pairs in computed blocks as a share of all."""
+        """Pairs in computed blocks as a share of all, and pooled keys: what a kernel pays."""
         return 1.0 if self.mask is None else self.mask.block_density
 
     @property

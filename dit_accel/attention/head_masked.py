@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from dit_accel.kernels import block_sparse_attention, pooled_density
+from dit_accel.kernels import block_sparse_attention
 from dit_accel.masks.block_mask import BlockMask
 from dit_accel.masks.per_head import join_heads
 
 from .call import AttentionCall, LayerAttention
+from .tail_densities import mask_densities
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +126,11 @@ class HeadMasked(LayerAttention):
 
     @property
     def density(self) -> float:
-        return self._mean([_block_density(p) if p.tail else p.mask.density for p in self.parts])
+        return self._mean([mask_densities(part.mask, part.tail)[0] for part in self.parts])
 
     @property
     def block_density(self) -> float:
-        return self._mean([_block_density(part) for part in self.parts])
+        return self._mean([mask_densities(part.mask, part.tail)[1] for part in self.parts])
 
     @property
     def nbytes(self) -> int:
@@ -168,8 +169,3 @@ class HeadMasked(LayerAttention):
             quantization=call.quantization,
             tail=part.tail or call.tail,
         )
-
-
-def _block_density(part: MaskedHeads) -> float:
-    """Pairs in computed blocks, and with pooled keys of a tail, as a share of all."""
-    return part.mask.block_density + (pooled_density(part.mask) if part.tail else 0.0)

@@ -73,10 +73,11 @@ class Online(LayerAttention):
 def tell(call: AttentionCall, mask: BlockMask) -> None:
     """Notes what a call computes, without waiting for the device: density and block density of its mask.
 
-    Pooled keys of a tail are among what blocks cost, as in `dit_accel.attention.tail_densities`.
+    With a tail as `dit_accel.attention.tail_densities` counts.
     """
     listed = mask.full.count.sum() + mask.partial.count.sum()
     blocks = listed.double() / (mask.num_groups * mask.num_rows * mask.num_cols)
     if call.tail is not None:
         blocks = blocks + achieved_pooled_density(mask)
+        mask = mask.with_whole_blocks()
     call.notes["achieved"] = torch.stack([mask.achieved_density(), blocks])

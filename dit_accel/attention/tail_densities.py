@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dit_accel.kernels import pooled_density
+from dit_accel.masks.block_mask import BlockMask
 
 from .call import LayerAttention
 
 
-def tail_densities(attention: LayerAttention, least: float = 0.0) -> tuple[float, float]:
-    """Density and block density under a tail, of what is known before a call.
+def mask_densities(mask: BlockMask, tail: str | None) -> tuple[float, float]:
+    """Density and block density of a mask, with a tail or without.
 
-    The first is the share of pairs of a query with a key of its own, in blocks that are computed whole; the
-    second what a kernel pays, in whole blocks, the means that stand for all other keys among them.
+    Pooled keys of a tail are no pairs of tokens: they are not in the first, which with a tail is that of
+    whole blocks, as these are computed whole. A kernel pays for them: they are in the second.
+    """
+    if tail is None:
+        return mask.density, mask.block_density
+    return mask.with_whole_blocks().density, mask.block_density + pooled_density(mask)
+
+
+def tail_densities(attention: LayerAttention, least: float = 0.0) -> tuple[float, float]:
+    """Density and block density under a tail, of what is known before a call, as in `mask_densities`.
 
     Args:
         least: pooled keys as a share of all, of an attention whose mask a call makes.
@@ -19,4 +28,4 @@ def tail_densities(attention: LayerAttention, least: float = 0.0) -> tuple[float
     mask = attention.mask
     if mask is None:
         return attention.density, attention.block_density + least
-    return mask.with_whole_blocks().density, attention.block_density + pooled_density(mask)
+    return mask_densities(mask, "pooled")

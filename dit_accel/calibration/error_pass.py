@@ -12,8 +12,8 @@ from dit_accel import kernels
 from dit_accel.attention.call import AttentionCall
 from dit_accel.attention.head_masked import HeadMasked
 from dit_accel.attention.layer_masks import LayerMasks
+from dit_accel.attention.tail_densities import mask_densities
 from dit_accel.bounded_dict import make_room
-from dit_accel.kernels import pooled_density
 from dit_accel.masks.orders import AXIS_ORDERS
 from dit_accel.patterns import StaticPattern
 from dit_accel.patterns.head_choice import HeadChoice
@@ -127,7 +127,7 @@ class ErrorPass:
         tails = ["pooled" if option.tail else None] * len(heads)
         calls = torch.arange(call.layout.seq_len, device="cpu")
         attention = HeadMasked.of([own[choice.pattern] for choice in heads], tails, calls)
-        each = {p: m.block_density + (pooled_density(m) if option.tail else 0.0) for p, m in own.items()}
+        each = {pattern: mask_densities(mask, tails[0])[1] for pattern, mask in own.items()}
         cost = torch.tensor([each[choice.pattern] for choice in heads], dtype=torch.float64, device="cpu")
         return attention, cost
 

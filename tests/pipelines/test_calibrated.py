@@ -69,6 +69,21 @@ def test_tails_count_in_densities(wan):
     assert densities[0] > densities[1]
 
 
+def test_one_rule_for_densities_with_a_tail(wan):
+    """Pooled keys are in the block density alone, whether recipe or calibration says where they are."""
+    found = calibrations.drawn_for(wan.pipe.transformer, GRID, steps=1, rows=1, tails=False)
+    everywhere = replace(found, tail=torch.ones_like(found.tail))
+    rows = []
+    for recipe in (Recipe(Calibrated(found), tail="pooled"), Recipe(Calibrated(everywhere))):
+        with accelerated(wan.pipe, replace(recipe, block_size=SIZE)):
+            wan.run(wan.pipe, steps=1)
+            rows.append(dit_accel.summary(wan.pipe).rows)
+    for name in ("density", "block_density"):
+        by_recipe, own = ([row[name] for row in table] for table in rows)
+        assert own == pytest.approx(by_recipe)
+    assert all(row["density"] < row["block_density"] < 1 for row in rows[1])
+
+
 def test_dense_layers_and_steps(wan, found):
     dense = wan.run(wan.pipe, steps=2)
     for recipe in (
