@@ -32,20 +32,36 @@ def kmeans(
         x: (B, H, S, D).
         centroids: to start from, (B, H, n, D).
         iterations: of both together, at least one.
-        drawn: int64 (n,), the tokens that the centroids are, where some may have been drawn twice: the first
-            of them gets all tokens, on every machine. Matrix products round equal columns differently.
+        drawn: int64 (n,), the tokens that the centroids are, where some may have been drawn twice: as long
+            as they are in one place the first of them gets all tokens, on every machine. Matrix products
+            round equal columns differently.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    centroids = centroids.to(x.dtype)
-    for iteration in range(iterations):
+    start = centroids = centroids.to(x.dtype)
+    first = None if drawn is None else (drawn[:, None] == drawn).int().argmax(1)
+    for _ in range(iterations):
         labels = nearest(x, centroids)
-        if iteration == 0 and drawn is not None:
-            labels = (drawn[:, None] == drawn).int().argmax(1)[labels]
+        if first is not None:
+            labels = _first_of_equals(first, centroids == start).gather(2, labels)
         sizes = torch.zeros(centroids.shape[:3], dtype=torch.int64, device=x.device)
         sizes.scatter_add_(2, labels, torch.ones_like(labels))
         sums = torch.zeros_like(centroids).scatter_add_(2, labels[..., None].expand(x.shape), x)
         centroids = torch.where(sizes[..., None] > 0, sums / sizes[..., None].clamp(min=1), centroids)
     return Clusters(centroids, labels, sizes)
+
+
+def _first_of_equals(first: torch.Tensor, unmoved: torch.Tensor) -> torch.Tensor:
+    """By centroid, the first that is in the same place for having been drawn there: int64 (B, H, n).
+
+    Args:
+        first: int64 (n,), the first that was drawn as the same token.
+        unmoved: bool (B, H, n, D), numbers of the centroids that are still those of that token.
+    """
+    unmoved, own = unmoved.all(-1), torch.arange(len(first), device=first.device)
+    first = first.expand(unmoved.shape)
+    places = torch.where(unmoved, own, len(own))
+    earliest = torch.full_like(places, len(own)).scatter_reduce(2, first, places, "amin")
+    return torch.where(unmoved, earliest.gather(2, first), own)
 
 
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:

@@ -143,12 +143,16 @@ def test_any_layout_and_number_of_clusters(layout, queries, keys, top_p):
 
 
 @pytest.mark.parametrize("low", [0, 1], ids=["first", "second"])
-def test_tokens_of_a_centroid_drawn_twice_go_to_the_first_however_products_round(monkeypatch, low):
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_tokens_of_a_centroid_drawn_twice_go_to_the_first_however_products_round(
+    monkeypatch, low, iterations
+):
+    """After the first iteration too, where all tokens of the cluster are the one that was drawn."""
     nearest = kmeans.nearest
 
     monkeypatch.setattr(kmeans, "nearest", lambda x, centroids: nearest(x, centroids) + low)
     x = torch.ones(1, 1, 5, 4)
-    found = kmeans.kmeans(x, x[:, :, [3, 3]], 1, torch.tensor([3, 3]))
+    found = kmeans.kmeans(x, x[:, :, [3, 3]], iterations, torch.tensor([3, 3]))
     assert found.sizes.tolist() == [[[5, 0]]]
 
 
