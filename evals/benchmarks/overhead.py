@@ -90,8 +90,8 @@ class BreakEven:
         return crossing([p.tokens for p in points], [self.speedup(p) for p in points])
 
     def speedup(self, point: Point) -> float:
-        """Of a layer's attention, with all it takes."""
-        return point.dense[1] / (point.sparse[1] + self.beside)
+        """Of a layer's attention, with all it takes; less than nothing beside its kernel is noise."""
+        return point.dense[1] / (point.sparse[1] + max(0.0, self.beside))
 
     @property
     def layer_ms(self) -> float | None:

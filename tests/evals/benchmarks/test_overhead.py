@@ -10,7 +10,7 @@ import torch
 
 from dit_accel import TokenLayout
 from dit_accel.evals.benchmarks import overhead
-from dit_accel.evals.benchmarks.scaling import Setting
+from dit_accel.evals.benchmarks.scaling import Curve, Point, Setting
 from dit_accel.evals.benchmarks.table import COLUMNS
 from dit_accel.patterns import Clear, Dense
 
@@ -30,6 +30,13 @@ TINY = Setting("cpu", torch.float32, 2, 16)
 def test_crossing(speedups, found):
     crossing = overhead.crossing([100, 400, 1600], speedups)
     assert crossing is None if found is None else crossing == pytest.approx(found)
+
+
+def test_less_than_nothing_beside_a_kernel_is_nothing():
+    """On a busy machine a layer may have seemed to take less than its kernel."""
+    points = [Point(n, 0.1, 0.1, (1, 1, 1), (2 / k, 2 / k, 2 / k)) for n, k in ((100, 1), (400, 4))]
+    noise, nothing = (overhead.BreakEven(0.1, Curve(None, tuple(points)), ms) for ms in (-3.0, 0.0))
+    assert noise.tokens == nothing.tokens == pytest.approx(200)
 
 
 @pytest.mark.parametrize("side", overhead.SIDES[2:])
