@@ -157,7 +157,7 @@ class Bench:
         if left < FEWEST:
             self._record(job, _left_out("no time left in its phase"))
             return
-        limit = schedule.SECONDS[self.device][phase]
+        limit = schedule.limit(self.device, phase, job)
         reason = worker.run(job, limit, left, lambda row: self._record(job, row))
         if reason is not None:
             self._record(job, _left_out(reason))

@@ -19,8 +19,9 @@ SHARES = {  # of the time left when a phase begins, against those that follow it
 }
 SECONDS = {  # that a job may take before its process is ended
     "cuda": dict(zip(PHASES, (100, 60, 60, 30, 90, 40), strict=True)),
-    "cpu": dict(zip(PHASES, (6, 10, 10, 10, 40, 10), strict=True)),
+    "cpu": dict(zip(PHASES, (120, 60, 60, 60, 120, 30), strict=True)),  # which may have other work to do
 }
+HANG = 6  # seconds for a job that is there to hang
 YARDSTICKS = {"cuda": ("sdpa-cudnn", "sdpa-flash"), "cpu": ("sdpa-flash", "sdpa-math")}
 PEERS = {  # on a CPU FlexAttention would compile for half a minute
     "cuda": ("flex", "flash-attn", "sageattention", "xformers"),
@@ -60,10 +61,19 @@ def of(device: str) -> Phases:
     )
 
 
+def limit(device: str, phase: str, job: Job) -> float:
+    """Seconds that a job may take before its process is ended."""
+    return HANG if job == _fault("hang") else SECONDS[device][phase]
+
+
 def faults() -> list[Job]:
     """What a rehearsal must survive: a process that hangs, one that crashes, and one whose GPU is lost."""
     kinds = ("hang", "crash", "an illegal memory access")
-    return [Job("fault", f"fault: {what}", {"what": what}) for what in kinds]
+    return [_fault(what) for what in kinds]
+
+
+def _fault(what: str) -> Job:
+    return Job("fault", f"fault: {what}", {"what": what})
 
 
 def _check(dtype: str, head_dims: list[int]) -> Job:
