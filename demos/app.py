@@ -105,6 +105,7 @@ def served(
             enable_monitoring=False,
             state_session_capacity=settings.caps.visitors,
             ssr_mode=False,
+            _frontend=False,  # that it asks for its own page first, for 3 s: too few on a busy machine
             app_kwargs={"middleware": [gate]},
             footer_links=["api"],
             theme=theme(),

@@ -12,7 +12,7 @@ FLAGS = [
 SMALL = {"Width": "64", "Height": "64", "Steps": "2"}
 RECIPE = "attention: {pattern: Clear, radius: 3}\ndense_steps: 1\n"
 RECIPE_OF_VIDEO = "attention: {pattern: Neighborhood, window: [2, 4, 4]}\n"
-PATIENCE = 90_000  # milliseconds, on a machine that does much else
+PATIENCE = 300_000  # milliseconds, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def browser():
         pytest.skip("no browser here: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright")
     with sync_api.sync_playwright() as tools:
-        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
         yield chromium
         chromium.close()
 
@@ -71,10 +71,17 @@ def open_page(browser, demo):
 
 
 @pytest.fixture(scope="session")
-def client(demo):
+def client_of():
+    """A visitor without a browser, by the address of a demo."""
     from gradio_client import Client
 
-    return Client(demo.address, verbose=False, download_files=False, httpx_kwargs={"timeout": 120})
+    patience = {"timeout": PATIENCE / 1000}
+    return lambda address: Client(address, verbose=False, download_files=False, httpx_kwargs=patience)
+
+
+@pytest.fixture(scope="session")
+def client(demo, client_of):
+    return client_of(demo.address)
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,9 @@ def test_those_of_the_results(settings, folder):
     assert calibrations.calibrations(replace(settings, results=folder / "none")) == {}
 
 
-def test_drawn_as_they_are(settings, folder):
-    from gradio_client import Client
-
+def test_drawn_as_they_are(settings, folder, client_of):
     with served(replace(settings, results=folder), quiet=True) as (address, _):
-        client = Client(address, verbose=False, download_files=False, httpx_kwargs={"timeout": 120})
-        picture, said = client.predict("wan/mixed.safetensors", api_name="/calibration")
+        picture, said = client_of(address).predict("wan/mixed.safetensors", api_name="/calibration")
         path = Path(picture["path"] if isinstance(picture, dict) else picture)
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(draw_choices(made.drawn((3, 4, 6)))))
         assert "density 0.4. Of 16 choices: " in said

@@ -43,7 +43,7 @@ def test_csv_files_are_tables_too(client):
 def test_the_command_prints_the_same_table(client):
     command = client.predict(SWEEP, api_name="/results")[-1]
     text = command.replace("dit-accel ", f"{sys.executable} -m dit_accel ", 1)
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True, timeout=900)
     assert done.stdout.strip() == result_files.markdown(result_files.load_all([RESULTS / SWEEP])).strip()
 
 
