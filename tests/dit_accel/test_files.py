@@ -128,7 +128,7 @@ def test_a_process_that_is_ended_leaves_nothing(tmp_path, number):
     process = writing(tmp_path / "video.mp4")
     assert len(list(tmp_path.iterdir())) == 1
     process.send_signal(number)
-    assert process.wait(30) == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    assert process.wait(300) == (143 if number == signal.SIGTERM else -signal.SIGINT)
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +136,7 @@ def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path
     path = tmp_path / "a [1].video.mp4"
     process = writing(path)
     process.kill()
-    process.wait(30)
+    process.wait(300)
     (left,) = tmp_path.iterdir()
     other = tmp_path / ".a [1].video-original.mp4"
     other.write_text("of somebody else")
@@ -152,7 +152,7 @@ def test_what_a_living_process_writes_is_left_to_it(tmp_path):
     write_text(tmp_path / "video.mp4", "ours")
     assert theirs.exists()
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(300)
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 

@@ -68,7 +68,7 @@ class Run(threading.Thread):
             self.result = error
 
     def joined(self):
-        self.join(60)
+        self.join(300)
         assert not self.is_alive()
         return self.result
 
@@ -133,7 +133,7 @@ class Pause:
     def _wait(self, *_):
         if not self.reached.is_set():
             self.reached.set()
-            assert self.go.wait(60)
+            assert self.go.wait(300)
 
     def remove(self):
         self._hook.remove()
@@ -147,7 +147,7 @@ def test_guidance_is_refused_in_a_second_thread(case, family):
         expected, pause = case.run(case.pipe), Pause(case.pipe.transformer)
         first = Run(case, around(case.pipe))
         first.start()
-        assert pause.reached.wait(60)
+        assert pause.reached.wait(300)
         with pytest.raises(UnavailableError, match=rf"two threads at once: thread '{first.name}' is in a"):
             case.run(case.pipe, seed=5)
         pause.go.set()

@@ -83,5 +83,5 @@ def test_a_command_that_is_ended_while_saving_leaves_nothing(tmp_path, number):
     assert process.stdout.readline() == "half\n"
     assert len(list(tmp_path.iterdir())) == 1
     process.send_signal(number)
-    assert process.wait(60) == (143 if number == signal.SIGTERM else 130)
+    assert process.wait(300) == (143 if number == signal.SIGTERM else 130)
     assert not list(tmp_path.iterdir())

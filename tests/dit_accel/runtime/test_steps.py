@@ -169,11 +169,11 @@ def test_threads_in_turn(others):
         ticks = []
         for t in timesteps:
             if not begins:
-                turns.wait(5)
+                turns.wait(300)
             ticks.append(tracker.tick(t))
             if begins:
-                turns.wait(5)
-            turns.wait(5)
+                turns.wait(300)
+            turns.wait(300)
         return ticks
 
     known = []
@@ -209,7 +209,7 @@ def test_threads_at_once(count):
 
     def work(i):
         own = pipe if i == 0 else CalledPipe(Euler(shift=1.0 + i))
-        start.wait(5)
+        start.wait(300)
         for steps in (4 + i, 9, 3 + 2 * i):
             ticks = own(tracker, steps, 2)
             expected = [step for step in range(steps) for _ in range(2)]
