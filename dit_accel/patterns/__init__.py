@@ -4,6 +4,7 @@ from .base import AxisWise, OnlinePattern, Pattern, StaticPattern
 from .by_noise import ByNoise
 from .calibrated import Calibrated
 from .chunk_causal import ChunkCausal
+from .chunk_growth import ChunkGrowth
 from .clear import Clear
 from .clustered import Clustered
 from .dense import Dense
@@ -23,6 +24,7 @@ __all__ = [
     "ByNoise",
     "Calibrated",
     "ChunkCausal",
+    "ChunkGrowth",
     "Clear",
     "Clustered",
     "Dense",

@@ -42,6 +42,7 @@ class Pattern:
     per_head = False  # whether each head sees its tokens in an order of its own
     file_fields: tuple[str, ...] = ()  # that in files of recipes are paths, relative to theirs
     notes: Sequence[str] = ()  # what summaries and plans say of it
+    causal_chunks: int | None = None  # frames of a chunk, of what chooses by content and sees none to come
     own_tail = False  # whether it says itself where there is a tail: then another is refused
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,9 +24,12 @@ class ChunkCausal(StaticPattern):
     Args:
         frames: of a chunk, in latent frames.
         base: a static pattern, or None for all of the pairs.
+        window: how many frames up to the end of its own chunk a chunk sees, as in models that forget what is
+            further past; None: all.
 
     Raises:
-        ValueError: frames that are not a positive integer, or a base with a tail of its own.
+        ValueError: frames that are not a positive integer, a window of less than a chunk, or a base with a
+            tail of its own.
         TypeError: a base that is no static pattern.
 
     Source: Yin et al., "From Slow Bidirectional to Fast Autoregressive Video Diffusion Models" (CausVid),
@@ -35,6 +38,7 @@ class ChunkCausal(StaticPattern):
 
     frames: int = 3
     base: Pattern | None = None
+    window: int | None = None
 
     @property
     def hides(self) -> bool:
@@ -43,6 +47,8 @@ class ChunkCausal(StaticPattern):
 
     def __post_init__(self):
         object.__setattr__(self, "frames", integer("frames", self.frames, 1))
+        if self.window is not None:
+            object.__setattr__(self, "window", integer("window", self.window, self.frames))
         if self.base is not None and not isinstance(self.base, StaticPattern):
             raise TypeError(
                 "`base` must be a static pattern, as what is chosen by content would be chosen among frames "
@@ -56,17 +62,21 @@ class ChunkCausal(StaticPattern):
 
     def rule(self, layout: TokenLayout) -> Rule:
         frame = layout.coordinates[:, 0].long()
-        chunks = torch.arange(layout.grid[0], device="cpu") // min(self.frames, layout.grid[0])
-        causal = FactorRule([Factor(frame, chunks[:, None] >= chunks)])
+        causal = FactorRule([Factor(frame, self._seen(layout.grid[0]))])
         if self.base is None or not self.base.sparse:
             return causal
         return BothRules(causal, self.base.rule(layout))
 
+    def _seen(self, frames: int) -> torch.Tensor:
+        """Which frames see which, bool (frames, frames)."""
+        size, frame = min(self.frames, frames), torch.arange(frames, device="cpu")
+        end = ((frame // size + 1) * size).clamp(max=frames)
+        seen = frame < end[:, None]
+        return seen if self.window is None else seen & (frame >= end[:, None] - min(self.window, frames))
+
     def visual_pairs(self, layout: TokenLayout) -> int:
-        frames, tokens = layout.grid[0], layout.grid[1] * layout.grid[2]
         if self.base is None or not self.base.sparse:
-            chunks = [min(self.frames, frames - at) for at in range(0, frames, self.frames)]
-            return tokens**2 * sum(n * sum(chunks[: i + 1]) for i, n in enumerate(chunks))
+            return (layout.grid[1] * layout.grid[2]) ** 2 * int(self._seen(layout.grid[0]).sum())
         alone = TokenLayout(layout.grid)
         return round(self.block_mask(alone, order="raster").density * alone.seq_len**2)
 
@@ -75,10 +85,10 @@ class ChunkCausal(StaticPattern):
         return list(self.base.natural_orders(layout)) if static else []
 
     def at_step(self, step: int, sigma: float | None = None, total: int | None = None) -> Pattern:
-        return self if self.base is None else ChunkCausal(self.frames, self.base.at_step(step, sigma, total))
+        return self if self.base is None else replace(self, base=self.base.at_step(step, sigma, total))
 
     @property
     def variants(self) -> Sequence[Pattern]:
         if self.base is None:
             return (self,)
-        return [ChunkCausal(self.frames, variant) for variant in self.base.variants]
+        return [replace(self, base=variant) for variant in self.base.variants]

@@ -28,6 +28,8 @@ def _plain(value: Any, files: bool) -> Any:
         return to_plain(value, files)
     if hasattr(value, "digest"):
         return value.file() if files else value.digest
+    if isinstance(value, float):  # as plain as it can be
+        return float(value)
     return [_plain(v, files) for v in value] if isinstance(value, (tuple, list)) else value
 
 

@@ -76,9 +76,19 @@ class Chunks:
             )
         named = layer.heads and not self.dense
         own = layer.heads if named else (Dense(),) * self.heads
-        restricted = {p: ChunkCausal(self.frames, p if p.sparse else None) for p in dict.fromkeys(own)}
+        restricted = {p: self._restricted(p) for p in dict.fromkeys(own)}
         heads = tuple(restricted[p] for p in own)
         return LayerPatterns(layer.name, heads, quantization=layer.quantization if named else None)
+
+    def _restricted(self, pattern: Pattern) -> Pattern:
+        if pattern.causal_chunks is None:
+            return ChunkCausal(self.frames, pattern if pattern.sparse else None)
+        if pattern.causal_chunks != self.frames:
+            raise ValueError(
+                f"this model's chunks have {self.frames} frames (`causal_block_size`), got {pattern} with "
+                f"{pattern.causal_chunks}; use frames_per_chunk={self.frames}"
+            )
+        return pattern
 
 
 def assign_patterns(recipe: Recipe, layers: list[str], heads: int) -> list[LayerPatterns]:

@@ -22,6 +22,7 @@ from dit_accel.masks.plot import shares
 from dit_accel.patterns import (
     ByNoise,
     ChunkCausal,
+    ChunkGrowth,
     Clear,
     Clustered,
     Dense,
@@ -95,6 +96,11 @@ EXAMPLES = {
     "rectified": Example(Rectified(mass=0.3, block_size=64), IMAGE, (0, 14, 12)),
     "skipping": Example(Skipping(-10, block_size=BLOCKS), IMAGE, (0, 14, 12), {"order": "tile"}),
     "chunk-causal": Example(ChunkCausal(frames=2), VIDEO, (2, 4, 9)),
+    "chunk-growth": Example(
+        ChunkGrowth(2, 0.3, 0.1, top_frames=1, block_size=(32, 16)),
+        replace(VIDEO, grid=(8, *VIDEO.grid[1:])),
+        (6, 4, 9),
+    ),
     "by-noise": Example(
         ByNoise({0.9: Dense(), 0.6: Radial(1.0, block_size=16), 0: Radial(0.25, block_size=16)}),
         VIDEO,
@@ -111,7 +117,7 @@ def _of_one_head(mask: BlockMask) -> BlockMask:
 
 
 def content(layout: TokenLayout) -> torch.Tensor:
-    """Queries, and keys alike, of a picture of two discs: float32 (1, 1, seq_len, 16), always the same."""
+    """Queries, and keys alike, of pictures of two discs: float32 (1, 1, seq_len, 16), always the same."""
     random = torch.Generator("cpu").manual_seed(0)
     _, rows, columns = layout.grid
     y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (rows, columns)), indexing="ij")
@@ -119,7 +125,7 @@ def content(layout: TokenLayout) -> torch.Tensor:
     place = near[0].long() + 2 * near[1].long()
     kinds = 4 * torch.randn(4, 16, generator=random, device="cpu", dtype=torch.float32)
     noise = torch.randn(layout.seq_len, 16, generator=random, device="cpu", dtype=torch.float32)
-    noise[layout.visual_slice] += kinds[place.flatten()]
+    noise[layout.visual_slice] += kinds[place.flatten()].repeat(layout.grid[0], 1)
     return noise[None, None]
 
 

@@ -26,6 +26,7 @@ from dit_accel.patterns import (
     ByNoise,
     Calibrated,
     ChunkCausal,
+    ChunkGrowth,
     Clear,
     Clustered,
     Dense,
@@ -115,6 +116,7 @@ CASES: dict[str, dict[str, Pattern | Mixture]] = {
     "video": {
         **BOTH,
         **CHOSEN,
+        "chunk-growth": ChunkGrowth(1, 0.3, 0.1, top_frames=1, block_size=(16, 16)),
         "neighborhood-dilation": Neighborhood((3, 2, 3), dilation=(1, 2, 2)),
         "neighborhood-causal": Neighborhood((2, 3, 3), is_causal=(True, False, False)),
         "sliding-tile": SlidingTile((1, 3, 1), (2, 2, 2)),
@@ -141,6 +143,7 @@ EXCLUDED = {
     ("video", Calibrated): "is for one model and size: test_calibrations_of_every_family",
     ("image", Skipping): "computes all in one step: dit_accel/attention/test_skipping.py",
     ("video", Skipping): "computes all in one step: dit_accel/attention/test_skipping.py",
+    ("image", ChunkGrowth): "sees one frame in full: it is dense",
     ("image", SparseVideoGen): "refuses one frame, as there would be nothing to choose",
 }
 

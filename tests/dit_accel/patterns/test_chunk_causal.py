@@ -48,6 +48,21 @@ def test_queries_of_the_last_chunk_under_a_cache():
     assert torch.equal(mask.to_token_mask().squeeze(), whole[72:])
 
 
+def test_window():
+    """Up to the end of a frame's own chunk, the last of which is shorter."""
+    pattern = ChunkCausal(3, Neighborhood((3, 3, 3)), window=4)
+    frame = torch.arange(7).repeat_interleave(24)
+    end = ((frame // 3 + 1) * 3).clamp(max=7)[:, None]
+    seen = (frame < end) & (frame >= end - 4)
+    alone = TokenLayout(LAYOUT.grid)
+    assert torch.equal(ChunkCausal(3, window=4).token_mask(alone), seen)
+    assert torch.equal(pattern.token_mask(alone), seen & Neighborhood((3, 3, 3)).token_mask(alone))
+    for one in (pattern, ChunkCausal(3, window=4)):
+        assert one.density(LAYOUT) == pytest.approx(one.token_mask(LAYOUT).double().mean().item(), abs=1e-12)
+    with pytest.raises(ValueError, match="`window` must be"):
+        ChunkCausal(3, window=2)
+
+
 def test_steps_go_to_the_base():
     moving = ChunkCausal(2, ShiftedWindow())
     assert moving.at_step(3) == ChunkCausal(2, ShiftedWindow().at_step(3))
