@@ -107,8 +107,7 @@ class ClusterRouted(LayerAttention):
         iterations = self.pattern.iterations[before is not None]
         start = before or (call.q[:, :, self.first[0]].detach(), call.k[:, :, self.first[1]].detach())
         found = tuple(
-            kmeans(x[:, :, visual], own, iterations, drawn if before is None else None)
-            for x, own, drawn in zip((call.q, call.k), start, self.first, strict=True)
+            kmeans(x[:, :, visual], own, iterations) for x, own in zip((call.q, call.k), start, strict=True)
         )
         if call.memory is not None:
             call.memory.keep(tuple(one.centroids for one in found), key)

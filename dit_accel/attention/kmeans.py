@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 _DISTANCES_AT_ONCE = 2**26  # that are in memory at a time
 
@@ -23,26 +24,18 @@ class Clusters(NamedTuple):
     sizes: torch.Tensor
 
 
-def kmeans(
-    x: torch.Tensor, centroids: torch.Tensor, iterations: int, drawn: torch.Tensor | None = None
-) -> Clusters:
+def kmeans(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Clusters:
     """Lloyd's algorithm: tokens go to the nearest centroid, centroids to the mean of their tokens.
 
     Args:
         x: (B, H, S, D).
         centroids: to start from, (B, H, n, D).
         iterations: of both together, at least one.
-        drawn: int64 (n,), the tokens that the centroids are, where some may have been drawn twice: as long
-            as they are in one place the first of them gets all tokens, on every machine. Matrix products
-            round equal columns differently.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    start = centroids = centroids.to(x.dtype)
-    first = None if drawn is None else (drawn[:, None] == drawn).int().argmax(1)
+    centroids = centroids.to(x.dtype)
     for _ in range(iterations):
-        labels = nearest(x, centroids)
-        if first is not None:
-            labels = _first_of_equals(first, centroids == start).gather(2, labels)
+        labels = first_equal(centroids).gather(2, nearest(x, centroids))
         sizes = torch.zeros(centroids.shape[:3], dtype=torch.int64, device=x.device)
         sizes.scatter_add_(2, labels, torch.ones_like(labels))
         sums = torch.zeros_like(centroids).scatter_add_(2, labels[..., None].expand(x.shape), x)
@@ -50,22 +43,23 @@ def kmeans(
     return Clusters(centroids, labels, sizes)
 
 
-def _first_of_equals(first: torch.Tensor, unmoved: torch.Tensor) -> torch.Tensor:
-    """By centroid, the first that is in the same place for having been drawn there: int64 (B, H, n).
+def first_equal(centroids: torch.Tensor) -> torch.Tensor:
+    """For each centroid the first that is equal to it, mostly itself: int64 (B, H, n).
 
-    Args:
-        first: int64 (n,), the first that was drawn as the same token.
-        unmoved: bool (B, H, n, D), numbers of the centroids that are still those of that token.
+    A token drawn twice starts two equal clusters, and stays in both while one is empty and the other is that
+    token alone. Matrix products round equal columns differently, each machine in its way.
     """
-    unmoved, own = unmoved.all(-1), torch.arange(len(first), device=first.device)
-    first = first.expand(unmoved.shape)
-    places = torch.where(unmoved, own, len(own))
-    earliest = torch.full_like(places, len(own)).scatter_reduce(2, first, places, "amin")
-    return torch.where(unmoved, earliest.gather(2, first), own)
+    bits = (centroids + 0.0).view(torch.int32 if centroids.dtype == torch.float32 else torch.int64)
+    powers = torch.arange(1, centroids.shape[3] + 1, device=centroids.device) * 0x1E3779B97F4A7C15 | 1
+    number, at = (bits * powers).sum(-1).sort(dim=-1, stable=True)
+    index = torch.arange(number.shape[2], device=number.device).expand_as(number)
+    same = F.pad(number[:, :, 1:] == number[:, :, :-1], (1, 0))
+    start = index.masked_fill(same, 0).cummax(-1).values
+    return torch.empty_like(at).scatter_(2, at, at.gather(2, start))
 
 
 def nearest(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The nearest centroid of each token, of equals the first: int64 (B, H, S)."""
+    """The nearest centroid of each token: int64 (B, H, S)."""
     half = centroids.square().sum(-1)[:, :, None] / 2
     at_once = max(1, _DISTANCES_AT_ONCE // (half.numel() or 1))
     # |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2)

@@ -142,18 +142,31 @@ def test_any_layout_and_number_of_clusters(layout, queries, keys, top_p):
     assert torch.equal(mask.to_token_mask(), expected_mask(pattern, q, k, layout, (16, 16))[1])
 
 
-@pytest.mark.parametrize("low", [0, 1], ids=["first", "second"])
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_tokens_of_a_centroid_drawn_twice_go_to_the_first_however_products_round(
-    monkeypatch, low, iterations
-):
-    """After the first iteration too, where all tokens of the cluster are the one that was drawn."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tokens_of_equal_centroids_go_to_the_first_however_products_round(monkeypatch, dtype):
+    """Those of a token drawn twice stay equal while one cluster is that token alone, the other empty."""
     nearest = kmeans.nearest
 
-    monkeypatch.setattr(kmeans, "nearest", lambda x, centroids: nearest(x, centroids) + low)
-    x = torch.ones(1, 1, 5, 4)
-    found = kmeans.kmeans(x, x[:, :, [3, 3]], iterations, torch.tensor([3, 3]))
-    assert found.sizes.tolist() == [[[5, 0]]]
+    def rounding(x, centroids):
+        """The last of equals, as matrix products may have it."""
+        equal = (centroids[:, :, None] == centroids[:, :, :, None]).all(-1).int()
+        last = equal.shape[2] - 1 - equal.flip(-1).argmax(-1)
+        return last.gather(2, nearest(x, centroids))
+
+    monkeypatch.setattr(kmeans, "nearest", rounding)
+    x = torch.tensor([0.0, 0.1, 0.2, 9.0, 7.0], dtype=dtype).view(1, 1, 5, 1).expand(1, 1, 5, 4)
+    found = kmeans.kmeans(x, x[:, :, [3, 0, 3, 4, 3]], 3)
+    assert found.labels.tolist() == [[[1, 1, 1, 0, 3]]]
+    assert found.sizes.tolist() == [[[1, 3, 0, 1, 0]]]
+
+
+def test_equal_centroids_are_found():
+    x = torch.randn(2, 3, 40, 8, generator=torch.Generator().manual_seed(0))
+    at = torch.randint(40, (2, 3, 60), generator=torch.Generator().manual_seed(1))
+    centroids = x.gather(2, at[..., None].expand(-1, -1, -1, 8))
+    expected = (at[..., None] == at[:, :, None]).int().argmax(-1)
+    assert torch.equal(kmeans.first_equal(centroids), expected)
+    assert torch.equal(kmeans.first_equal(x), torch.arange(40).expand(2, 3, 40))
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
@@ -162,9 +175,8 @@ def test_later_steps_start_from_the_previous_executed_one(family, request, monke
     case, calls = request.getfixturevalue(family), []
     original = clustered.kmeans
 
-    def spied(x, centroids, iterations, drawn):
-        assert (drawn is None) == (iterations == 1)
-        found = original(x, centroids, iterations, drawn)
+    def spied(x, centroids, iterations):
+        found = original(x, centroids, iterations)
         calls.append((centroids, iterations, found.centroids))
         return found
 
