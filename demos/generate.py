@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from dit_accel.generation import Request
 from dit_accel.recipe.recipe import Recipe
 
 from . import examples, exports, inputs, knobs, players, runs
@@ -132,11 +133,11 @@ def build(studio: Studio) -> None:
             **look_up,
         )
     both = compare.click(
-        bound(show_pair), model, [pair, single, video], api_name="show_pair", queue=False
-    ).then(bound(compare_both), given, results, api_name="compare", **work)
+        bound(show_pair), given, [pair, single, video], api_name="show_pair", **look_up
+    ).success(bound(compare_both), given, results, api_name="compare", **work)
     one = alone.click(
-        bound(show_single), model, [pair, single, video], api_name="show_single", queue=False
-    ).then(bound(generate_one), given, [single, *results[1:]], api_name="generate", **work)
+        bound(show_single), given, [pair, single, video], api_name="show_single", **look_up
+    ).success(bound(generate_one), given, [single, *results[1:]], api_name="generate", **work)
     cancel.click(bound(runs.cancel), api_name="cancel", queue=False, cancels=[both, one])
 
 
@@ -161,7 +162,7 @@ def model_changed(studio: Studio, model: Any) -> list[Any]:
         gr.Number(about.frames, visible=about.video or about.family is None),
         about.steps,
         about.guidance,
-        *show_pair(studio, model),
+        *_pair(model),
     ]
 
 
@@ -199,20 +200,24 @@ def numbers_chosen(studio: Studio, text: Any, numbers: Any) -> str:
     return inputs.DENSE if changed is None else changed.to_yaml()
 
 
-def _is_video(studio: Studio, model: Any) -> bool:
-    return examples.defaults(inputs.model(studio.settings, model)).video
+def show_pair(studio: Studio, *given: Any) -> list[Any]:
+    """Where a comparison will appear, of inputs that are checked before they wait for their turn."""
+    return _pair(_asked(studio, given, dense_too=True)[0])
 
 
-def show_pair(studio: Studio, model: Any) -> list[Any]:
-    """Where a comparison will appear."""
-    video = _is_video(studio, model)
+def show_single(studio: Studio, *given: Any) -> list[Any]:
+    """Where one picture will appear, likewise."""
+    video = _is_video(_asked(studio, given, dense_too=False)[0])
+    return [gr.ImageSlider(visible=False), gr.Image(visible=not video), gr.HTML(visible=video)]
+
+
+def _pair(model: str) -> list[Any]:
+    video = _is_video(model)
     return [gr.ImageSlider(visible=not video), gr.Image(visible=False), gr.HTML(visible=video)]
 
 
-def show_single(studio: Studio, model: Any) -> list[Any]:
-    """Where one picture will appear."""
-    video = _is_video(studio, model)
-    return [gr.ImageSlider(visible=False), gr.Image(visible=not video), gr.HTML(visible=video)]
+def _is_video(model: str) -> bool:
+    return examples.defaults(model).video
 
 
 # -- runs ----------------------------------------------------------------------------------------------------
@@ -269,24 +274,32 @@ def generate_one(
     return [*pictures, players.for_people(runs.figures(shown)), *export.values]
 
 
-def _made(
-    studio: Studio, given: tuple, browser: gr.Request, progress: gr.Progress, dense_too: bool
-) -> tuple[list[runs.Shown], exports.Export]:
-    """What was made, dense first if that too, and what makes the last of it again."""
+def _asked(
+    studio: Studio, given: tuple, dense_too: bool
+) -> tuple[str, Request, Recipe | None, list[tuple[str, Recipe | None]]]:
+    """Model, request, recipe, and what to make by its name, dense first if that too."""
     settings = studio.settings
     model, prompt, recipe, *numbers = given
     model = inputs.model(settings, model)
     chosen = inputs.recipe(recipe, settings.caps)
     asked = inputs.request(settings, model, prompt, *numbers)
-    pairs = [] if chosen is None else [(ACCELERATED, chosen)]
+    pairs: list[tuple[str, Recipe | None]] = [] if chosen is None else [(ACCELERATED, chosen)]
     if dense_too or chosen is None:
         pairs.insert(0, (runs.DENSE, None))
     if dense_too and chosen is None:
         raise ValueError("Choose a recipe to compare with dense attention.")
+    return model, asked, chosen, pairs
+
+
+def _made(
+    studio: Studio, given: tuple, browser: gr.Request, progress: gr.Progress, dense_too: bool
+) -> tuple[list[runs.Shown], exports.Export]:
+    """What was made, and what makes the last of it again."""
+    model, asked, chosen, pairs = _asked(studio, given, dense_too)
     session = studio.sessions.of(browser.session_hash)
     request, shown = runs.run(studio, session, model, asked, pairs, progress)
     fps = runs.FPS if shown[0].video else None
-    return shown, exports.of_run(settings, model, request, chosen, fps)
+    return shown, exports.of_run(studio.settings, model, request, chosen, fps)
 
 
 TAB = Tab("Generate", build)

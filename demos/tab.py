@@ -78,7 +78,7 @@ def told(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     return answer
 
 
-def _message(text: str, title: str, seconds: float = 8) -> gr.Error:
+def _message(text: str, title: str, seconds: float = 30) -> gr.Error:
     """As text, never as markup: it may quote what a visitor wrote."""
     short = text if len(text) <= 600 else text[:600] + "…"
     return gr.Error(html.escape(short.replace("`", "")), duration=seconds, title=title, print_exception=False)

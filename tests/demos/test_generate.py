@@ -160,6 +160,17 @@ def test_two_visitors_at_once_and_the_second_sees_its_place(open_page, make_smal
     assert two.locator("#pair img").count() == 2
 
 
+def test_bad_input_is_told_before_it_waits_for_its_turn(open_page, make_small, demo):
+    assert demo.studio.worker._lock.acquire(timeout=60)
+    try:
+        page = open_page()
+        make_small(page, Width="100000")
+        page.locator("#compare").click()
+        page.get_by_text("Width must be a whole number").first.wait_for()
+    finally:
+        demo.studio.worker._lock.release()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
