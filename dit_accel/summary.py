@@ -77,6 +77,8 @@ def _titles(handle: Handle) -> list[str]:
         titles.append(line)
         if binding.sparse_layers:
             titles.append(binding.speed().describe_break_even())
+        if binding.adapted is not None:
+            titles.append(binding.adapted.describe())
         if binding.branch is not None:
             forwards = binding.branch.run(handle.latest.run).forwards
             titles.append(binding.branch.describe(forwards))

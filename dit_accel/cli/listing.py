@@ -72,6 +72,7 @@ def _summary(recipe: Recipe) -> str:
         for name in ("dense_layers", "dense_steps", "quantization", "tail")
         if (value := getattr(recipe, name)) not in (None, 0, ())
     ]
+    parts += [] if recipe.adapter is None else [f"adapter={recipe.adapter.file()}"]
     return ", ".join(parts)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from dit_accel.arguments import positive
 from dit_accel.attention.call import LayerAttention
@@ -24,8 +25,10 @@ from dit_accel.kernels import default_block_size, fastest_backend
 from dit_accel.masks.block_mask import BlockMask
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
+from dit_accel.recipe.adapter import TRANSFORMERS, Adapter
 from dit_accel.recipe.layer_patterns import LayerPatterns
 from dit_accel.recipe.recipe import Recipe, resolve
+from dit_accel.runtime.adapted import Adapted
 from dit_accel.runtime.binding import Binding
 from dit_accel.runtime.geometry import backend
 from dit_accel.runtime.measured_speed import MeasuredSpeed, measured_speed
@@ -188,7 +191,8 @@ def plan(
     elsewhere = recipe.backend == "auto" and device != "cpu"
     used = fastest_backend(device) if elsewhere else backend(recipe, device, dtype, head_dim)
     rates = rates.of_backend(used, device)
-    binding = Binding(transformer, model_config.description, built, StepTracker(), torch.device("cpu"), rates)
+    cpu, adapted = torch.device("cpu"), _adapted(recipe, model_config, transformer)
+    binding = Binding(transformer, model_config.description, built, StepTracker(), cpu, rates)
     if shift is not None:
         model_config = dataclasses.replace(model_config, shift=float(positive("shift", shift)))
     levels = model_config.noise_levels(steps, layout.visual_len) if recipe.needs_noise else [None] * steps
@@ -198,6 +202,7 @@ def plan(
     of_steps = [_at(binding, layout, moment, count) for moment, count in changes.items()]
     found = of_steps[-1].found
     flops = model_config.flops(transformer, grid)
+    lora = 0 if adapted is None else _with_lora(model_config, transformer, grid, adapted) - flops.total
     dense_steps = steps - len(sparse)
     pairs = zip(found.attentions or (), found.layouts, strict=found.attentions is not None)
     attention, of_mask = next((pair for pair in pairs if pair[0] is not None), (None, layout))
@@ -223,10 +228,13 @@ def plan(
         layers=_layers(of_steps[-1].layers, found),
         orders=found.orders,
         flops=flops,
-        **speedups(binding, of_steps, flops, rates, dense_steps / steps),
+        **speedups(binding, of_steps, flops, rates, dense_steps / steps, lora),
         memory=_memory(binding, of_steps, dtype),
         rates=rates,
-        notes=_notes(model_config, binding, rates, layout.seq_len, found.sampled),
+        notes=(
+            *_notes(model_config, binding, rates, layout.seq_len, found.sampled),
+            *([] if adapted is None else [_of_adapter(adapted, lora, flops)]),
+        ),
         layer_attention=attention,
         layout=of_mask,
     )
@@ -254,6 +262,38 @@ def _pixels(model_config: ModelConfig, size: tuple[int, int] | None, frames: int
     if min(chosen) < 1:
         raise ValueError(f"frames, height and width must be positive, got {chosen}")
     return chosen
+
+
+def _adapted(recipe: Recipe, model_config: ModelConfig, transformer: nn.Module) -> Adapted | None:
+    """The recipe's LoRA, checked against every transformer of the model, which are alike; one of them."""
+    if not isinstance(recipe.adapter, Adapter):
+        return None
+    parts = recipe.adapter.parts_of(TRANSFORMERS[: model_config.transformers])
+    checked = [Adapted(transformer, part, recipe.adapter.file()) for part in parts.values()]
+    return checked[0]
+
+
+def _with_lora(model_config: ModelConfig, transformer: nn.Module, grid: Size, adapted: Adapted) -> int:
+    """FLOPs of a call with the LoRA."""
+    layers = adapted.part.layers
+    meta = {
+        name: (
+            torch.empty(own.rank, own.inputs, device="meta"),
+            torch.empty(own.outputs, own.rank, device="meta"),
+        )
+        for name, own in layers.items()
+    }
+    adapted.attach(meta)
+    try:
+        return model_config.flops(transformer, grid).total
+    finally:
+        adapted.detach()
+
+
+def _of_adapter(adapted: Adapted, lora: int, flops: Flops) -> str:
+    return (
+        f"{adapted.describe()}, {lora / flops.total:.2%} more FLOPs at every step, counted in the speed-ups"
+    )
 
 
 # -- what it does --------------------------------------------------------------------------------------------
@@ -302,9 +342,17 @@ def _layers(layers: list[LayerPatterns], found: LayerDensities) -> tuple[Layers,
 
 
 def speedups(
-    binding: Binding, of_steps: list[AtSteps], flops: Flops, rates: MeasuredSpeed, dense_share: float
+    binding: Binding,
+    of_steps: list[AtSteps],
+    flops: Flops,
+    rates: MeasuredSpeed,
+    dense_share: float,
+    lora: int = 0,
 ) -> dict[str, Speedup]:
-    """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps."""
+    """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps.
+
+    `lora` are the FLOPs of an adapter, which the dense run that is compared with does without.
+    """
     # FLOPs of a mean step; of calls those that dense attention makes in their fixed time, of `own` those of
     # layers that are sparse at other steps
     sparse = paid = calls = own = 0.0
@@ -321,12 +369,14 @@ def speedups(
                 calls += rates.fixed * share / (binding.heads * found.layouts[i].seq_len ** 2)
             else:
                 own += share
-    kept = flops.attention - sparse + flops.rest / (rates.rest or ASSUMED_REST)
+    rest = rates.rest or ASSUMED_REST
+    kept, more = flops.attention - sparse + flops.rest / rest, lora / rest
 
     def at(efficiency: float, calls: float) -> tuple[float, float, float]:
         attention = sparse / (paid / efficiency + calls + own) if paid else 1.0
-        step = (sparse + kept) / (paid / efficiency + calls + own + kept)
-        return attention, step, 1 / (dense_share + (1 - dense_share) / step)
+        dense = sparse + kept
+        step = dense / (paid / efficiency + calls + own + kept + more)
+        return attention, step, 1 / (dense_share * (dense + more) / dense + (1 - dense_share) / step)
 
     measured_ones = rates.efficiency or ()
     answers = [at(efficiency, calls) for efficiency in measured_ones] or [(None,) * 3] * 3

@@ -24,6 +24,7 @@ from dit_accel.patterns import Pattern
 from dit_accel.patterns.plain import from_plain, to_plain
 
 from . import files
+from .adapter import Adapter
 from .noise import NoiseRange
 
 PRESETS = Path(__file__).parent / "presets"
@@ -54,6 +55,9 @@ class Recipe:
             keys and values (`dit_accel.kernels.block_sparse_attention`), or a mapping from layer selectors to
             `"pooled"` or None, later entries overriding earlier ones; None: they contribute nothing.
         guidance: a `HeadPerturbation` of `dit_accel.guidance`, or None.
+        adapter: LoRA that was tuned to the pattern, loaded and unloaded with it, beside any of the user's: a
+            PEFT folder, a safetensors file, a bundled name (`dit_accel.recipe.adapter.Adapter`), or None. It
+            acts at every step and in every layer that it names, dense ones too.
         guard: whether a run raises where its prediction turns NaN or infinite, instead of going on to a black
             picture (`dit_accel.NonFiniteError`, naming the layer).
         backend: kernel of `dit_accel.kernels.block_sparse_attention`.
@@ -75,6 +79,7 @@ class Recipe:
     quantization: str | Mapping[str, str | None] | None = None
     tail: str | Mapping[str, str | None] | None = None
     guidance: HeadPerturbation | None = None
+    adapter: Adapter | str | Path | None = None
     guard: bool = True
     backend: str = "auto"
     block_size: tuple[int, int] | None = None
@@ -102,6 +107,13 @@ class Recipe:
             raise TypeError(
                 "`guidance` must be a `HeadPerturbation` of `dit_accel.guidance` or None, got "
                 f"{shown(self.guidance)}"
+            )
+        if isinstance(self.adapter, str | Path):
+            object.__setattr__(self, "adapter", Adapter(self.adapter))
+        if not isinstance(self.adapter, Adapter | None):
+            raise TypeError(
+                "`adapter` must be the path of a LoRA folder or file, a bundled name or None, got "
+                f"{shown(self.adapter)}"
             )
         for name, known in (("tail", TAILS), ("quantization", (*quantizations(), None))):
             value = getattr(self, name)
@@ -179,6 +191,7 @@ class Recipe:
             formats = given.values() if isinstance(given, dict) else [given]
             label += "".join(f"+{one}" for one in dict.fromkeys(formats) if one)
             label += f"+{self.guidance.kind}" if self.guidance else ""
+            label += "+adapter" if self.adapter else ""
         digest = hashlib.sha1(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', label)[:48]}-{digest[:6]}"
 
@@ -264,6 +277,8 @@ class Recipe:
             data["attention"] = to_plain(self.attention, files)
         if self.guidance is not None:
             data["guidance"] = self.guidance.to_dict()
+        if isinstance(self.adapter, Adapter):
+            data["adapter"] = self.adapter.file() if files else self.adapter.digest
         return {key: _plain(value) for key, value in data.items()}
 
     @classmethod
@@ -294,7 +309,10 @@ class Recipe:
             guidance = files.read(path)
         if guidance is not None:
             guidance = HeadPerturbation.from_dict(guidance)
-        return cls(**{**data, "attention": attention, "guidance": guidance})
+        adapter = data.get("adapter")
+        if isinstance(adapter, str):
+            adapter = Adapter(adapter, folder)
+        return cls(**{**data, "attention": attention, "guidance": guidance, "adapter": adapter})
 
     def to_yaml(self) -> str:
         """This recipe as YAML text."""

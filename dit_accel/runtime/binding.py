@@ -20,10 +20,12 @@ from dit_accel.guidance.branch import Branch
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.pipelines.families.base import Family
 from dit_accel.pipelines.families.processors import Accelerated, accelerated
+from dit_accel.recipe.adapter import Part
 from dit_accel.recipe.layer_patterns import Chunks, LayerPatterns, assign_patterns
 from dit_accel.recipe.recipe import Recipe
 
 from . import checkpointing, guard
+from .adapted import Adapted
 from .dual_paths import DualPaths
 from .geometry import Geometry, backend, block_sizes, cheapest
 from .geometry_cache import GeometryCache
@@ -47,6 +49,7 @@ class Binding:
         name: the pipeline's name for the transformer.
         modules, layers: its attention layers, and what the recipe says of each.
         heads, head_dim: of its layers.
+        adapted: the recipe's LoRA in this transformer, or None.
         branch: of guidance, or None.
         paths: FreeSwim's two branches, or None.
         geometry, device, dtype: of the latest call, before one those that are expected.
@@ -62,6 +65,7 @@ class Binding:
         device: torch.device,
         speed: MeasuredSpeed | None = None,
         name: str = "transformer",
+        adapter: Part | None = None,
     ):
         self.transformer, self.family, self.recipe, self.steps = transformer, family, recipe, steps
         self.name = name
@@ -75,6 +79,9 @@ class Binding:
             pattern.check_model(family.name, list(self.modules), self.heads, self.head_dim)
         self.layers = assign_patterns(recipe, list(self.modules), self.heads)
         self._speed = speed
+        self.adapted: Adapted | None = None
+        if recipe.adapter is not None and adapter is not None:
+            self.adapted = Adapted(transformer, adapter, recipe.adapter.file())
         self.branch: Branch | None = None
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads, owner=self)
@@ -214,7 +221,9 @@ class Binding:
     # -- patching ------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Install processors and hooks on this transformer instance."""
+        """Install processors, hooks and the adapter on this transformer instance."""
+        if self.adapted is not None:
+            self.adapted.attach()
         for name in self.patched_layers:
             module = self.modules[name]
             self._processors[name] = accelerated(module.processor, self, name, self.family.processor)
@@ -235,7 +244,9 @@ class Binding:
             hidden_config().attach(self.transformer, self.family.hidden_config, owner=self)
 
     def detach(self) -> None:
-        """Put the original processors back and remove the hooks."""
+        """Put the original processors back and remove the hooks and the adapter."""
+        if self.adapted is not None:
+            self.adapted.detach()
         for name, processor in self._processors.items():
             processor.owner = None  # SD3's `unfuse_qkv_projections` puts back what it saw when it fused
             if self.modules[name].processor is processor:
@@ -260,6 +271,8 @@ class Binding:
             raise UnavailableError(_NO_EXPORT)
         self._check_parallel()
         self._check_processors()
+        if self.adapted is not None:
+            self.adapted.check()
         inputs = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
         tick = self.steps.tick(inputs["timestep"])
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)

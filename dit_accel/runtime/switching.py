@@ -18,6 +18,7 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
 from dit_accel.pipelines.families import family_of
 from dit_accel.pipelines.families.generic import Generic
+from dit_accel.recipe.adapter import Part
 from dit_accel.recipe.recipe import Recipe, resolve
 
 from .binding import Binding
@@ -166,7 +167,8 @@ def enable(
         The handle. Enabling again restores first. Nothing is changed when an error is raised.
 
     Raises:
-        ValueError: an unknown preset, a recipe of another family, or selectors that match no layer.
+        ValueError: an unknown preset, a recipe of another family, selectors that match no layer, or an
+            adapter that was made for another model.
         UnavailableError: a backend or option that cannot run here.
         TypeError: a target that is not a supported pipeline or transformer.
     """
@@ -178,7 +180,11 @@ def enable(
         # the old processors come off while the new recipe is checked, and back if it fails
         for earlier in previous:
             earlier.disable()
-        bindings = {name: _bind(target, name, t, recipe, steps, layout) for name, t in transformers.items()}
+        parts = {} if recipe.adapter is None else recipe.adapter.parts_of(tuple(transformers))
+        bindings = {
+            name: _bind(target, name, t, recipe, steps, layout, parts.get(name))
+            for name, t in transformers.items()
+        }
         _check_pag(target, bindings)
         handle = Handle(recipe, bindings, steps)
         handle._attach()
@@ -231,12 +237,18 @@ def _handles(transformers: Iterable[nn.Module]) -> list[Handle]:
 
 
 def _bind(
-    target: Any, name: str, transformer: nn.Module, recipe: Recipe, steps: StepTracker, layout: Any
+    target: Any,
+    name: str,
+    transformer: nn.Module,
+    recipe: Recipe,
+    steps: StepTracker,
+    layout: Any,
+    adapter: Part | None,
 ) -> Binding:
     family = family_of(transformer) if layout is None else Generic(layout)
     recipe.check_family(family.name, f"this is a {family.name} transformer")
     device = _execution_device(target, transformer)
-    return Binding(transformer, family, recipe, steps, device, name=name)
+    return Binding(transformer, family, recipe, steps, device, name=name, adapter=adapter)
 
 
 def _check_pag(target: Any, bindings: dict[str, Binding]) -> None:

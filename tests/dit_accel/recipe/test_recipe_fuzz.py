@@ -247,6 +247,7 @@ WRONG = {
     "dense_layers": ["all", "3", True, 1.5, [0.5], ["1"], {"0": 1}, [True], None],
     "dense_steps": ["all", "0.3", False, 1.5, [0.5], [None], {"0": 1}, None],
     "guidance": [3, True, ["a"], {"a": 1}],
+    "adapter": [3, True, ["a"], {"a": 1}, "none"],
     "tail": [True, 3, "yes", ["pooled"], {}, {"all": 3}],
     "guard": [None, 0, 1, "yes", [True]],
     "attention": [3, None, True, [], {}, {"all": 3}, {"all": None}, "dense"],

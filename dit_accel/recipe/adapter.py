@@ -1,0 +1,316 @@
+"""Adapters: what is tuned to a pattern, as LoRA beside the base weights, read from files that are checked.
+
+A LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021) adds
+``scale * B (A x)`` to the output of a linear layer, A (rank, in) and B (out, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.arguments import is_integer, is_number, shown
+from dit_accel.files import digest
+from dit_accel.json_files import from_json, read_json
+
+BUNDLED = Path(__file__).parent / "adapters"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRANSFORMERS = ("transformer", "transformer_2")  # as pipelines name them, and folders and keys of files
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_KEY = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
+_DTYPES = {"F16", "BF16", "F32"}
+# fields of PEFT's configuration that say nothing of what is computed: ranks are those of the tensors
+_ANY_VALUE = {
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "task_type"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"),
+    *("lora_dropout", "init_lora_weights", "qalora_group_size", "megatron_core", "lora_alpha", "use_rslora"),
+    *("peft_type", "ensure_weight_tying", "runtime_config"),
+}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA of one linear layer as its file announces it: sizes, not the numbers."""
+
+    rank: int
+    inputs: int
+    outputs: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """The LoRA of one transformer.
+
+    Attributes:
+        file: safetensors.
+        keys: names of A and B in the file, by the name of the linear layer in the transformer.
+        layers: what the file announces, by the same names.
+    """
+
+    file: Path
+    keys: Mapping[str, tuple[str, str]]
+    layers: Mapping[str, LowRank]
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A (rank, in) and B (out, rank) by layer, on the CPU, in the dtype of the file.
+
+        Raises:
+            ValueError: a file that changed since the recipe was made, or numbers that are not finite.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        found = {}
+        try:
+            with safe_open(str(self.file), "pt") as file:
+                for name, keys in self.keys.items():
+                    found[name] = file.get_tensor(keys[0]), file.get_tensor(keys[1])
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ValueError(f"{self.file} has changed since the recipe was made: {error!s:.300}") from None
+        for name, (a, b) in found.items():
+            own = self.layers[name]
+            if (*a.shape, *b.shape) != (own.rank, own.inputs, own.outputs, own.rank):
+                raise ValueError(
+                    f"{self.file} has changed since the recipe was made: {name} has other shapes"
+                )
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise ValueError(f"{self.file} is damaged: the LoRA of {name} is not finite")
+        return found
+
+    @property
+    def ranks(self) -> str:
+        """Of its layers: `"8"`, or `"4 to 16"`."""
+        ranks = [own.rank for own in self.layers.values()]
+        return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+
+
+class Adapter:
+    """LoRA that a recipe loads with its attention. Its files are checked here; numbers are read when it acts.
+
+    Args:
+        path: the name of a bundled one; a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`); a
+            folder of such folders called `transformer` and `transformer_2`, for pipelines of two; or a
+            `.safetensors` file as diffusers saves LoRA, with keys that may begin with `transformer.` or
+            `transformer_2.`.
+        folder: what a relative path is relative to.
+
+    Attributes:
+        path: absolute.
+        bundled: its name, or None.
+        parts: by the pipeline's name of the transformer; `""` where none is named.
+
+    Raises:
+        ValueError: nothing there, pickled weights, a damaged file, keys that are no LoRA of linear layers,
+            or options of PEFT that compute something else than LoRA.
+    """
+
+    def __init__(self, path: str | Path, folder: str | Path = "."):
+        name = str(path)
+        self.bundled = name if name in bundled() else None
+        self.path = BUNDLED / name if self.bundled else (Path(folder) / path).expanduser().absolute()
+        try:
+            self.parts = dict(_parts(self.path))
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise ValueError(f"`adapter` {shown(name)} cannot be read: {error!s:.300}") from None
+
+    def file(self) -> str:
+        """What a recipe file calls it: its bundled name, or its path."""
+        return self.bundled or str(self.path)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its contents, 16 hexadecimal digits."""
+        found = {
+            name: (digest(part.file), [own.scale for own in part.layers.values()])
+            for name, part in self.parts.items()
+        }
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+    def parts_of(self, names: tuple[str, ...]) -> dict[str, Part]:
+        """The parts for the transformers of a pipeline, by its names of them; some may have none.
+
+        Raises:
+            ValueError: a part for a transformer that is not there, or it is not said for which one it is.
+        """
+        if "" in self.parts and len(names) > 1:
+            raise ValueError(
+                f"adapter {self.file()} does not say for which transformer it is, and this pipeline has "
+                f"{' and '.join(names)}: make it a folder with a folder of each name"
+            )
+        unknown = sorted(set(self.parts) - {"", *names})
+        if unknown:
+            raise ValueError(
+                f"adapter {self.file()} is for {' and '.join(self.parts)}, and there is no {unknown[0]} "
+                "here; enable on the pipeline that has it"
+            )
+        return {name: self.parts[key] for name in names for key in ("", name) if key in self.parts}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.file()!r})"
+
+
+def bundled() -> list[str]:
+    """Names of the adapters that come with the library."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
+
+
+def write(
+    folder: Path, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float, about: str
+) -> None:
+    """Save LoRA of one rank as a PEFT folder, which PEFT and diffusers load as well.
+
+    Args:
+        folder: to write.
+        tensors: A (rank, in) and B (out, rank) by layer.
+        alpha: the scale times the rank.
+        about: of the metadata: what made it.
+    """
+    from safetensors.torch import save_file
+
+    from dit_accel.files import atomic
+    from dit_accel.json_files import write_json
+
+    rank = next(iter(tensors.values()))[0].shape[0]
+    pairs = {
+        f"base_model.model.{name}.lora_{letter}.weight": x.detach().cpu().contiguous()
+        for name, pair in tensors.items()
+        for letter, x in zip("AB", pair, strict=True)
+    }
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(pairs, str(temporary), metadata={"format": "pt", "dit_accel": about})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(tensors)}
+    write_json(folder / CONFIG, {**config, "bias": "none", "inference_mode": True})
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _parts(path: Path) -> Iterator[tuple[str, Part]]:
+    if path.is_file():
+        yield from _of_file(path)
+        return
+    folders = {name: path / name for name in TRANSFORMERS if (path / name).is_dir()}
+    flat = (path / CONFIG).exists() or (path / WEIGHTS).exists()
+    if not path.is_dir() or flat or not folders:
+        yield "", _of_folder(path)
+    else:
+        yield from ((name, _of_folder(one)) for name, one in folders.items())
+
+
+def _of_folder(folder: Path) -> Part:
+    """A PEFT folder."""
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    if not folder.is_dir():
+        known = f"; the bundled ones are {', '.join(bundled())}" if bundled() else ""
+        raise ValueError(f"`adapter` names {shown(str(folder))}, and there is no such file or folder{known}")
+    pickled = next((p for p in folder.iterdir() if p.suffix in _PICKLES), None)
+    if pickled is not None and not weights.is_file():
+        raise ValueError(_refuses_pickles(pickled))
+    if not config.is_file() or not weights.is_file():
+        missing = CONFIG if not config.is_file() else WEIGHTS
+        raise ValueError(f"`adapter` {folder} is no PEFT folder: it has no {missing}")
+    scale = _scale(read_json(config, "PEFT's configuration"), str(config))
+    keys, shapes, _ = _header(weights)
+    return _part(weights, keys, shapes, scale)
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, Part]]:
+    """A file as diffusers saves LoRA."""
+    if path.suffix in _PICKLES:
+        raise ValueError(_refuses_pickles(path))
+    keys, shapes, metadata = _header(path)
+    said = from_json(metadata.get("lora_adapter_metadata", "{}"))
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is damaged: its `lora_adapter_metadata` is no object")
+    of: dict[str, list[str]] = {}
+    for key in keys:
+        first = key.partition(".")[0]
+        of.setdefault(first if first in TRANSFORMERS else "", []).append(key)
+    if "" in of and len(of) > 1:
+        raise ValueError(f"{path} has keys with and without a transformer's name, such as {shown(of[''][0])}")
+    for name, own in of.items():
+        prefix = f"{name}." if name else ""
+        config = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
+        scale = _scale({"peft_type": "LORA", "lora_alpha": None, **config}, f"metadata of {path}")
+        yield name, _part(path, own, shapes, scale, prefix)
+
+
+def _refuses_pickles(path: Path) -> str:
+    return f"{path} is pickled, and could run anything when it is opened; save the adapter as safetensors"
+
+
+def _header(path: Path) -> tuple[list[str], dict[str, tuple[list[int], str]], dict[str, str]]:
+    """Keys, (shape, dtype) of each, and metadata of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            keys = list(file.keys())
+            slices = {key: file.get_slice(key) for key in keys}
+            shapes = {key: (list(x.get_shape()), str(x.get_dtype())) for key, x in slices.items()}
+            return keys, shapes, file.metadata() or {}
+    except (SafetensorError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error!s:.300}") from None
+
+
+def _scale(config: Any, where: str) -> Any:
+    """rank -> scale, by PEFT's configuration; an alpha of None is the rank."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(f"{where}: `adapter` must be LoRA, got `peft_type` {shown(kind)}")
+    given = {key: value for key, value in config.items() if key not in _ANY_VALUE and value}
+    given.pop("bias", None) if config.get("bias") == "none" else None
+    if given:
+        raise ValueError(f"{where}: LoRA with `{next(iter(given))}` is not supported, only plain LoRA")
+    alpha = config.get("lora_alpha", 8)  # PEFT's default
+    if alpha is not None and not is_number(alpha):
+        raise ValueError(f"{where}: `lora_alpha` must be a number, got {shown(alpha)}")
+    root = config.get("use_rslora", False)
+    return lambda rank: 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
+
+
+def _part(
+    file: Path, keys: list[str], shapes: Mapping[str, tuple[list[int], str]], scale: Any, prefix: str = ""
+) -> Part:
+    pairs: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _KEY.fullmatch(key.removeprefix(prefix))
+        if match is None:
+            raise ValueError(
+                f"{file} has the key {shown(key)}, which is no LoRA of a linear layer as PEFT and diffusers "
+                "name it (LAYER.lora_A.weight, LAYER.lora_B.weight)"
+            )
+        pairs.setdefault(match[1], {})[match[2]] = key
+    if not pairs:
+        raise ValueError(f"{file} is empty: it holds no LoRA")
+    layers = {}
+    for name, pair in pairs.items():
+        missing = next((letter for letter in "AB" if letter not in pair), None)
+        if missing is not None:
+            raise ValueError(f"{file} has no lora_{missing} of {name}")
+        (a, kind), (b, other) = (shapes[pair[letter]] for letter in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not all(is_integer(n) and n > 0 for n in (*a, *b)):
+            raise ValueError(
+                f"{file}: the LoRA of {name} has the shapes {a} and {b}, not those of linear layers"
+            )
+        if not {kind, other} <= _DTYPES:
+            raise ValueError(
+                f"{file}: the LoRA of {name} is in {kind} and {other}; save it in 16 or 32 bit floats"
+            )
+        layers[name] = LowRank(a[0], a[1], b[0], scale(a[0]))
+    return Part(file, {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, layers)
