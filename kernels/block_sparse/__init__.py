@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -71,5 +72,8 @@ def block_sparse_attention(
         log_choice(chosen.name, q.device.type, q.dtype, reasons[0] if reasons else None)
     if compiling and not chosen.is_looked_into(problem) and not problem.requires_grad:
         attend = partial(opaque.attend, chosen.name)  # otherwise the graph breaks
-    out, lse = attend(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
+    # each backend says itself in what it multiplies
+    mixed, kind = torch.is_autocast_enabled(q.device.type), q.device.type
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+        out, lse = attend(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
     return out if lse is None or not return_lse else (out, lse)

@@ -180,6 +180,18 @@ def test_gradients(text_valid, with_lse):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_autocast_changes_nothing_within(backend):
+    """Backends say themselves in what they multiply; gradients are the same too."""
+    case, answers = Case(100, torch.bfloat16, dim=16), []
+    for enabled in (False, True):
+        inputs = [x.requires_grad_() for x in case.inputs()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = block_sparse_attention(*inputs, case.mask(), backend=backend)
+        answers.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    assert all(map(torch.equal, *answers))
+
+
 def test_the_plan_is_made_once_per_mask(monkeypatch):
     case = Case(300)
     mask, (q, k, v) = case.mask(), case.inputs()
