@@ -170,7 +170,10 @@ def bundled() -> list[str]:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float, about: str
+    folder: Path,
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    alpha: float,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Save LoRA of one rank as a PEFT folder, which PEFT and diffusers load as well.
 
@@ -178,7 +181,7 @@ def write(
         folder: to write.
         tensors: A (rank, in) and B (out, rank) by layer.
         alpha: the scale times the rank.
-        about: of the metadata: what made it.
+        about: what made it, plain data, for `made_by.json` in the folder.
     """
     from safetensors.torch import save_file
 
@@ -192,9 +195,11 @@ def write(
         for letter, x in zip("AB", pair, strict=True)
     }
     with atomic(folder / WEIGHTS) as temporary:
-        save_file(pairs, str(temporary), metadata={"format": "pt", "dit_accel": about})
+        save_file(pairs, str(temporary), metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(tensors)}
     write_json(folder / CONFIG, {**config, "bias": "none", "inference_mode": True})
+    if about is not None:
+        write_json(folder / "made_by.json", about)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def drawn(transformer: nn.Module, seed: int = 7) -> dict[str, tuple[torch.Tensor
 
 def save(transformer: nn.Module, folder: Path, seed: int = 7) -> Path:
     """A PEFT folder of them."""
-    adapter.write(folder, drawn(transformer, seed), ALPHA, "drawn")
+    adapter.write(folder, drawn(transformer, seed), ALPHA)
     return folder
 
 

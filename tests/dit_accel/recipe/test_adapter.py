@@ -21,7 +21,7 @@ PAIR = {
 
 @pytest.fixture
 def folder(tmp_path):
-    module.write(tmp_path / "lora", PAIR, 3.0, "a test")
+    module.write(tmp_path / "lora", PAIR, 3.0)
     return tmp_path / "lora"
 
 
