@@ -26,24 +26,34 @@ def test_matches_the_specification(backend, case):
     check(case, backend)
 
 
+FLEX_CASES = [
+    Case(300, batch=2, block_size=(128, 64)),
+    Case(300, torch.bfloat16, strided=True, heads=3, per_head=True),
+    Case(300, batch=2, text=40, text_valid=(17, 0)),
+    Case(130, extra_keys=60),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(300, batch=2, block_size=(128, 64)),
-        Case(300, torch.bfloat16, strided=True, heads=3, per_head=True),
-        Case(300, batch=2, text=40, text_valid=(17, 0)),
-        Case(130, extra_keys=60),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", FLEX_CASES[1:3], ids=str)
+def test_compiled_flex_matches_the_specification(case):
+    """Each compiles for many seconds."""
+    check_flex(case)
+
+
+@pytest.mark.usefixtures("uncompiled_flex")
+@pytest.mark.parametrize("case", FLEX_CASES, ids=str)
 def test_flex_matches_the_specification(case):
+    check_flex(case)
+
+
+def check_flex(case):
     if can_run("flex", device="cpu", dtype=case.dtype, head_dim=case.dim, block_size=case.block_size):
         pytest.skip("FlexAttention does not run here")
     check(case, "flex", with_lse=False)
 
 
-ON_A_CPU = ["native", "gather", "reference", pytest.param("flex", marks=pytest.mark.slow)]
+ON_A_CPU = ["native", "gather", "reference", "flex"]
 PICTURE = TokenLayout((1, 11, 13), text_len=37, text_first=True)
 
 
@@ -57,6 +67,7 @@ PICTURE = TokenLayout((1, 11, 13), text_len=37, text_first=True)
     ids=["picture", "chunk-of-a-video"],
 )
 @pytest.mark.parametrize("backend", ON_A_CPU)
+@pytest.mark.usefixtures("uncompiled_flex")
 def test_orders_of_queries_and_keys_and_text_anywhere(backend, queries, keys, text):
     """Moved to kernel order and back, with padded text, every backend is the pattern in the model's order."""
     if can_run(backend, device="cpu", dtype=torch.float32, head_dim=16, block_size=(32, 16)):

@@ -1,7 +1,5 @@
 """FlexAttention stays compiled however many shapes and masks it meets."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -9,18 +7,6 @@ from torch._dynamo.utils import counters
 from dit_accel import BlockMask
 from dit_accel.kernels.block_sparse import flex, reference
 from dit_accel.kernels.block_sparse.problem import Problem
-
-
-@pytest.fixture
-def uncompiled_kernels(monkeypatch):
-    """The graphs of torch.compile, run as they are: seconds less for each mask."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    flex._compiled.cache_clear()
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    flex._compiled.cache_clear()
-    torch.compiler.reset()
 
 
 def attend(tokens: int) -> None:
@@ -32,7 +18,7 @@ def attend(tokens: int) -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_more_masks_than_pytorch_compiles_by_itself(uncompiled_kernels, caplog):
+def test_more_masks_than_pytorch_compiles_by_itself(uncompiled_flex, caplog):
     masks = torch._dynamo.config.recompile_limit + 2
     for number in range(masks):
         attend(128 + 32 * number)
@@ -40,7 +26,7 @@ def test_more_masks_than_pytorch_compiles_by_itself(uncompiled_kernels, caplog):
     assert "recompile_limit" not in caplog.text
 
 
-def test_the_last_resort_is_an_error_not_uncompiled_attention(uncompiled_kernels, monkeypatch):
+def test_the_last_resort_is_an_error_not_uncompiled_attention(uncompiled_flex, monkeypatch):
     monkeypatch.setattr(flex, "SHAPES", 2)
     for tokens in (128, 160):
         attend(tokens)

@@ -55,8 +55,19 @@ def test_rows_that_attend_nothing_are_zero_whatever_there_is(backend, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=SHORT.get)
+def test_rows_that_attend_nothing_are_zero_in_compiled_flex(dtype):
+    """It compiles for many seconds."""
+    check_nothing_in_flex(dtype)
+
+
+@pytest.mark.usefixtures("uncompiled_flex")
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_rows_that_attend_nothing_are_zero_in_flex(dtype):
+    check_nothing_in_flex(dtype)
+
+
+def check_nothing_in_flex(dtype):
     asked = {"device": "cpu", "dtype": dtype, "head_dim": CHANNELS, "block_size": (32, 16)}
     reason = can_run("flex", **asked)
     if reason:

@@ -72,7 +72,7 @@ CASES = {
         Case(1, 1, 1, 64, "bf16"),
         Case(1, 1, 63, 128, "bf16"),
         Case(1, 1, 128, 128, "fp16", block_size=(128, 128)),
-        Case(1, 1, 1027, 64, "bf16"),
+        Case(1, 1, 387, 64, "bf16"),
         Case(1, 1, 128, 16, "fp32"),
         Case(1, 1, 63, 24, "fp16", layout="permuted"),
         Case(1, 1, 63, 1, "fp32"),
@@ -205,8 +205,8 @@ def check_text_lengths():
     from dit_accel.kernels import block_sparse_attention
 
     torch.manual_seed(0)
-    mask = BlockMask.from_token_mask(torch.rand(130, 130) < 0.5, (64, 32), (100, 130))
-    q, k, v = torch.randn(3, 2, 1, 130, 16)
+    mask = BlockMask.from_token_mask(torch.rand(70, 70) < 0.5, (64, 32), (40, 70))
+    q, k, v = torch.randn(3, 2, 1, 70, 16)
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         spaced = torch.tensor([20, 30, 7, 30], dtype=dtype)
         for valid in (spaced[::2], spaced[:1].expand(2), spaced[::2].clone()):
