@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.bounded_dict import make_room
 from dit_accel.errors import UnavailableError
 from dit_accel.json_files import read_json
 from dit_accel.masks.layout import TokenLayout
@@ -161,11 +162,19 @@ class ModelConfig:
         return inputs
 
     def flops(self, transformer: nn.Module, grid: Size) -> Flops:
-        """Counts what the real forward computes, on the meta device.
+        """Counts what the real forward computes, on the meta device, once for each model and size.
 
         Raises:
             ValueError: a size that the transformer refuses (SD3 beyond its table of positions).
         """
+        key = (self, type(transformer), repr(transformer.config), grid)
+        if (known := _counted.get(key)) is None:
+            known = self._flops(transformer, grid)
+            make_room(_counted, most=16)
+            _counted[key] = known
+        return known
+
+    def _flops(self, transformer: nn.Module, grid: Size) -> Flops:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter, EveryConditionHolds(), torch.no_grad():
@@ -178,6 +187,9 @@ class ModelConfig:
         }
         other = _pairs(counts["Global"]) - sum(layers.values())
         return Flops(counter.get_total_flops(), layers, other)
+
+
+_counted: dict[Any, Flops] = {}  # what was counted lately: seconds for a model of many layers
 
 
 def _pairs(counts: dict[Any, int]) -> int:
