@@ -20,6 +20,7 @@ from .models import Size
 from .scenes import Scene, Split, layers, render, sample
 
 PLACE_WEIGHT = 0.3
+MEASURED = 64  # scenes that tell the latents' mean and deviation
 EMPTY_PROMPT = 0.1  # share of captions dropped, for classifier-free guidance
 LONG_PROMPT = 0.02  # share of steps with prompts padded to 512 tokens, the pipelines' default
 LONG_LENGTH = 512
@@ -188,7 +189,7 @@ def set_statistics(adapter: Adapter, size: Size, seed: int, device: torch.device
     """Measures the latents' mean and deviation over scenes of ``size`` for the adapter to normalise with."""
     frames, height, width = size
     rng = Draw(seed, "statistics").rng
-    drawn = [render(sample(rng, video=frames > 1), height, width, frames) for _ in range(64)]
+    drawn = [render(sample(rng, video=frames > 1), height, width, frames) for _ in range(MEASURED)]
     latents = torch.cat([adapter.posterior(pixels([one]).to(device)).mean for one in drawn])
     axes = [axis for axis in range(latents.ndim) if axis != 1]
     adapter.set_statistics(latents.mean(axes), latents.std(axes))

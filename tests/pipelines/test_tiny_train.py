@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dit_accel.pipelines.tiny import flow
 from dit_accel.pipelines.tiny.adapters import adapter
 from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize, balanced
 from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
@@ -18,6 +19,11 @@ SIZES = {
     "tiny-wan": (5, 32, 32),
     "tiny-hunyuan-video": (5, 32, 32),
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_scenes_to_measure(monkeypatch):
+    monkeypatch.setattr(flow, "MEASURED", 2)
 
 
 def short_curriculum(name: str, steps: int):
