@@ -67,15 +67,19 @@ class BlockRouted(LayerAttention):
         return self.density
 
     def resolved(self, call: AttentionCall) -> Masked:
-        return Masked(self._mask(self._moved(call)), self.arrangement)
+        return Masked(self._mask(self._moved(call)), self.arrangement, self._pv_threshold)
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         moved = self._moved(call)
-        out = Masked(self._mask(moved))(moved)
+        out = Masked(self._mask(moved), None, self._pv_threshold)(moved)
         return out if self.arrangement is None else self.arrangement.leave(out)
 
     def with_lse(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return self.resolved(call).with_lse(call)
+
+    @property
+    def _pv_threshold(self) -> float | None:
+        return getattr(self.pattern, "pv_threshold", None)  # Rectified has none
 
     def _moved(self, call: AttentionCall) -> AttentionCall:
         """The call with its tokens in the order of the blocks."""

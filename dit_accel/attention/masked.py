@@ -21,10 +21,12 @@ class Masked(LayerAttention):
     Attributes:
         mask: in an order of its own.
         arrangement: from the order of calls to that of the mask; None where they are the same.
+        pv_threshold: as of `dit_accel.kernels.block_sparse_attention`.
     """
 
     mask: BlockMask
     arrangement: Arrangement | None = None
+    pv_threshold: float | None = None
 
     def model_orders(self) -> list[torch.Tensor]:
         if self.mask.order is None:
@@ -66,6 +68,7 @@ class Masked(LayerAttention):
             backend=call.backend,
             quantization=call.quantization,
             tail=call.tail,
+            pv_threshold=self.pv_threshold,
         )
 
     def of_heads(self, call: AttentionCall, heads: list[int]) -> torch.Tensor:

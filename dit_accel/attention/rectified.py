@@ -122,7 +122,7 @@ class RectifiedAttention(AroundAnother):
             )
         inner: Any = self.inner.resolved(call)
         moved = inner.enter(call)
-        out = Masked(inner.mask)(moved)
+        out = Masked(inner.mask, None, getattr(inner, "pv_threshold", None))(moved)
         visual = self.layout.visual_len
         rectified = self._rectified(moved, inner.mask, out[:, :, :visual])
         return inner.leave(torch.cat([rectified, out[:, :, visual:]], 2))

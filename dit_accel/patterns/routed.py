@@ -12,7 +12,6 @@ from dit_accel.arguments import integer, is_number, positive, shown, switch
 from dit_accel.attention.block_grid import BlockGrid
 from dit_accel.attention.block_routed import BlockRouted
 from dit_accel.attention.block_scores import antidiagonal_weights, mean_weights, self_similarity, top_blocks
-from dit_accel.errors import UnavailableError
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.order_choice import order_of_blocks
 from dit_accel.masks.tiles import check_block_size
@@ -56,7 +55,10 @@ class Routed(OnlinePattern):
             dense attention.
         union: a static pattern; blocks that it attends to at all are always kept.
         block_size: tokens of a block of queries, and of keys: multiples of 16 and of 8.
-        pv_threshold: reserved; must be None in this version.
+        pv_threshold: SpargeAttn's: values of a chosen block are not added to the result where none of its
+            scores is within 2^-pv_threshold of its row's largest so far, see
+            `dit_accel.kernels.block_sparse.reference.skipped`; 50 as published, which leaves out next to
+            nothing. None: all are. No gradients; not in the backends gather and flex.
         refresh: executed steps of a run for which a choice is used, in each guidance branch by itself. More
             than 1 has an effect in runs without gradients, as pipelines make them: others may have other
             samples in every call.
@@ -64,7 +66,6 @@ class Routed(OnlinePattern):
     Raises:
         ValueError: values outside these forms, neither `top_k` nor `top_p`, or a `stride` that does not
             divide the blocks; when applied to a layout, a `union` that does not fit it.
-        UnavailableError: a `pv_threshold`.
 
     Sources: Zhang et al., "SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference", 2025; Xu
     et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", 2025; Zhu et al., "BiFormer:
@@ -107,10 +108,11 @@ class Routed(OnlinePattern):
         if self.score == "antidiagonal" and any(size % self.stride for size in self.block_size):
             raise ValueError(f"`stride` must divide `block_size` {self.block_size}, got {self.stride}")
         if self.pv_threshold is not None:
-            raise UnavailableError(
-                f"`pv_threshold` is not available in this version, got {shown(self.pv_threshold)}; use "
-                "pv_threshold=None, which computes the products that it would skip"
-            )
+            if not is_number(self.pv_threshold) or not self.pv_threshold > 0:
+                raise ValueError(
+                    f"`pv_threshold` must be a number above 0 or None, got {shown(self.pv_threshold)}"
+                )
+            object.__setattr__(self, "pv_threshold", float(positive("pv_threshold", self.pv_threshold)))
 
     # -- what is chosen --------------------------------------------------------------------------------------
 

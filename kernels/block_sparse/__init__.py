@@ -13,7 +13,7 @@ from dit_accel.masks.block_mask import BlockMask
 from . import custom_op as opaque
 from .backends import choose, joined, log_choice
 from .problem import Problem
-from .validation import check_tensors, checked_scale, checked_text_valid
+from .validation import check_tensors, checked_pv_threshold, checked_scale, checked_text_valid
 
 
 def block_sparse_attention(
@@ -28,6 +28,7 @@ def block_sparse_attention(
     backend: str = "auto",
     quantization: str | None = None,
     tail: str | None = None,
+    pv_threshold: float | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of each query to the keys that `mask` names, exact to the element.
 
@@ -50,6 +51,9 @@ def block_sparse_attention(
             term for every 256 keys, or 64 near what it computes, and computed blocks are computed whole
             (`kernels.block_sparse.tail`);
             None: they contribute nothing.
+        pv_threshold: SpargeAttn's: the values of a block of keys are not added to the result where no score
+            of a piece of the query block is within 2^-pv_threshold of the weight of its row's largest so far
+            (`reference.skipped`); a number above 0, 50 as published. None: all are added.
 
     Returns:
         out (batch, heads, seq_len, head_dim) in q's dtype; with `return_lse` also lse (batch, heads, seq_len)
@@ -57,13 +61,15 @@ def block_sparse_attention(
         whatever k and v hold. Rows that attend to what is not a number are not numbers.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit each other or the mask, or an unknown backend or tail.
+        ValueError, TypeError: tensors that do not fit each other or the mask, an unknown backend or tail, or
+            a `pv_threshold` that is no number above 0.
         UnavailableError: a backend that cannot run with these inputs; the message says why.
     """
     check_tensors(q, k, v, mask)
     text_valid = checked_text_valid(text_valid, q, mask)
     scale = checked_scale(scale, q.shape[3])
-    problem = Problem.of(q, k, v, mask, quantization=quantization, return_lse=return_lse, tail=tail)
+    asked = {"quantization": quantization, "return_lse": return_lse, "tail": tail}
+    problem = Problem.of(q, k, v, mask, **asked, pv_threshold=checked_pv_threshold(pv_threshold))
     chosen, reasons = choose(backend, problem)
     if chosen is None:
         raise UnavailableError(f"backend {backend!r} cannot run here: {joined(reasons)}")

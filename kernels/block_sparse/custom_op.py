@@ -39,7 +39,8 @@ def attend(
         q, k, v,
         full.start, full.count, full.index, partial.start, partial.count, partial.index, partial.tile,
         mask.tiles, mask.head_groups, text_valid,
-        *mask.block_size, *mask.text, scale, problem.return_lse, problem.quantization, problem.tail, backend,
+        *mask.block_size, *mask.text, scale, problem.return_lse, problem.quantization, problem.tail,
+        problem.pv_threshold, backend,
     )  # fmt: skip
     return out, lse if problem.return_lse else None
 
@@ -67,6 +68,7 @@ def _attend(
     return_lse: bool,
     quantization: str | None,
     tail: str | None,
+    pv_threshold: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = BlockMask(
@@ -81,14 +83,15 @@ def _attend(
     )
     _share_launch_data(mask)
     mask.validate()
-    problem = Problem.of(q, k, v, mask, return_lse=return_lse, quantization=quantization, tail=tail)
+    asked = {"return_lse": return_lse, "quantization": quantization, "tail": tail}
+    problem = Problem.of(q, k, v, mask, **asked, pv_threshold=pv_threshold)
     out, lse = named(backend).compute(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
     return out.contiguous(), lse.contiguous() if return_lse else q.new_empty(0)
 
 
 @_attend.register_fake
 def _(q, k, v, *others):
-    return_lse = others[-4]
+    return_lse = others[-5]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=dtype) if return_lse else q.new_empty(0)
     return q.new_empty(q.shape), lse

@@ -110,6 +110,7 @@ struct Job {
   float factor;  // of scores: scale * log2(e)
   int64_t group, products;  // in int8: keys that share a scale, and which instructions multiply (`Products`)
   float* channels;          // of each plane, (CHANNELS, stride), what `Channel` names
+  float pv_threshold;       // in base 2, below which no value is added (reference.py); infinite: none is left out
 };
 
 namespace {
@@ -172,11 +173,13 @@ struct Integers {
   }
 };
 
-// Scores of one row with KEYS keys to powers of two in place, below the row's largest so far.
+// Scores of one row with KEYS keys to powers of two in place, below the row's largest so far. Whether one of
+// them is above that by `threshold`.
 template <class Scores>
-__attribute__((always_inline)) inline void soften(float* scores, const Panel* panels, bool masked,
+__attribute__((always_inline)) inline bool soften(float* scores, const Panel* panels, bool masked,
                                                   int64_t row, int64_t bits_stride, Scores multiplied,
-                                                  float* top, float* sum, float* out, int64_t width) {
+                                                  float threshold, float* top, float* sum, float* out,
+                                                  int64_t width) {
   ivec bit;
   for (int i = 0; i < W; i++) bit[i] = 1 << i;
   vec x[VECTORS];
@@ -208,6 +211,7 @@ __attribute__((always_inline)) inline void soften(float* scores, const Panel* pa
     added += p;
   }
   store(sum, added);
+  return !(here + threshold <= *top);  // of no number, and always where the threshold is infinite
 }
 
 // A finished row: its result, and its log-sum-exp where wanted.
@@ -335,10 +339,12 @@ struct Single {
                     const Panel* panels, bool masked, int64_t row, Scratch& scratch) {
     const int64_t wide = width(job.dim);
     score<R>(q + row * job.q_stride[2], job.q_stride[2], k, job.dim, scratch.scores);
+    bool counts = false;
     for (int m = 0; m < R; m++)
-      soften(scratch.scores + m * KEYS, panels, masked, row + m, job.block_k / 8, Floats{job.factor},
-             scratch.top + row + m, scratch.sum + (row + m) * W, scratch.out + (row + m) * wide, wide);
-    weigh<R>(values, scratch.scores, wide, scratch.out + row * wide);
+      counts |= soften(scratch.scores + m * KEYS, panels, masked, row + m, job.block_k / 8,
+                       Floats{job.factor}, job.pv_threshold, scratch.top + row + m,
+                       scratch.sum + (row + m) * W, scratch.out + (row + m) * wide, wide);
+    if (counts) weigh<R>(values, scratch.scores, wide, scratch.out + row * wide);
   }
 
   static void begin(const Job&, int64_t, const float*, int64_t, Scratch&) {}
@@ -485,12 +491,13 @@ struct Tiles {
       _tile_stored(2, s + 32, 4 * KEYS);
       _tile_stored(3, s + 48, 4 * KEYS);
       BARRIER;
+      bool counts = false;
       for (int m = 0; m < 16 && row + m < rows; m++, s += KEYS) {
         const int64_t r = row + m;
-        soften(s, panels, masked, r, job.block_k / 8, Floats{job.factor}, scratch.top + r,
-               scratch.sum + r * W, scratch.out + r * wide, wide);
+        counts |= soften(s, panels, masked, r, job.block_k / 8, Floats{job.factor}, job.pv_threshold,
+                         scratch.top + r, scratch.sum + r * W, scratch.out + r * wide, wide);
       }
-      weigh(job, values, row, std::min<int64_t>(16, rows - row), scratch);
+      if (counts) weigh(job, values, row, std::min<int64_t>(16, rows - row), scratch);
     }
   }
 
@@ -724,12 +731,13 @@ struct Bytes : Rest {
     for (int64_t row = 0; row < rows; row += 16) {
       multiply((const int8_t*)scratch.q + row * deep, deep, keys, (int32_t*)scratch.scores);
       const int64_t here = std::min<int64_t>(16, rows - row);
+      bool counts = false;
       for (int64_t m = 0, r = row; m < here; m++, r++) {
         for (int i = 0; i < PANELS; i++) factors[i] = scratch.q_scale[r] * scales[i];
-        soften(scratch.scores + m * KEYS, panels, masked, r, job.block_k / 8, Integers{factors},
-               scratch.top + r, scratch.sum + r * W, scratch.out + r * wide, wide);
+        counts |= soften(scratch.scores + m * KEYS, panels, masked, r, job.block_k / 8, Integers{factors},
+                         job.pv_threshold, scratch.top + r, scratch.sum + r * W, scratch.out + r * wide, wide);
       }
-      Rest::weigh(job, values, row, here, scratch);
+      if (counts) Rest::weigh(job, values, row, here, scratch);
     }
   }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from .quantized import LOG2_E
 from .tail import Tail
 
 PANEL = 16  # keys that are packed together
+KEYS = 64  # keys that are computed at once
 PRODUCTS = ("plain", "vnni", "amx")  # of int8, from slow to fast
 POOLED_AT_ONCE = 64  # keys that a thread packs
 
@@ -33,6 +35,11 @@ def condition(problem: Problem) -> str | None:
         return f"native runs on a CPU only, got {problem.device.type!r}"
     if problem.block_size[1] % PANEL:
         return f"native needs key blocks of a multiple of {PANEL} tokens, got block size {problem.block_size}"
+    if problem.pv_threshold is not None and problem.block_size[1] % KEYS:
+        return (
+            f"native judges {KEYS} keys at once for `pv_threshold`, got block size {problem.block_size}; use "
+            f"key blocks of a multiple of {KEYS} tokens"
+        )
     return _reason()
 
 
@@ -44,7 +51,8 @@ def attend(
 
     bf16 stays bf16 where the processor multiplies its matrices (AMX), with scores, sums and results added up
     in fp32; elsewhere bf16, and fp16 always, are computed in fp32. Quantized, q and k are multiplied in int8
-    by the best instructions that the processor has, the rest as without.
+    by the best instructions that the processor has, the rest as without. For a `pv_threshold` it judges 64
+    keys for 6 rows, or 16 where tiles or int8 are multiplied.
     """
     library, _ = _library()
     tiles = q.dtype == torch.bfloat16 and library.has_tiles()
@@ -79,6 +87,7 @@ def attend(
         threads,
         scale * LOG2_E,
         *(group, PRODUCTS.index(products()), None if channels is None else channels.data_ptr()),
+        math.inf if problem.pv_threshold is None else problem.pv_threshold,
     )
     name = f"attend_{'int8_' if quantized else ''}{'bfloat16' if tiles else 'float32'}"
     getattr(library, name)(ctypes.byref(job))
@@ -115,6 +124,7 @@ class _Job(ctypes.Structure):
         ("factor", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("group", "products")),
         ("channels", ctypes.c_void_p),
+        ("pv_threshold", ctypes.c_float),
     ]
 
 
@@ -182,4 +192,5 @@ BACKEND = Backend(
     automatic_on=("cpu",),
     formats=("int8",),
     own_tail=True,
+    skips_values=True,
 )

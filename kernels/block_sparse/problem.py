@@ -32,6 +32,7 @@ class Problem:
         return_lse: whether the log-sum-exp is asked for.
         requires_grad: whether gradients are.
         tail: what keys contribute that are not computed, `"pooled"` or None.
+        pv_threshold: from which weight on the values of a block are not added (`reference.skipped`), or None.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Problem:
     return_lse: bool = False
     requires_grad: bool = False
     tail: str | None = None
+    pv_threshold: float | None = None
 
     @classmethod
     def of(
@@ -89,8 +91,9 @@ class Backend:
         formats: values of `quantization` that it computes, beside None.
         backward: whether it has gradients.
         traceable: whether `torch.compile` looks into it; if not, compiled code calls it as one operator.
-        own_tail: whether `attend` computes the tail; if not, and always where numbers are quantized, it is
-            computed beside it, of the numbers as given, and merged.
+        own_tail: whether `attend` computes the tail; if not, and always where numbers are quantized or values
+            skipped, it is computed beside it, of the numbers as given, and merged.
+        skips_values: whether it takes a `pv_threshold`.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Backend:
     backward: bool = False
     traceable: bool = False
     own_tail: bool = False
+    skips_values: bool = False
 
     def compute(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, **options: Any
@@ -114,7 +118,8 @@ class Backend:
 
     def merges_tail(self, problem: Problem) -> bool:
         """Whether the tail of the problem is computed beside it."""
-        return problem.tail is not None and not (self.own_tail and problem.quantization is None)
+        plain = problem.quantization is None and problem.pv_threshold is None
+        return problem.tail is not None and not (self.own_tail and plain)
 
     def is_looked_into(self, problem: Problem) -> bool:
         """Whether `torch.compile` looks into it; quantized attention it calls as one operator."""
@@ -125,6 +130,8 @@ class Backend:
         if problem.quantization is not None and problem.quantization not in self.formats:
             known = f"only {', '.join(map(repr, self.formats))}" if self.formats else "nor any other"
             return f"{self.name} does not compute quantization={problem.quantization!r}, {known}"
+        if problem.pv_threshold is not None and not self.skips_values:
+            return f"{self.name} does not skip values; use pv_threshold=None"
         if not 1 <= problem.head_dim <= MAX_HEAD_DIM:
             return f"head_dim must be between 1 and {MAX_HEAD_DIM}, got {problem.head_dim}"
         if problem.dtype not in self.dtypes:

@@ -14,6 +14,8 @@ values.
 Quantized, q, k and v are those of `quantized.py`, and exp is rounded as the format says (`Format.powers`),
 in the numerator and in the sum below it, so that weights add up to 1 and results over several sets of keys
 merge to that over all of them.
+
+With a `pv_threshold` numerators leave out what `skipped` says; denominators have everything.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def attention(
     scale: float,
     text_valid: torch.Tensor | None = None,
     tail: str | None = None,
+    pv_threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_sparse_attention` on the dense mask, in fp32 (float64 for float64 inputs). Needs S x S memory.
 
@@ -55,12 +58,14 @@ def attention(
     allowed = (dense_mask if tail is None else computed_keys)(mask, *q.shape[:2], text_valid)
     scores = (q @ k.mT * scale).masked_fill(~allowed, -math.inf)
     keys, values, number = (_no_tail if tail is None else _pooled)(k, v, mask, allowed, text_valid)
+    lost = None if pv_threshold is None else skipped(scores * LOG2_E, mask, pv_threshold)
     scores = torch.cat([scores, torch.einsum("bhsd,bhspd->bhsp", q, keys) * scale + number.log()], -1)
     nothing = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(nothing, 0.0)
     lse = scores.logsumexp(-1, keepdim=True)
     lse = lse.masked_fill(lse == math.inf, math.nan)  # no probability is infinity / infinity
     p, pooled = (scores - lse).exp().split([mask.kv_len, number.shape[-1]], -1)
+    p = p if lost is None else p.masked_fill(lost, 0.0)
     out = p @ v + torch.einsum("bhsp,bhspd->bhsd", pooled, values)
     return out.masked_fill(nothing, 0.0).to(dtype), lse.masked_fill(nothing, -math.inf).squeeze(-1)
 
@@ -75,6 +80,7 @@ def quantized_attention(
     scale: float,
     text_valid: torch.Tensor | None = None,
     smooth: bool = True,
+    pv_threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` in a numeric format; without `smooth` of keys that keep their mean, to show why."""
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -88,10 +94,50 @@ def quantized_attention(
     short = -mask.kv_len % given.group
     p = format.powers(F.pad(scores - top, (0, short), value=-math.inf), given.group)[..., : mask.kv_len]
     total = p.sum(-1, keepdim=True)
+    if pv_threshold is not None:
+        p = p.masked_fill(skipped(scores, mask, pv_threshold), 0.0)
     out = (p @ wide_v / total).masked_fill(nothing, 0.0)
     lse = ((top + total.log2()) / LOG2_E).masked_fill(nothing, -math.inf).squeeze(-1)
     out, lse = given.finished(out, lse)
     return out.to(dtype), lse
+
+
+def skipped(
+    scores: torch.Tensor, mask: BlockMask, threshold: float, piece: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Of which keys each query leaves the values out: bool, like scores.
+
+    A query block goes through its key blocks, the full ones first and then the partial ones, each in the
+    order of the keys, and keeps the largest score of every row so far. With m_local a row's largest score in
+    a block and m_new its largest so far, that block included, values are left out where
+
+        max over rows (m_local - m_new) + threshold <= 0
+
+    (SpargeAttn, arXiv 2502.18137). Kernels judge pieces of blocks where they compute these at once; what the
+    rule leaves out in whole blocks it leaves out in every piece of them.
+
+    Args:
+        scores: in base 2, -inf where not attended, (batch, heads, seq_len, kv_len).
+        piece: queries and keys that are judged together, a part of a block's; None: whole blocks.
+    """
+    (bq, bk), (rows, keys) = mask.block_size, piece or mask.block_size
+    batch, heads, queries, length = scores.shape
+    parts, cols = bk // keys, mask.num_cols
+    tiles = mask.block_tiles()
+    kind = torch.where(tiles == -2, 0, torch.where(tiles == -1, 2, 1))
+    order = kind.argsort(dim=-1, stable=True)  # (G, R, C)
+    order = (order[..., None] * parts + torch.arange(parts, device=order.device)).flatten(-2)
+    order = order[mask.group_of_heads(batch, heads).long()]
+    order = order.repeat_interleave(bq, 2)[:, :, :queries].expand(batch, heads, -1, -1)
+    largest = F.pad(scores, (0, cols * bk - length), value=-math.inf).unflatten(-1, (-1, keys)).amax(-1)
+    local = largest.gather(-1, order)
+    lag = (local - local.cummax(-1).values).nan_to_num(-math.inf, neginf=-math.inf)
+    lag = F.pad(lag, (0, 0, 0, -queries % bq), value=-math.inf).unflatten(2, (-1, bq))
+    lag = F.pad(lag, (0, 0, 0, -bq % rows), value=-math.inf).unflatten(3, (-1, rows)).amax(4, keepdim=True)
+    out = (lag + threshold <= 0).expand(-1, -1, -1, -1, rows, -1).flatten(3, 4)[:, :, :, :bq]
+    out = out.flatten(2, 3)[:, :, :queries]
+    judged = torch.zeros_like(out).scatter_(-1, order, out)
+    return judged.repeat_interleave(keys, -1)[..., :length]
 
 
 def dense_mask(
@@ -141,6 +187,7 @@ def _no_tail(k, v, mask: BlockMask, *_):
 
 
 def _attend(q, k, v, mask, problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    options["pv_threshold"] = problem.pv_threshold
     if problem.quantization is not None:
         return quantized_attention(q, k, v, mask, FORMATS[problem.quantization], **options)
     return attention(q, k, v, mask, tail=problem.tail, **options)
@@ -154,4 +201,5 @@ BACKEND = Backend(
     formats=tuple(FORMATS),
     backward=True,
     own_tail=True,
+    skips_values=True,
 )

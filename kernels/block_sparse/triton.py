@@ -22,9 +22,10 @@ def attend(
 
     if problem.quantization is not None:
         format = FORMATS[problem.quantization]
-        options = {"scale": scale, "text_valid": text_valid}
+        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
         return triton_forward.quantized_attention(q, k, v, mask, format, **options)
-    return triton_forward.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
+    options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
+    return triton_forward.attention(q, k, v, mask, **options)
 
 
 def condition(problem: Problem) -> str | None:
@@ -63,4 +64,5 @@ BACKEND = Backend(
     automatic_on=("cuda",),
     formats=tuple(FORMATS),
     traceable=True,
+    skips_values=True,
 )

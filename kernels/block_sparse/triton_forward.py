@@ -155,7 +155,7 @@ def _powers(s, factor, top, SCALED: tl.constexpr):
 @triton.jit
 def _stream(
     acc, m, total, q, k_ptr, v_ptr, k_s, v_s, first, last, idx_ptr, tile_ptr, words_ptr,
-    scale, k_scale_ptr, kv_len, hidden_start, hidden_stop,
+    scale, pv_threshold, k_scale_ptr, kv_len, hidden_start, hidden_stop,
     D: tl.constexpr, DP: tl.constexpr, TK: tl.constexpr, SPLIT: tl.constexpr, TILE_WORDS: tl.constexpr,
     GROUP: tl.constexpr, WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -163,6 +163,7 @@ def _stream(
 
     `scale` is one number; with a `GROUP` of keys that share one of `k_scale_ptr`, one of each query. With
     `WEIGHTS`, the largest of a group's, V is transposed. What is quantized is padded and needs no bounds.
+    `pv_threshold` is one of each query, -inf past the last, or None: `reference.skipped`.
     """
     cols = tl.arange(0, TK)
     d = tl.arange(0, DP)
@@ -204,28 +205,38 @@ def _stream(
         top = tl.max(s, 1) * factor  # [TQ]
         m_new = tl.maximum(m, top)
         alpha = tl.exp2(m - m_new)
+        if pv_threshold is not None:
+            counts = tl.max(top - m_new + pv_threshold, 0) > 0
         if WEIGHTS:
             top = tl.maximum(top, LOWEST)
             p = _powers(s, factor, top, PARTIAL) * WEIGHTS  # [TQ, TK]
-            v = tl.load(v_tile + start64)  # [DP, TK]
-            if v.dtype == tl.int8:
+            if v_ptr.dtype.element_ty == tl.int8:
                 p = p + ROUNDED - ROUNDED
                 codes = p.to(tl.int8)
             else:
-                codes = p.to(v.dtype)
+                codes = p.to(v_ptr.dtype.element_ty)
                 p = codes.to(tl.float32)
             share = tl.exp2(top - m_new) / WEIGHTS
             total = total * alpha + tl.sum(p, 1) * share
-            acc = (
-                acc * alpha[:, None] + tl.dot(codes, tl.trans(v)).to(tl.float32) * share[:, None]
-            )  # [TQ, DP]
+            acc = acc * alpha[:, None]
+            if pv_threshold is None:
+                v = tl.load(v_tile + start64)  # [DP, TK]
+                acc += tl.dot(codes, tl.trans(v)).to(tl.float32) * share[:, None]  # [TQ, DP]
+            elif counts:
+                v = tl.load(v_tile + start64)
+                acc += tl.dot(codes, tl.trans(v)).to(tl.float32) * share[:, None]
         else:
             p = _powers(s, factor, m_new, GROUP and PARTIAL)
             total = total * alpha + tl.sum(p, 1)
-            v = tl.load(
-                v_tile + start64 * v_s, mask=inside, other=None if inside is None else 0.0
-            )  # [TK, DP]
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            acc = acc * alpha[:, None]
+            if pv_threshold is None:
+                v = tl.load(
+                    v_tile + start64 * v_s, mask=inside, other=None if inside is None else 0.0
+                )  # [TK, DP]
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            elif counts:
+                v = tl.load(v_tile + start64 * v_s, mask=inside, other=None if inside is None else 0.0)
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         m = m_new
     return acc, m, total
 
@@ -239,7 +250,7 @@ def _forward(
     part_start_ptr, part_count_ptr, part_idx_ptr, part_tile_ptr, words_ptr, text_valid_ptr,
     q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, shift_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
-    scale, seq_len, kv_len, num_rows, heads, groups_b, text_start, text_stop,
+    scale, pv_threshold, seq_len, kv_len, num_rows, heads, groups_b, text_start, text_stop,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -280,18 +291,21 @@ def _forward(
     last_full = first_full + tl.load(full_count_ptr + block)
     last_part = first_part + tl.load(part_count_ptr + block)
 
+    if pv_threshold is not None:
+        pv_threshold = tl.where(rows < seq_len, pv_threshold, float("-inf"))
+
     m = tl.full([TQ], LOWEST, tl.float32)
     total = tl.zeros([TQ], tl.float32)
     acc = tl.zeros([TQ, DP], tl.float32)
     acc, m, total = _stream(
         acc, m, total, q, k_ptr, v_ptr, k_s, v_s, first_full, last_full, full_idx_ptr, part_tile_ptr,
-        words_ptr, scale, k_scale_ptr, kv_len, hidden_start, text_stop, D, DP, TK, BK // TK, BQ * (BK // 32),
-        GROUP, WEIGHTS, False,
+        words_ptr, scale, pv_threshold, k_scale_ptr, kv_len, hidden_start, text_stop,
+        D, DP, TK, BK // TK, BQ * (BK // 32), GROUP, WEIGHTS, False,
     )  # fmt: skip
     acc, m, total = _stream(
         acc, m, total, q, k_ptr, v_ptr, k_s, v_s, first_part, last_part, part_idx_ptr, part_tile_ptr,
-        words_ptr, scale, k_scale_ptr, kv_len, hidden_start, text_stop, D, DP, TK, BK // TK, BQ * (BK // 32),
-        GROUP, WEIGHTS, True,
+        words_ptr, scale, pv_threshold, k_scale_ptr, kv_len, hidden_start, text_stop,
+        D, DP, TK, BK // TK, BQ * (BK // 32), GROUP, WEIGHTS, True,
     )  # fmt: skip
 
     nothing = total == 0.0  # attended, and acc may be 0 * NaN
@@ -350,6 +364,7 @@ def attention(
     *,
     scale: float,
     text_valid: torch.Tensor | None,
+    pv_threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, like q, and the log-sum-exp of the scores (batch, heads, seq_len), fp32, natural log.
 
@@ -358,11 +373,12 @@ def attention(
     if not scale > 0:  # the kernel takes maxima before it scales
         q, scale = q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
     if INTERPRETED and q.dtype == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
-        out, lse = attention(q.float(), k.float(), v.float(), mask, scale=scale, text_valid=text_valid)
+        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold}
+        out, lse = attention(q.float(), k.float(), v.float(), mask, **options)
         return out.to(q.dtype), lse
     return _block_sparse_attention(
         _addressable(q), _addressable(k), _addressable(v), *mask_arguments(mask, *q.shape[:2]), text_valid,
-        scale, *mask.block_size, *mask.text,
+        scale, pv_threshold, *mask.block_size, *mask.text,
     )  # fmt: skip
 
 
@@ -382,8 +398,9 @@ def _addressable(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_arguments(
-    q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None, weights=None
-):
+    q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None, weights=None,
+    pv_threshold=None,
+):  # fmt: skip
     """Grid, positional and keyword arguments of `_forward`; see `mask_arguments` and `config`.
 
     With the inputs `quantized`, q, k and v are those that they were made of; `weights` are the format's.
@@ -400,7 +417,7 @@ def launch_arguments(
     args = (
         q, k, v, out, lse, *mask, text_valid, *extra,
         *(stride // align for stride in strides),
-        scale * math.log2(math.e), seq_len, kv_len, -(-seq_len // bq), heads,
+        scale * math.log2(math.e), pv_threshold, seq_len, kv_len, -(-seq_len // bq), heads,
         heads if len(groups) > 1 else 0, *text,
     )  # fmt: skip
     sizes |= {"D": head_dim, "DP": padded_head_dim(head_dim), "BQ": bq, "BK": block_size[1], "ALIGN": align}
@@ -416,11 +433,13 @@ def quantized_attention(
     *,
     scale: float,
     text_valid: torch.Tensor | None,
+    pv_threshold: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` in a numeric format."""
     if INTERPRETED and q.dtype == torch.bfloat16:  # which the interpreter does not know
         wide = (x.float() for x in (q, k, v))
-        out, lse = quantized_attention(*wide, mask, format, scale=scale, text_valid=text_valid)
+        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold}
+        out, lse = quantized_attention(*wide, mask, format, **options)
         return out.to(q.dtype), lse
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
@@ -433,6 +452,7 @@ def quantized_attention(
     grid, args, options = launch_arguments(
         q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
         quantized_config(q.shape[3], q.dtype, format, mask.block_size, capability), given, format.weights,
+        pv_threshold,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         _forward[grid](*args, **options, **({} if INTERPRETED else LAUNCH_OPTIONS))
@@ -461,6 +481,7 @@ def _block_sparse_attention(
     words: torch.Tensor,
     text_valid: torch.Tensor | None,
     scale: float,
+    pv_threshold: float | None,
     block_q: int,
     block_k: int,
     text_start: int,
@@ -474,8 +495,9 @@ def _block_sparse_attention(
         part_start, part_count, part_index, part_tile, words,
     )  # fmt: skip
     grid, args, options = launch_arguments(
-        q, k, v, out, lse, mask, text_valid, scale, (block_q, block_k), (text_start, text_stop), options
-    )
+        q, k, v, out, lse, mask, text_valid, scale, (block_q, block_k), (text_start, text_stop), options,
+        pv_threshold=pv_threshold,
+    )  # fmt: skip
     kernel = _forward if INTERPRETED else wrap_triton(_forward)
     if kernel is _forward:  # a launch; otherwise torch.compile records one, and knows fewer options
         with torch.cuda.device_of(q):

@@ -60,6 +60,19 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def checked_pv_threshold(threshold: float | None) -> float | None:
+    """The threshold as a float.
+
+    Raises:
+        ValueError: no finite number above 0.
+    """
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < threshold < math.inf:
+        raise ValueError(f"`pv_threshold` must be a finite number above 0 or None, got {threshold!r}")
+    return float(threshold)
+
+
 def checked_text_valid(
     text_valid: torch.Tensor | None, q: torch.Tensor, mask: BlockMask
 ) -> torch.Tensor | None:

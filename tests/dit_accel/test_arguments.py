@@ -126,7 +126,7 @@ ARGUMENTS = {  # of every pattern, good ones
         "stride": integers,
         "union": st.sampled_from([None, Clear(1), InwardWindow((1, 1))]),
         "block_size": st.tuples(st.sampled_from([16, 48, 64]), st.sampled_from([8, 48, 64])),
-        "pv_threshold": st.none(),
+        "pv_threshold": st.none() | numbers,
         "refresh": integers,
     },
     Skipping: {

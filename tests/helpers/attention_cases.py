@@ -11,6 +11,7 @@ from dit_accel import BlockMask
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.block_sparse import reference
 
+THRESHOLD = 6.0  # in base 2, of values that are left out of `far_apart`
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -204,3 +205,19 @@ QUANTIZED = [
     Case(300, batch=2, text=40, text_valid=(3, 0), density=0.0),
     Case(300, density=0.0),
 ]
+
+
+def far_apart(block_size, seq=200, keys=450, dim=32, dtype=torch.float64):
+    """Keys that differ by blocks in how large their scores are; full, partial and absent blocks."""
+    generator = torch.Generator().manual_seed(0)
+    q = 0.3 * torch.randn(2, 2, seq, dim, generator=generator, dtype=torch.float64)
+    k = 0.3 * torch.randn(2, 2, keys, dim, generator=generator, dtype=torch.float64)
+    q[..., 0] += 4
+    k[..., 0] += 40 * torch.rand(-(-keys // 32), generator=generator).repeat_interleave(32)[:keys]
+    v = torch.randn(2, 2, keys, dim, generator=generator, dtype=torch.float64)
+    (bq, bk) = block_size
+    kind = torch.randint(3, (2, -(-seq // bq), -(-keys // bk)), generator=generator)
+    kind = kind.repeat_interleave(bq, 1).repeat_interleave(bk, 2)[:, :seq, :keys]
+    bits = torch.where(kind == 2, torch.rand(kind.shape, generator=generator) < 0.3, kind == 1)
+    bits[:, 5] = False
+    return *(x.to(dtype) for x in (q, k, v)), BlockMask.from_token_mask(bits, block_size)

@@ -261,6 +261,7 @@ def test_recipes_are_written_and_read(name):
         ({"top_k": 0.5, "refresh": 0}, "`refresh` must be a positive integer"),
         ({"top_k": 0.5, "union": "sta"}, "`union` must be a static pattern"),
         ({"top_k": 0.5, "block_size": (100, 64)}, "`block_size`"),
+        ({"top_k": 0.5, "pv_threshold": -1}, "`pv_threshold` must be a number above 0 or None, got -1"),
         ({"top_k": 0.5, "crossing": 1}, "`crossing` must be True or False"),
     ],
 )
@@ -269,9 +270,22 @@ def test_bad_arguments(arguments, message):
         Routed(**arguments)
 
 
+def test_values_that_are_not_added():
+    """`pv_threshold` reaches the kernel, in a recipe's layer as in the function; no backend ignores it."""
+    layout = TokenLayout((1, 16, 16))
+    q, k, v = (x.float() for x in inputs(layout))
+    q[..., 0] += 4
+    k[..., :64, 0] += 8  # which all queries look at
+    plain, skipping = (Routed(top_k=1, block_size=(64, 64), pv_threshold=t) for t in (None, 1.0))
+    outs = [attention(q, k, v, one, layout, backend="reference") for one in (plain, skipping)]
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+    always = Routed(top_k=1, block_size=(64, 64), pv_threshold=200)
+    torch.testing.assert_close(attention(q, k, v, always, layout), outs[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnavailableError, match="gather does not skip values; use pv_threshold=None"):
+        attention(q, k, v, skipping, layout, backend="gather")
+
+
 def test_what_is_not_available_is_refused():
-    with pytest.raises(UnavailableError, match="`pv_threshold` is not available"):
-        Routed(top_k=0.5, pv_threshold=50)
     layout = TokenLayout((1, 8, 8))
     with pytest.raises(ValueError, match="`union` must attend to tokens alone"):
         Routed(top_k=0.5, union=Pooled()).density(layout)

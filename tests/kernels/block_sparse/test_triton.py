@@ -266,6 +266,23 @@ def check_quantized_numbers():
         torch.testing.assert_close(out, ones, rtol=1e-3, atol=0)
 
 
+def check_pv_threshold():
+    """As the specification: interpreted in fp32 a launch computes a mask's blocks of 64 x 32 at once."""
+    from attention_cases import THRESHOLD, far_apart
+
+    from dit_accel.kernels import block_sparse_attention
+
+    for format in (None, "int8", "int8-int8"):
+        q, k, v, mask = far_apart((64, 32), seq=100, keys=300, dtype=torch.float32)
+        options = {"quantization": format, "pv_threshold": THRESHOLD, "return_lse": True}
+        got = block_sparse_attention(q, k, v, mask, backend="triton", **options)
+        expected = block_sparse_attention(q, k, v, mask, backend="reference", **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
+        options["pv_threshold"] = None
+        plain, _ = block_sparse_attention(q, k, v, mask, backend="triton", **options)
+        assert (plain - got[0]).abs().max() > 4e-3
+
+
 def check_no_samples():
     from dit_accel.kernels import block_sparse_attention
 
@@ -339,6 +356,10 @@ def test_quantized_numbers_that_are_none(interpreter):
 
 def test_text_lengths_in_any_form(interpreter):
     interpreter("check_text_lengths")
+
+
+def test_values_that_a_threshold_leaves_out(interpreter):
+    interpreter("check_pv_threshold")
 
 
 @pytest.mark.parametrize("check", ["check_numbers", "check_no_samples"])
