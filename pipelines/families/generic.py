@@ -12,6 +12,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family
 from .processors import DISPATCH, not_reusable
+from .refused import why_refused
 
 Layout = TokenLayout | Callable[[dict[str, Any]], TokenLayout]
 
@@ -42,6 +43,8 @@ class Generic(Family):
         self._layout = layout
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
+        if reason := why_refused(transformer):
+            raise UnavailableError(f"{type(transformer).__name__} is not supported: {reason}")
         found = [
             module
             for module in transformer.modules()

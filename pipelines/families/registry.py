@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .refused import why_refused
+
 if TYPE_CHECKING:
     from .base import Family
 
@@ -55,6 +57,8 @@ def family_of(transformer: Any) -> Family:
     for family in families():
         if family.matches(transformer):
             return family
+    if reason := why_refused(transformer):
+        raise TypeError(f"{type(transformer).__name__} is not supported: {reason}")
     known = ", ".join(f"{family.transformer} ({family.name})" for family in families())
     raise TypeError(
         f"{type(transformer).__name__} is not supported; supported transformers are {known}; "

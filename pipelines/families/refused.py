@@ -1,0 +1,19 @@
+"""Transformers that no family describes and that `layout=` would not describe either, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+REASONS = {
+    "AnyFlowFARTransformer3DModel": (
+        "its queries and keys are not the same tokens: a chunk of frames attends to a cache of earlier "
+        "chunks, the older ones with a quarter of the height and width, and, as the model was trained, to "
+        "keys of zeros up to a multiple of 128; layers here have one layout for both. "
+        "`pattern.block_mask(chunk, keys=video)` and `kernels.block_sparse_attention` compute such a call"
+    ),
+}
+
+
+def why_refused(transformer: Any) -> str | None:
+    """Why a transformer, or one derived from such, cannot be accelerated; None: nothing speaks against it."""
+    return next((REASONS[c.__name__] for c in type(transformer).__mro__ if c.__name__ in REASONS), None)
