@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from dit_accel.arguments import integer, is_number, shown
+from dit_accel.errors import UnavailableError
 from dit_accel.patterns import StaticPattern
 from dit_accel.patterns.calibration import REORDERED, Calibration
 from dit_accel.patterns.reordered_blocks import packed_blocks
+from dit_accel.runtime.switching import transformers_of
 from dit_accel.seeds import check_seed
 
 from .block_choice import BUDGETS, best_orders, kept_blocks
@@ -76,6 +78,7 @@ def calibrate(
         ValueError: values outside these forms, layers with other grids than each other, prompts that ran with
             another number of steps, sums beyond `most_bytes`, or a folder begun with other settings.
         TypeError: no supported pipeline.
+        UnavailableError: a model whose chunks see no frames to come (SkyReels-V2 with `causal_block_size`).
 
     Source: of the blocks and orders, Zhao et al., "PAROAttention", 2025, whose calibration was not released:
     there orders are weighed by nearly empty blocks; the choice among patterns is this library's own.
@@ -93,6 +96,7 @@ def calibrate(
         raise ValueError("`prompts` must have at least one prompt, got none")
     candidates = tuple(candidates) if not isinstance(candidates, (str, StaticPattern)) else (candidates,)
     check_candidates(candidates)
+    _check_chunks(pipe, call)
     options = {"block_size": block_size, "stretches": stretches, "queries": queries, "seed": check_seed(seed)}
     runs = Runs(pipe, every, seed, call, None if folder is None else Path(folder), progress, options)
     found = MassPass(options, most_bytes).over(runs)
@@ -106,6 +110,18 @@ def calibrate(
     if REORDERED_BLOCKS in candidates and not static:
         return _reordered(found, float(density), budget, about)
     return mixed(runs, found, float(density), static, REORDERED_BLOCKS in candidates, tails, about)
+
+
+def _check_chunks(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Refuses, before a run, a model that hides frames to come from heads."""
+    for transformer in transformers_of(pipe).values():
+        chunk = call.get("causal_block_size") or transformer.config.get("num_frame_per_block", 1)
+        if chunk > 1:
+            raise UnavailableError(
+                "a calibration measures heads that see all frames, and this model hides those to come "
+                f"(`causal_block_size` {chunk}); calibrate with causal_block_size=1 and tails=False: what is "
+                "found is restricted to chunks where it runs"
+            )
 
 
 def _reordered(found: MassPass, density: float, budget: str, about: dict[str, Any]) -> Calibration:

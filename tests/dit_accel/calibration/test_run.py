@@ -12,6 +12,7 @@ from dit_accel.calibration.error_pass import ErrorPass, Option, options
 from dit_accel.calibration.mass_pass import MassPass
 from dit_accel.calibration.passes import Runs
 from dit_accel.calibration.picture import draw_choices
+from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.patterns import Calibrated, Clear, Neighborhood
 from dit_accel.patterns.calibration import REORDERED
@@ -232,3 +233,14 @@ def test_what_is_refused(families, prompts):
         assert families["wan"].run(pipe, steps=4, grid=(3, 6, 6)).isfinite().all()
     with pytest.raises(ValueError, match="made for the family 'wan', and this is a model of 'flux'"):
         dit_accel.enable(families["flux"].make(), Calibrated(found))
+
+
+def test_chunks_that_see_no_frames_to_come_are_refused(families):
+    """Before a run: by the argument of the call, or as the model is set."""
+    pipe = families["skyreels"].make(pipeline="SkyReelsV2DiffusionForcingPipeline")
+    reason = r"`causal_block_size` 3\); calibrate with causal_block_size=1 and tails=False"
+    with pytest.raises(UnavailableError, match=reason):
+        dit_accel.calibrate(pipe, "a circle", density=0.3, causal_block_size=3)
+    pipe.transformer._set_ar_attention(3)
+    with pytest.raises(UnavailableError, match=reason):
+        dit_accel.calibrate(pipe, "a circle", density=0.3)
