@@ -31,38 +31,52 @@ def bench(
             help="Measure this machine for plans, summaries and `min_tokens: auto`, and keep that.",
         ),
     ] = False,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", help="Time attention in this numeric format instead, such as int8."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time block-sparse attention against PyTorch's on this CPU; kernels are checked before they are timed.
 
-    With --calibrate, in under two minutes, also the lengths from which sparse attention is faster; what is
-    measured then replaces the speeds that come with the library. For a GPU: `make gpu-bench`.
+    With --calibrate, in under two minutes, also the lengths from which sparse attention is faster, and how
+    much faster numbers of few bits are; what is measured then replaces the speeds that come with the library.
+    For a GPU: `make gpu-bench`.
     """
     if calibrate:
+        if quantization is not None:
+            raise ValueError("`--calibrate` measures all formats of this CPU; leave out `--quantization`")
         return _calibrate(json)
-    return _bench(json)
+    return _bench(json, quantization)
 
 
-def _bench(json: bool) -> None:
+def _bench(json: bool, quantization: str | None) -> None:
     import torch
 
     from dit_accel.environment import environment
     from dit_accel.evals.benchmarks.attention import DTYPES, cheapest_mask, measure
     from dit_accel.evals.benchmarks.calibrate import CASES
+    from dit_accel.evals.benchmarks.quantization import LARGEST_ERROR
+    from dit_accel.kernels import quantizations
     from dit_accel.runtime.speed_table import this_machine
 
-    results = []
+    if quantization not in (None, *quantizations()):
+        raise ValueError(
+            f"`--quantization` must be one of {', '.join(quantizations())}, got {quantization!r}"
+        )
+    results, relative = [], LARGEST_ERROR if quantization else None
     with _progress("attention", len(CASES) * len(DTYPES)) as advance, torch.inference_mode():
         for case in CASES:
             mask = cheapest_mask(case.pattern, case.layout)
             for dtype in DTYPES:
-                results.append(measure(case, dtype, mask, repeats=5))
+                results.append(measure(case, dtype, mask, 5, quantization, relative))
                 advance()
     rows = [
         {
             "pattern": result.case.name,
             "tokens": result.case.layout.seq_len,
             "dtype": str(result.dtype).removeprefix("torch."),
+            "quantization": quantization,
             "block_size": result.block_size,
             "density": result.density,
             "block_density": result.block_density,
@@ -75,11 +89,13 @@ def _bench(json: bool) -> None:
     ]
     if json:
         return print_json({"schema": SCHEMA, "environment": environment(), "attention": rows})
-    print_table(f"Attention on {this_machine('cpu')}", COLUMNS, [_cells(row) for row in rows])
+    title = f"Attention{f' in {quantization}' if quantization else ''} on {this_machine('cpu')}"
+    print_table(title, COLUMNS, [_cells(row) for row in rows])
     return None
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    row = {name: value for name, value in row.items() if name != "quantization"}
     formats = {"density": ".3f", "block_density": ".3f", "dense_ms": ".2f", "sparse_ms": ".2f"}
     formats |= {"speedup": ".2f", "efficiency": ".2f"}
     blocks = "x".join(map(str, row["block_size"]))
@@ -110,6 +126,8 @@ def _show(table: SpeedTable) -> None:
     print_table(f"Attention on {table.machine}", columns, cases)
     lengths = [(one.dtype, one.density, f"{one.tokens:.0f}") for one in table.break_even]
     print_table("Break-even lengths", ("dtype", "density", "tokens"), lengths)
+    gains = [(one.dtype, one.quantization, one.tokens, f"{one.gain:.2f}") for one in table.quantized]
+    print_table("Formats", ("dtype", "format", "tokens", "times as fast as without"), gains)
 
 
 @contextmanager

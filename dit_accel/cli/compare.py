@@ -49,6 +49,7 @@ def compare(
             "--recipe", "-r", help="A preset's name or a recipe file; repeat it to compare several."
         ),
     ],
+    quantization: opt.QuantizationOption = None,
     size: opt.SizeOption = None,
     frames: opt.FramesOption = None,
     steps: opt.StepsOption = None,
@@ -84,7 +85,7 @@ def compare(
     opt.check_guidance(guidance)
     if out is not None:
         opt.check_output(out)
-    recipes = by_name([resolve(text) for text in recipe])
+    recipes = by_name([opt.with_quantization(resolve(text), quantization) for text in recipe])
     target = opt.pick_device(device)
     number = opt.pick_dtype(dtype, target)
 

@@ -30,6 +30,7 @@ def generate(
     model: opt.ModelOption,
     prompt: opt.PromptOption,
     recipe: opt.RecipeOption = None,
+    quantization: opt.QuantizationOption = None,
     size: opt.SizeOption = None,
     frames: opt.FramesOption = None,
     steps: opt.StepsOption = None,
@@ -78,7 +79,7 @@ def generate(
         _check_highres(highres, size, keep)
     if out is not None:
         opt.check_output(out)
-    chosen = resolve(recipe) if recipe else None
+    chosen = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
     target = opt.pick_device(device)
     number = opt.pick_dtype(dtype, target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from dit_accel.seeds import LARGEST_OPTION
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+
+    from dit_accel.recipe.recipe import Recipe
 
 MOST_SAMPLES = 1_000_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,6 +35,39 @@ SizeOption = Annotated[
 FramesOption = Annotated[int | None, typer.Option("--frames", min=1, max=100_000, help="Frames of a video.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, max=10_000, help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+
+
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        help="Numeric format of attention in place of the recipe's: int8, int8-fp8, int8-int8, int8-int4 or "
+        "none; without a recipe of all layers, dense.",
+    ),
+]
+
+
+def with_quantization(recipe: Recipe | None, format: str | None) -> Recipe | None:
+    """The recipe in the format that `--quantization` names; of no recipe, one that is dense.
+
+    Raises:
+        ValueError: no such format.
+    """
+    from dit_accel.kernels import quantizations
+    from dit_accel.patterns import Dense
+    from dit_accel.recipe.recipe import Recipe
+
+    if format is None:
+        return recipe
+    if format not in ("none", *quantizations()):
+        raise ValueError(
+            f"`--quantization` must be one of {', '.join(quantizations())} or none, got {format!r}"
+        )
+    asked = None if format == "none" else format
+    if recipe is None:
+        return None if asked is None else Recipe(Dense(), quantization=asked)
+    name = f"{recipe.name}+{asked or 'unquantized'}" if recipe.name else ""
+    return dataclasses.replace(recipe, quantization=asked, name=name)
 
 
 def seed_option(help: str) -> typer.models.OptionInfo:

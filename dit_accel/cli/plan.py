@@ -23,6 +23,7 @@ EXAMPLE = (
 @reported
 def plan(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset's name or a recipe file.")],
+    quantization: opt.QuantizationOption = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A bundled model or a local pipeline folder.")
     ] = None,
@@ -59,13 +60,15 @@ def plan(
     from rich.console import Console
 
     from dit_accel.planning.plan import plan as make
+    from dit_accel.recipe.recipe import resolve
 
+    chosen = opt.with_quantization(resolve(recipe), quantization)
     if plot is not None:
         _check_plot(plot)
     target, number = _target(device, dtype)
     with Console(stderr=True).status("building masks and counting FLOPs"):
         answer = make(
-            recipe,
+            chosen,
             model=model,
             family=family,
             variant=variant,

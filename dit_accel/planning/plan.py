@@ -232,7 +232,7 @@ def plan(
         memory=_memory(binding, of_steps, dtype),
         rates=rates,
         notes=(
-            *_notes(model_config, binding, rates, layout.seq_len, found.sampled),
+            *_notes(model_config, binding, rates, layout.seq_len, found.sampled, device),
             *([] if adapted is None else [_of_adapter(adapted, lora, flops)]),
         ),
         layer_attention=attention,
@@ -354,8 +354,9 @@ def speedups(
     `lora` are the FLOPs of an adapter, which the dense run that is compared with does without.
     """
     # FLOPs of a mean step; of calls those that dense attention makes in their fixed time, of `own` those of
-    # layers that are sparse at other steps
-    sparse = paid = calls = own = 0.0
+    # layers that are sparse at other steps; `timed` is `paid` where numbers of few bits take less time
+    sparse = paid = timed = calls = own = 0.0
+    gains = dict(rates.gains)
     total = sum(at.steps for at in of_steps)
     for i, layer in enumerate(binding.layers):
         if not any(at.found.sparse[i] for at in of_steps):
@@ -366,22 +367,23 @@ def speedups(
             share = full * steps / total
             if found.sparse[i]:
                 paid += share * found.block_densities[i]
+                timed += share * found.block_densities[i] / gains.get(layer.quantization or "", 1.0)
                 calls += rates.fixed * share / (binding.heads * found.layouts[i].seq_len ** 2)
             else:
                 own += share
     rest = rates.rest or ASSUMED_REST
     kept, more = flops.attention - sparse + flops.rest / rest, lora / rest
 
-    def at(efficiency: float, calls: float) -> tuple[float, float, float]:
+    def at(efficiency: float, paid: float, calls: float) -> tuple[float, float, float]:
         attention = sparse / (paid / efficiency + calls + own) if paid else 1.0
         dense = sparse + kept
         step = dense / (paid / efficiency + calls + own + kept + more)
         return attention, step, 1 / (dense_share * (dense + more) / dense + (1 - dense_share) / step)
 
     measured_ones = rates.efficiency or ()
-    answers = [at(efficiency, calls) for efficiency in measured_ones] or [(None,) * 3] * 3
+    answers = [at(efficiency, timed, calls) for efficiency in measured_ones] or [(None,) * 3] * 3
     return {
-        name: Speedup(*(values[i] for values in answers), ideal=at(1.0, 0.0)[i])
+        name: Speedup(*(values[i] for values in answers), ideal=at(1.0, paid, 0.0)[i])
         for i, name in enumerate(("attention", "step", "run"))
     }
 
@@ -402,7 +404,12 @@ def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Me
 
 
 def _notes(
-    model_config: ModelConfig, binding: Binding, rates: MeasuredSpeed, tokens: int, sampled: str
+    model_config: ModelConfig,
+    binding: Binding,
+    rates: MeasuredSpeed,
+    tokens: int,
+    sampled: str,
+    device: str,
 ) -> tuple[str, ...]:
     notes = []
     if sampled:
@@ -436,9 +443,14 @@ def _notes(
         notes.append(f"speeds were measured {rates.where}")
     notes.append(rates.describe_break_even())
     formats = dict.fromkeys(layer.quantization for layer in binding.layers if layer.quantization)
-    if formats:
-        names = ", ".join(map(repr, formats))
-        notes.append(f"quantization in {names} is counted as if it took as long as none: not measured here")
+    gains = dict(rates.gains)
+    for name in formats:
+        if name in gains:
+            how = f"{gains[name]:.2f} times as fast as none, as measured {rates.where}"
+        else:
+            measure = "; `dit-accel bench --calibrate` measures what this CPU computes"
+            how = "if it took as long as none: not measured" + (measure if device == "cpu" else "")
+        notes.append(f"quantization in {name!r} is counted as {how}".rstrip())
     notes += [note for pattern in binding.recipe.patterns for note in pattern.notes]
     used = (variant for layer in binding.layers for p in layer.patterns for variant in p.variants)
     if any(variant.online for variant in used):

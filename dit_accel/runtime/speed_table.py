@@ -79,6 +79,18 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
+class QuantizedCase:
+    """Block-sparse attention in a numeric format: how many times as fast as without one, on the same mask."""
+
+    dtype: str
+    head_dim: int
+    quantization: str
+    tokens: int
+    block_density: float
+    gain: float
+
+
+@dataclass(frozen=True)
 class BreakEven:
     """At this density sparse attention is faster from this number of `tokens` on."""
 
@@ -105,6 +117,7 @@ class SpeedTable:
     attention: tuple[AttentionCase, ...] = ()
     break_even: tuple[BreakEven, ...] = ()
     rest_of_step: tuple[RestOfStep, ...] = ()
+    quantized: tuple[QuantizedCase, ...] = ()
     calibrated: bool = False
 
     def write(self, path: Path) -> None:
@@ -136,7 +149,12 @@ class SpeedTable:
             raise ValueError(f"{path} is not a speed table: {error}; {remedy}") from None
 
 
-_ROWS = {"attention": AttentionCase, "break_even": BreakEven, "rest_of_step": RestOfStep}
+_ROWS = {
+    "attention": AttentionCase,
+    "break_even": BreakEven,
+    "rest_of_step": RestOfStep,
+    "quantized": QuantizedCase,
+}
 
 
 def _checked(kind: type, row: Any) -> Any:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,19 +200,28 @@ def cheapest_mask(pattern: Pattern, layout: TokenLayout, device: str = "cpu") ->
     return min(masks, key=lambda mask: mask.block_density * sizes[mask.block_size])
 
 
-def measure(case: Case, dtype: torch.dtype, mask: BlockMask, repeats: int) -> Result:
-    """Check, then time. Raises AssertionError for a wrong kernel or a mask of the wrong density."""
+def measure(
+    case: Case,
+    dtype: torch.dtype,
+    mask: BlockMask,
+    repeats: int,
+    quantization: str | None = None,
+    relative: float | None = None,
+) -> Result:
+    """Check, then time. Raises AssertionError for a wrong kernel or a mask of the wrong density.
+
+    With a `quantization` of attention in that format, whose error is at most `relative`; see `excess_error`.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (1, HEADS, mask.seq_len, HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     density = case.pattern.density(case.layout)
     if not math.isclose(mask.density, density):
         raise AssertionError(f"{case.name}: the mask's density is {mask.density}, the pattern's {density}")
-    if not (error := excess_error(q, k, v, mask)) <= 1:
+    attend = partial(block_sparse_attention, q, k, v, mask, quantization=quantization)
+    if not (error := excess_error(q, k, v, mask, attend(), relative)) <= 1:
         raise AssertionError(f"{case.name} {dtype}: error {error:.2f} times what is allowed, not timed")
-    dense, sparse = interleaved(
-        lambda: scaled_dot_product_attention(q, k, v), lambda: block_sparse_attention(q, k, v, mask), repeats
-    )
+    dense, sparse = interleaved(lambda: scaled_dot_product_attention(q, k, v), attend, repeats)
     return Result(case, dtype, mask.block_size, density, mask.block_density, dense, sparse)
 
 

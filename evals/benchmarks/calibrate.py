@@ -2,21 +2,35 @@
 
 The same two measurements as the table of the library comes from, shorter: block-sparse attention against
 `scaled_dot_product_attention` at several lengths (`attention.py`), and from which length on sparse attention
-is faster (`overhead.py`), in float32 and bfloat16. Kernels are checked before they are timed.
+is faster (`overhead.py`), in float32 and bfloat16. How much faster
+numbers of few bits are (`quantization.py`) is measured on two of these cases. Kernels are checked before they
+are timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
+from dit_accel.kernels import block_sparse_attention, can_run, fastest_backend, quantizations
 from dit_accel.patterns import Clear, Neighborhood
-from dit_accel.runtime.speed_table import AttentionCase, BreakEven, SpeedTable, this_machine
+from dit_accel.runtime.speed_table import AttentionCase, BreakEven, QuantizedCase, SpeedTable, this_machine
 
-from .attention import DTYPES, HEAD_DIM, HEADS, Case, Result, cheapest_mask, interleaved, measure
+from .attention import (
+    DTYPES,
+    HEAD_DIM,
+    HEADS,
+    Case,
+    Result,
+    cheapest_mask,
+    excess_error,
+    interleaved,
+    measure,
+)
 from .overhead import DENSITIES, EVERYTHING, SMALLEST, break_even, calls
+from .quantization import LARGEST_ERROR
 from .scaling import Setting
 
 CASES = (
@@ -28,7 +42,7 @@ CASES = (
     Case(0.25, Neighborhood(45), (1, 64, 128)),
 )
 SIDES = (8, 12, 16, 24, 32, 48)  # of square images in tokens
-STEPS = len(DTYPES) * (len(CASES) + len(DENSITIES)) + 1
+STEPS = len(DTYPES) * (len(CASES) + len(DENSITIES) + 1) + 1
 
 
 def calibrate(
@@ -52,7 +66,7 @@ def calibrate(
         AssertionError: a kernel that computes something else.
     """
     timer = partial(_timer, repeats_short)
-    attention, lengths = [], []
+    attention, lengths, quantized = [], [], []
     with torch.inference_mode():
         beside = calls(EVERYTHING, SMALLEST, timer).per_layer
         advance()
@@ -63,17 +77,39 @@ def calibrate(
                     _row(measure(case, dtype, cheapest_mask(case.pattern, case.layout), repeats))
                 )
                 advance()
+            for case in dict.fromkeys((cases[0], cases[-1])):
+                quantized += _quantized(case, dtype, repeats)
+            advance()
             setting = Setting("cpu", dtype, HEADS, HEAD_DIM)
             for density in DENSITIES:
                 found = break_even(density, sides, setting, timer, beside)
                 if found.tokens is not None:
                     lengths.append(BreakEven(name, HEAD_DIM, density, found.tokens))
                 advance()
-    return SpeedTable(this_machine("cpu"), tuple(attention), tuple(lengths))
+    here = this_machine("cpu")
+    return SpeedTable(here, tuple(attention), tuple(lengths), quantized=tuple(quantized))
 
 
 def _timer(repeats: int, *pair: Callable) -> list[tuple[float, float, float]]:
     return interleaved(*pair, repeats)
+
+
+def _quantized(case: Case, dtype: torch.dtype, repeats: int) -> Iterator[QuantizedCase]:
+    """Of every format that the kernel for this CPU computes."""
+    mask = cheapest_mask(case.pattern, case.layout)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (3, 1, HEADS, mask.seq_len, HEAD_DIM)
+    q, k, v = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+    asked = {"device": "cpu", "dtype": dtype, "head_dim": HEAD_DIM, "block_size": mask.block_size}
+    for format in quantizations():
+        if can_run(fastest_backend("cpu"), quantization=format, **asked) is not None:
+            continue
+        ways = [partial(block_sparse_attention, q, k, v, mask, quantization=x) for x in (None, format)]
+        error = excess_error(q, k, v, mask, ways[1](), LARGEST_ERROR)
+        assert error <= 1, f"{format}: error {error:.2f} times what is allowed, not timed"
+        (_, plain, _), (_, short, _) = interleaved(*ways, repeats)
+        name = str(dtype).removeprefix("torch.")
+        yield QuantizedCase(name, HEAD_DIM, format, mask.seq_len, mask.block_density, plain / short)
 
 
 def _row(result: Result) -> AttentionCase:

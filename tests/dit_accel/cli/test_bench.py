@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from dit_accel.evals.benchmarks import calibrate
 from dit_accel.evals.benchmarks.attention import Case
+from dit_accel.kernels import can_run
 from dit_accel.patterns import Clear
 from dit_accel.runtime.measured_speed import measured_speed
 from dit_accel.runtime.speed_table import SpeedTable, calibrated_path, this_machine
 
+ASKED = {"device": "cpu", "dtype": torch.float32, "head_dim": 64, "block_size": (64, 16)}
 SMALL = (Case(0.25, Clear(6), (1, 16, 16)), Case(0.25, Clear(12), (1, 32, 32)))
 
 
@@ -43,6 +46,10 @@ def test_the_table_and_the_json(bench, tmp_path):
     shown = bench.run().stdout
     assert "CLEAR r=6 on 1x16x16" in shown
     assert not any(tmp_path.iterdir()), "nothing is kept"
+    quantized = json.loads(bench.run("--json", "--quantization", "int8").stdout)
+    assert {row["quantization"] for row in quantized["attention"]} == {"int8"}
+    assert {row["quantization"] for row in answer["attention"]} == {None}
+    assert "must be one of int8" in bench.error("--quantization", "int7")
 
 
 def test_what_is_calibrated_is_used(bench):
@@ -59,4 +66,7 @@ def test_what_is_calibrated_is_used(bench):
     assert after.efficiency != before.efficiency
     assert (after.shortest, after.another_machine) == (256, False)
     assert after.where == f"on this machine ({this_machine('cpu')})"
+    formats = [] if can_run("native", **ASKED) else ["int8", "int8"]
+    assert [case.quantization for case in table.quantized if case.dtype == "float32"] == formats
+    assert [name for name, _ in after.gains] == formats[:1]
     assert "Break-even lengths" in bench.run("--calibrate").stdout

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from PIL import Image
 
 from dit_accel.masks.plot import CAPTION, MARGIN, PANEL
-from dit_accel.runtime import speed_table
+from dit_accel.runtime import measured_speed, speed_table
 
 TINY = ("--model", "tiny-flux", "--size", "128x128")
 RECIPE = "attention: {pattern: Clear, radius: 4}\nname: disc\ndense_steps: 1\n"
@@ -79,3 +80,39 @@ def test_bad_input_is_one_line(plan, recipe, tmp_path):
     assert "no sparse layer" in plan.error(*TINY, "--recipe", dense, "--plot", tmp_path / "mask.png")
     assert "--device` must be" in plan.error(*TINY, "--recipe", recipe, "--device", "tpu")
     assert "--dtype` must be" in plan.error(*TINY, "--recipe", recipe, "--dtype", "int8")
+
+
+def test_a_format_in_place_of_the_recipes(plan, recipe, monkeypatch):
+    """Counted by what was measured of it, or said to be counted as none."""
+    table = speed_table.speed_tables("cpu")[-1]
+    case = speed_table.QuantizedCase("float32", 64, "int8", 4096, 0.25, 1.25)
+    asked = (*TINY, "--recipe", recipe, "--device", "cpu", "--json")
+    answers = []
+    for quantized in ((), (case,)):
+        tables = [dataclasses.replace(table, quantized=quantized)]
+        monkeypatch.setattr(measured_speed, "speed_tables", lambda _, tables=tables: tables)
+        answers.append(json.loads(plan.run(*asked, "--quantization", "int8").stdout))
+    plain = json.loads(plan.run(*asked).stdout)
+    (unknown, known), predicted = answers, plain["attention"]["predicted"]
+    assert unknown["recipe"] == "disc+int8"
+    assert any("'int8' is counted as if it took as long as none: not measured" in n for n in unknown["notes"])
+    assert any("'int8' is counted as 1.25 times as fast as none, as measured" in n for n in known["notes"])
+    assert unknown["attention"]["predicted"] == predicted < known["attention"]["predicted"]
+    assert known["attention"]["ideal"] == plain["attention"]["ideal"]
+    assert "`--quantization` must be one of int8, int8-fp8" in plan.error(*asked, "--quantization", "int7")
+
+
+def test_formats_of_recipes(cli_of):
+    from dit_accel import Recipe
+    from dit_accel.cli.options import with_quantization
+    from dit_accel.patterns import Clear, Dense
+
+    named = Recipe(Clear(4), quantization="int8-fp8", name="disc")
+    assert with_quantization(named, None) is named
+    assert with_quantization(named, "int8") == Recipe(Clear(4), quantization="int8")
+    assert with_quantization(named, "none") == Recipe(Clear(4))
+    assert with_quantization(named, "none").name == "disc+unquantized"
+    assert with_quantization(None, "int8") == Recipe(Dense(), quantization="int8")
+    assert with_quantization(None, "none") is None
+    for command in ("generate", "compare", "plan", "bench"):
+        assert "--quantization" in cli_of(command).run("--help").stdout
