@@ -148,7 +148,7 @@ def test_operator():
             q, k, v,
             full.start, full.count, full.index, partial.start, partial.count, partial.index, partial.tile,
             mask.tiles, None, torch.tensor([3, 7]), *mask.block_size, *mask.text, 0.25, True,
-            None, None, "gather",
+            None, None, None, "gather",
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
