@@ -1,5 +1,7 @@
 """Pictures and videos larger than a model was trained for."""
 
+from .anchor import Anchor
+from .compressed import Compressed
 from .context import ContextWindows, TimeWindows, context_windows
 from .direct import Direct, Naive, Upscaled
 from .extrapolation import Rotary
@@ -8,6 +10,7 @@ from .generate import generate
 from .growing import Growing
 from .method import Method
 from .projected import Projected
+from .regional import Regional
 from .registry import METHODS
 from .rotary_tables import rotary
 from .swim import Swim
@@ -15,7 +18,9 @@ from .windowed import ClearWindows, Shifted
 
 __all__ = [
     "METHODS",
+    "Anchor",
     "ClearWindows",
+    "Compressed",
     "ContextWindows",
     "Direct",
     "Flow",
@@ -23,6 +28,7 @@ __all__ = [
     "Method",
     "Naive",
     "Projected",
+    "Regional",
     "Rotary",
     "Shifted",
     "Swim",

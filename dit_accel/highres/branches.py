@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,11 @@ from dit_accel.errors import UnavailableError
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
 
+from .wrapping import Wrapping
+
 
 @dataclass(frozen=True)
-class Branches(Pattern):
+class Branches(Wrapping):
     """A window branch and a full branch (`dit_accel.attention.dual_path`), as a pattern of every head.
 
     Attributes:
@@ -27,26 +29,12 @@ class Branches(Pattern):
     window: Pattern
     full: tuple[Pattern, ...]
 
-    def at_step(self, step: int, sigma: float | None = None, total: int | None = None) -> Pattern:
-        return replace(
-            self,
-            window=self.window.at_step(step, sigma, total),
-            full=tuple(pattern.at_step(step, sigma, total) for pattern in self.full),
-        )
-
     @property
-    def hides(self) -> bool:
-        return any(pattern.hides for pattern in (self.window, *self.full))
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.window, *self.full)
 
-    @property
-    def by_noise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(pattern.by_noise for pattern in (self.window, *self.full))
-
-    @property
-    def variants(self) -> Sequence[Pattern]:
-        """Not all that it is at some step, but whether it is more than one."""
-        changing = any(len(pattern.variants) > 1 for pattern in (self.window, *self.full))
-        return (self, self) if changing else (self,)
+    def of_parts(self, change: Callable[[Pattern], Pattern]) -> Pattern:
+        return replace(self, window=change(self.window), full=tuple(map(change, self.full)))
 
     def token_order(
         self,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +13,7 @@ from dit_accel.arguments import integer, shown
 
 from .method import Job, Method, Pass
 from .schedule import Part
-
-_TRANSFORMERS = ("transformer", "transformer_2")
+from .stand_in import StandIn, standing_in
 
 
 def context_windows(frames: int, size: int, overlap: int) -> list[range]:
@@ -98,39 +96,26 @@ class ContextWindows:
         looped = looped_windows(frames, self.size, self.overlap, step, self.stride)
         return [(window, torch.ones(len(window), dtype=torch.float32, device="cpu")) for window in looped]
 
-    @contextmanager
-    def applied(self, pipe: Any) -> Iterator[None]:
+    def applied(self, pipe: Any) -> AbstractContextManager[None]:
         """A pipeline's transformers predict in windows for the length of a `with` block.
 
         Recipes are enabled and methods applied before; each window is a call of theirs.
         """
-        found = {name: getattr(pipe, name, None) for name in _TRANSFORMERS}
-        found = {name: transformer for name, transformer in found.items() if transformer is not None}
-        for name, transformer in found.items():
-            object.__setattr__(pipe, name, _InWindows(transformer, self))
-        try:
-            yield
-        finally:
-            for name, transformer in found.items():
-                object.__setattr__(pipe, name, transformer)
+        return standing_in(pipe, lambda transformer: _InWindows(transformer, self))
 
 
-class _InWindows:
+class _InWindows(StandIn):
     """Stands in for a video transformer whose calls are made window by window."""
 
     def __init__(self, transformer: Any, windows: ContextWindows):
-        self._transformer, self._windows = transformer, windows
-        self._step, self._timestep = -1, math.nan
+        super().__init__(transformer)
+        self._windows, self._step, self._timestep = windows, -1, math.nan
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transformer, name)
-
-    def __call__(self, hidden_states: torch.Tensor, timestep: torch.Tensor, **inputs: Any) -> Any:
+    def predict(self, *, hidden_states: torch.Tensor, timestep: torch.Tensor, **inputs: Any) -> torch.Tensor:
         value = float(timestep.max())
         if value != self._timestep:  # guidance branches of a step share theirs
             self._step, self._timestep = self._step + 1, value
         frames = hidden_states.shape[2]
-        returns_dict = inputs.pop("return_dict", True)
         weight = torch.zeros(frames, dtype=torch.float32, device=hidden_states.device)
         total = weight[:0]
         for window, ramps in self._windows.at(frames, self._step):
@@ -138,19 +123,14 @@ class _InWindows:
             when = timestep
             if timestep.ndim == 2:  # Wan 2.2 5B: a timestep for each token
                 when = timestep.unflatten(1, (frames, -1))[:, window].flatten(1)
-            out = self._transformer(hidden_states=own, timestep=when, return_dict=False, **inputs)[0]
+            out = self.inner(hidden_states=own, timestep=when, **inputs)
             if not total.numel():
                 shape = (*out.shape[:2], frames, *out.shape[3:])
                 total = torch.zeros(shape, dtype=torch.float32, device=out.device)
             places = torch.tensor(window, device=out.device)
             total.index_add_(2, places, out.float() * _over_frames(ramps))
             weight.index_add_(0, places, ramps)
-        sample = (total / _over_frames(weight)).to(hidden_states.dtype)
-        if not returns_dict:
-            return (sample,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=sample)
+        return (total / _over_frames(weight)).to(hidden_states.dtype)
 
 
 def _over_frames(values: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_accel.arguments import is_number, positive, shown, switch
+from dit_accel.arguments import positive, shown, switch
 from dit_accel.errors import UnavailableError
 from dit_accel.generation import transformers
 
@@ -128,30 +128,18 @@ class _Run:
         model = Native.of(pipe, native_size(native))
         target = model.target(pipe, size.width, size.height, size.frames or None)
         check_flow(pipe.scheduler)
-        if not is_number(strength) or not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1, got {shown(strength)}")
         for name, arguments in (("", call), ("above", above)):
             for key in arguments:
                 _check_argument(pipe, key, name)
         steps = call.get("num_inference_steps") or default_of(pipe, "num_inference_steps")
-        count = int(steps * strength + 1e-9)
-        if count < 1:
-            raise ValueError(
-                f"`strength` of {strength} leaves none of {steps} steps above native size; give more of "
-                "either"
-            )
-        base = model.of_aspect(target)
-        if target.width * target.height < base.width * base.height:
-            raise ValueError(
-                f"`width` and `height` must be of at least the native area, {model.size}, got {target}; call "
-                "the pipeline itself for smaller sizes"
-            )
+        job = Job.checked(model, target, steps, strength)
         if shift is None:
             default = None if model.bundled else model.family.upscaled_shift
             shift = own_shift(pipe.scheduler.config, model.tokens(target)) if default is None else default
-        chosen = method_of(method, model, base)
-        own = own_shift(pipe.scheduler.config, model.tokens(base))
-        job = Job(model, base, target, steps, steps - count, positive("shift", shift), own)
+        chosen = method_of(method, model, job.base)
+        own = own_shift(pipe.scheduler.config, model.tokens(job.base))
+        job = replace(job, shift=positive("shift", shift), native_shift=own)
+        chosen.check(pipe, job)
         return cls(pipe, prompt, chosen, job, chosen.passes(job), call, above)
 
     def extend(self, rotary: Any, proportional: Any) -> None:
@@ -205,11 +193,21 @@ class _Run:
                 raise ValueError(
                     f'method "{self.method.name}" follows the steps of its native pass; leave out `base`'
                 )
+            if given is not None and self.method.watches:
+                raise ValueError(
+                    f'method "{self.method.name}" reads the attention of its native pass; leave out `base`, '
+                    "or give the method with screening=None"
+                )
         request = keeping.request_of(self.prompt, first.size, first.part, self.call, self._generators)
         if given is not None:
-            kept = Kept(given, [], [])
+            kept = Kept(given)
         elif path is not None and path.exists():
             kept = keeping.load(path, request)
+            if self.method.watches and not kept.watched:
+                raise ValueError(
+                    f'{path} is of another method and lacks what "{self.method.name}" reads in its native '
+                    "pass; name another file"
+                )
             for generator, state in zip(self._generators, kept.generators, strict=True):
                 generator.set_state(state)
         if kept is not None:
@@ -217,20 +215,21 @@ class _Run:
         with self._progress(sum(one.part.count for one in passes)) as bar, ExitStack() as stack:
             stack.enter_context(latents.tiled(self.pipe, self.job.target.height, self.job.target.width))
             for one in passes[:-1]:
-                estimates: list[torch.Tensor] = []
-                frames = self._once(one, kept, bar, callback, estimates, last=False)
-                states = [generator.get_state() for generator in self._generators]
-                kept = Kept(frames, estimates, states)
+                made = Kept(torch.empty(0))
+                made.frames = self._once(one, kept, bar, callback, made, last=False)
+                made.generators = [generator.get_state() for generator in self._generators]
+                kept = made
                 if getattr(self.pipe, "interrupt", False):
-                    return self._as_output(frames)
+                    return self._as_output(kept.frames)
                 if path is not None and one is first:
                     keeping.save(path, kept, request)
-            return self._once(passes[-1], kept, bar, callback, [], last=True)
+            return self._once(passes[-1], kept, bar, callback, Kept(torch.empty(0)), last=True)
 
-    def _once(
-        self, one: Pass, kept: Kept | None, bar: Any, callback: Any, estimates: list, last: bool
-    ) -> Any:
-        """One pass: its frames (B, F, 3, H, W) on the CPU, of the last what the pipeline returns."""
+    def _once(self, one: Pass, kept: Kept | None, bar: Any, callback: Any, made: Kept, last: bool) -> Any:
+        """One pass: its frames (B, F, 3, H, W) on the CPU, of the last what the pipeline returns.
+
+        What else is to be kept of it goes into `made`.
+        """
         pipe, size = self.pipe, one.size
         call: dict[str, Any] = {
             "prompt": self.prompt,
@@ -241,16 +240,16 @@ class _Run:
         call["num_inference_steps"] = self.job.steps
         if self.job.native.video:
             call["num_frames"] = size.frames
-        on_step = None
+        before = on_step = None
         if kept is not None:
-            begun, on_step = self._begun(one, kept)
-            call["latents"] = begun
+            call["latents"], before = self._begun(one, kept)
+            on_step = self.method.on_step(before, one.part)
         if one.above_native:
             call |= self.above
         if not last:
             call |= {"output_type": "pt", "return_dict": True}
             if self.method.keeps_estimates:
-                on_step = _noting(estimates, on_step)
+                on_step = _noting(made.estimates, on_step)
         unpack = latents.packing(pipe, size.height, size.width)
 
         def step_ended(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +261,10 @@ class _Run:
             if one.above_native:
                 stack.enter_context(self.method.applied(pipe))
                 self._extended(stack)
+                if before is not None:
+                    stack.enter_context(self.method.around(pipe, before, self.job, call))
+            else:
+                stack.enter_context(self.method.watching(pipe, made.watched))
             if self.context is not None:
                 stack.enter_context(self.context.applied(pipe))
             call |= stack.enter_context(scheduled(pipe, one.part, on_step, unpack))
@@ -271,8 +274,8 @@ class _Run:
         frames = result.frames if self.job.native.video else result.images[:, None]
         return frames.float().cpu()
 
-    def _begun(self, one: Pass, kept: Kept) -> tuple[torch.Tensor, OnStep | None]:
-        """The re-noised start of a pass as the pipeline takes it, and what is made of predictions."""
+    def _begun(self, one: Pass, kept: Kept) -> tuple[torch.Tensor, Before]:
+        """The re-noised start of a pass as the pipeline takes it, and what methods take from those before."""
         from diffusers.utils.torch_utils import randn_tensor
 
         enlarged = latents.resized(kept.frames, one.size.height, one.size.width, self.method.enlarging)
@@ -283,9 +286,9 @@ class _Run:
         noise = randn_tensor(reference.shape, generator, device=reference.device, dtype=reference.dtype)
         level = first_level(self.pipe, one.part)
         begun = level * noise + (1 - level) * reference
-        on_step = self.method.on_step(Before(reference, kept.estimates), one.part)
+        before = Before(reference, kept.estimates, kept.frames, kept.watched)
         packs = hasattr(self.pipe, "_pack_latents")
-        return (latents.packed(begun) if packs else begun), on_step
+        return (latents.packed(begun) if packs else begun), before
 
     def _extended(self, stack: ExitStack) -> None:
         """Switches on positions and scale beyond those of training."""

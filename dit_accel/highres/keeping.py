@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ class Kept:
         frames: (B, F, 3, H, W) in [0, 1], on the CPU.
         estimates: see `dit_accel.highres.method.Before`.
         generators: states of the call's generators after the pass.
+        watched: see `dit_accel.highres.method.Before`.
     """
 
     frames: torch.Tensor
-    estimates: list[torch.Tensor]
-    generators: list[torch.Tensor]
+    estimates: list[torch.Tensor] = field(default_factory=list)
+    generators: list[torch.Tensor] = field(default_factory=list)
+    watched: list[torch.Tensor] = field(default_factory=list)
 
 
 def check_path(path: str | Path) -> Path:
@@ -53,7 +55,7 @@ def save(path: Path, kept: Kept, request: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     tensors = {"frames": kept.frames.contiguous()}
-    for name in ("estimates", "generators"):
+    for name in ("estimates", "generators", "watched"):
         tensors |= {f"{name}.{i}": x.cpu().contiguous() for i, x in enumerate(getattr(kept, name))}
     metadata = {"dit_accel_native_pass": str(_VERSION), "request": json.dumps(request)}
     with atomic(path) as temporary:
@@ -83,7 +85,7 @@ def load(path: Path, request: dict[str, str]) -> Kept:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
-    lists: dict[str, list[torch.Tensor]] = {"estimates": [], "generators": []}
+    lists: dict[str, list[torch.Tensor]] = {"estimates": [], "generators": [], "watched": []}
     for name, found in lists.items():
         while f"{name}.{len(found)}" in tensors:
             found.append(tensors[f"{name}.{len(found)}"])

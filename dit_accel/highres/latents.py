@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_TILED_FROM = 1.5e6  # pixels of a frame above which an autoencoder works in tiles
+TILED_FROM = 1.5e6  # pixels of a frame above which an autoencoder works in tiles
 
 
 def resized(frames: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:
@@ -59,7 +59,7 @@ def tiled(pipe: Any, height: int, width: int) -> Iterator[None]:
     """The autoencoder works in tiles, for the length of a `with` block, where a frame is large."""
     vae = pipe.vae
     before = getattr(vae, "use_tiling", None)
-    if before is None or before or height * width < _TILED_FROM:
+    if before is None or before or height * width < TILED_FROM:
         yield
         return
     vae.enable_tiling()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +14,10 @@ from dit_accel.attention.call import AroundAnother, AttentionCall, LayerAttentio
 from dit_accel.attention.layer_masks import LayerMasks, layer_attention
 from dit_accel.errors import UnavailableError
 from dit_accel.masks.layout import TokenLayout
-from dit_accel.patterns import Dense, Pattern
-from dit_accel.pipelines.families import family_of
-from dit_accel.recipe.layer_patterns import assign_patterns
-from dit_accel.recipe.recipe import Recipe
-from dit_accel.runtime.switching import accelerated, handle_of, transformers_of
+from dit_accel.patterns import Pattern
+from dit_accel.runtime.switching import accelerated
+
+from .wrapping import Wrapping, enabled, in_all_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,32 +49,21 @@ class Rescaled(AroundAnother):
 
 
 @dataclass(frozen=True)
-class Proportional(Pattern):
-    """Patterns of the heads of a layer with scores times sqrt(ln L / ln L_trained), L all keys of the layer.
+class OfHeads(Wrapping):
+    """Patterns of the heads of a layer, with something around what they compute.
 
     Attributes:
         heads: the pattern of each head.
-        trained: visual tokens in training; L_trained is with the call's text.
     """
 
     heads: tuple[Pattern, ...]
-    trained: int
-
-    def at_step(self, step: int, sigma: float | None = None, total: int | None = None) -> Pattern:
-        return replace(self, heads=tuple(pattern.at_step(step, sigma, total) for pattern in self.heads))
 
     @property
-    def by_noise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(pattern.by_noise for pattern in self.heads)
+    def parts(self) -> tuple[Pattern, ...]:
+        return self.heads
 
-    @property
-    def hides(self) -> bool:
-        return any(pattern.hides for pattern in self.heads)
-
-    @property
-    def variants(self) -> Sequence[Pattern]:
-        """Not all that it is at some step, but whether it is more than one."""
-        return (self, self) if any(len(pattern.variants) > 1 for pattern in self.heads) else (self,)
+    def of_parts(self, change: Callable[[Pattern], Pattern]) -> Pattern:
+        return replace(self, heads=tuple(map(change, self.heads)))
 
     def token_order(
         self,
@@ -86,12 +74,27 @@ class Proportional(Pattern):
         first = min(self.heads, key=lambda pattern: (not pattern.sparse, pattern.online))
         return first.token_order(layout, block_size, order) if first.sparse else super().token_order(layout)
 
+    def inner(self, masks: LayerMasks) -> LayerAttention:
+        """What the heads compute."""
+        sparse = any(pattern.sparse for pattern in self.heads)
+        return layer_attention(self.heads, masks) if sparse else ModelAttention()
+
+
+@dataclass(frozen=True)
+class Proportional(OfHeads):
+    """With scores times sqrt(ln L / ln L_trained), L all keys of the layer.
+
+    Attributes:
+        trained: visual tokens in training; L_trained is with the call's text.
+    """
+
+    trained: int = 1
+
     def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
         layout = masks.layout
         trained = self.trained + layout.text_len
         factor = math.sqrt(math.log(max(layout.seq_len, 2)) / math.log(max(trained, 2)))
-        sparse = any(pattern.sparse for pattern in self.heads)
-        return Rescaled(layer_attention(self.heads, masks) if sparse else ModelAttention(), factor)
+        return Rescaled(self.inner(masks), factor)
 
 
 @contextmanager
@@ -104,20 +107,12 @@ def proportional(target: Any, trained: int) -> Iterator[None]:
     Raises:
         UnavailableError: a recipe with dense steps, in which no layer is ours.
     """
-    before = handle_of(target)
-    recipe = Recipe(Dense()) if before is None else before.recipe
+    recipe = enabled(target)
     if recipe.dense_steps not in (0, (), 0.0):
         raise UnavailableError(
             "proportional attention holds at all steps, and the recipe's "
             f"`dense_steps={recipe.dense_steps!r}` leave some to the model; use dense_steps=0, or "
             "proportional=False"
         )
-    transformer = next(iter(transformers_of(target).values()))
-    heads = int(transformer.config.num_attention_heads)
-    layers = assign_patterns(recipe, list(family_of(transformer).found_layers(transformer)), heads)
-    attention: dict[str, Pattern] = {
-        layer.name: Proportional(layer.heads or (Dense(),) * heads, trained) for layer in layers
-    }
-    numerics = {"dense_layers": 0, "min_tokens": 0, "name": "", "source": ""}
-    with accelerated(target, replace(recipe, attention=attention, **numerics)):
+    with accelerated(target, in_all_layers(target, recipe, lambda heads: Proportional(heads, trained))):
         yield

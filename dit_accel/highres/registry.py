@@ -6,6 +6,8 @@ from typing import Any
 
 from dit_accel.arguments import shown
 
+from .anchor import Anchor
+from .compressed import Compressed
 from .context import TimeWindows
 from .direct import Direct, Naive, Upscaled
 from .flow import Flow
@@ -13,10 +15,14 @@ from .growing import Growing
 from .method import Method
 from .native import Native, Size
 from .projected import Projected
+from .regional import Regional
 from .swim import Swim
 from .windowed import ClearWindows, Shifted
 
-_KINDS = (Swim, ClearWindows, Shifted, Projected, Flow, Growing, TimeWindows, Direct, Upscaled, Naive)
+_KINDS = (
+    Swim, ClearWindows, Shifted, Projected, Flow, Growing, Regional, Anchor, Compressed, TimeWindows,
+    Direct, Upscaled, Naive,
+)  # fmt: skip
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 
 

@@ -9,24 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from torch import nn
 
 from dit_accel.arguments import integer, integers, is_number, shown
 from dit_accel.errors import UnavailableError
-from dit_accel.patterns import Dense, InwardWindow, Pattern
-from dit_accel.pipelines.families import family_of
-from dit_accel.recipe.layer_patterns import assign_patterns
-from dit_accel.recipe.recipe import Recipe
+from dit_accel.patterns import Dense, InwardWindow
 from dit_accel.runtime.dual_paths import DualPaths
-from dit_accel.runtime.switching import accelerated, handle_of, transformers_of
+from dit_accel.runtime.switching import accelerated
 
 from .branches import Branches
 from .direct import half_window
-from .method import Method
+from .method import Job, Method, Pass, Work
 from .native import Native, Size
+from .wrapping import enabled, in_all_layers
 
 _BASE = 1560  # published, of Wan's tokens in a frame
 
@@ -80,6 +76,13 @@ class Swim(Method):
         base = self.scale_log_base
         return 1.0 if base is None else math.sqrt(math.log(2 * base) / math.log(base))
 
+    def work(self, job: Job, one: Pass) -> Work:
+        window, full = InwardWindow(self.half_window), Dense()
+        if self.cache_steps is None:
+            return Work(((window, 1, 1), (full, 1, 1)), together=(2, 2))
+        guided = -(-one.part.count // self.cache_steps) / one.part.count
+        return Work(((window, 1, 1), (full, guided, 0)), together=(2, 1), keeps=True)
+
     @contextmanager
     def applied(self, target: Any) -> Iterator[Any]:
         """Lets a transformer, or a pipeline's, predict by its window branch for the length of a `with` block.
@@ -94,15 +97,15 @@ class Swim(Method):
             TypeError: a transformer of no known family.
             UnavailableError: a recipe with guidance, or what `dit_accel.enable` refuses.
         """
-        before = handle_of(target)
-        full = Recipe(Dense()) if before is None else before.recipe
+        full = enabled(target)
         if full.guidance is not None:
             raise UnavailableError(
                 "the dual path has two branches already, and `Recipe(guidance=...)` would add a third; use "
                 "guidance=None"
             )
-        transformer = next(iter(transformers_of(target).values()))
-        with accelerated(target, self._recipe(full, transformer)) as handle:
+        window = InwardWindow(self.half_window)
+        recipe = in_all_layers(target, full, lambda heads: Branches(window, heads))
+        with accelerated(target, recipe) as handle:
             paths = [DualPaths(b, full, self.cache_steps, self.scale) for b in handle.bindings.values()]
             try:
                 for binding, own in zip(handle.bindings.values(), paths, strict=True):
@@ -112,14 +115,3 @@ class Swim(Method):
             finally:
                 for own in paths:
                     own.detach()
-
-    def _recipe(self, full: Recipe, transformer: nn.Module) -> Recipe:
-        """The recipe of both branches: windows, with the numerics of the full branch's recipe."""
-        layers = list(family_of(transformer).found_layers(transformer))
-        heads = int(transformer.config.num_attention_heads)
-        window = InwardWindow(self.half_window)
-        attention: dict[str, Pattern] = {}
-        for layer in assign_patterns(full, layers, heads):
-            attention[layer.name] = Branches(window, layer.heads or (Dense(),) * heads)
-        numerics = {"dense_layers": 0, "dense_steps": 0, "min_tokens": 0, "name": "", "source": ""}
-        return replace(full, attention=attention, **numerics)

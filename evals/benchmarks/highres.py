@@ -89,8 +89,8 @@ def measured(
             result = pipe(**arguments)
         else:
             arguments |= {"width": width * sides, "height": height * sides}
-            estimates = highres.METHODS[method].keeps_estimates
-            base = None if method == "direct" else keep / f"{model}-{index}{'-steps' * estimates}.safetensors"
+            own = {"flow": "-steps", "regional": "-read"}.get(method, "")  # what they keep beside the result
+            base = None if method == "direct" else keep / f"{model}-{index}{own}.safetensors"
             if method == "growing":  # whose native pass ends early
                 base = None
             result = highres.generate(pipe, **arguments, method=method, keep=base)
@@ -150,10 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
         pipe = load(model, torch.float32, torch.device("cpu"))
         pipe.set_progress_bar_config(disable=True)
         scenes = scenes_of_one_object(pipe, options.scenes)
+        methods = [m for m in options.methods if m != "anchor" or INFO[model].family == "flux"]
         for sides in options.sides:
             outcomes = []
             shape = f"{model} x{sides}"
-            for method in (NATIVE, *options.methods):
+            for method in (NATIVE, *methods):
                 found = measured(pipe, model, method, scenes, sides, options.steps, options.keep)
                 outcomes.append(found)
                 print(shape, *cells(found), sep=" | ", flush=True)

@@ -9,12 +9,13 @@ import dit_accel
 from dit_accel import Recipe
 from dit_accel.errors import UnavailableError
 from dit_accel.guidance import HeadPerturbation
-from dit_accel.highres import Naive, Shifted, Swim
+from dit_accel.highres import Anchor, Compressed, Naive, Shifted, Swim
 from dit_accel.highres.proportional import proportional
 from dit_accel.patterns import Clear, Dense
 
 WINDOWS = Naive((1, 2))
 SWIM = Swim((1, 2))
+COMPRESSED = Compressed((2, 3))
 
 
 @pytest.fixture(params=["wan", "flux", "sd3", "hunyuan"])
@@ -33,7 +34,7 @@ def latents(family, method, recipe=None, **options):
         dit_accel.disable(family.pipe)
 
 
-@pytest.mark.parametrize("method", [SWIM, WINDOWS], ids=["swim", "naive"])
+@pytest.mark.parametrize("method", [SWIM, WINDOWS, COMPRESSED], ids=["swim", "naive", "compressed"])
 def test_backends_agree(family, method):
     plain = latents(family, method)
     for backend in ("gather", "reference"):
@@ -51,7 +52,7 @@ def test_tails(family, method):
     assert not torch.allclose(tail, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [SWIM, WINDOWS], ids=["swim", "naive"])
+@pytest.mark.parametrize("method", [SWIM, WINDOWS, COMPRESSED], ids=["swim", "naive", "compressed"])
 def test_quantization(family, method):
     plain, int8 = (latents(family, method, recipe) for recipe in (None, Recipe(Dense(), quantization="int8")))
     assert torch.allclose(int8, plain, atol=5e-3)
@@ -77,6 +78,20 @@ def test_step_caches_in_windows(wan):
     plain = latents(family, WINDOWS)
     wan.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
     assert torch.allclose(latents(family, WINDOWS), plain, atol=1e-5)
+
+
+def test_compressed_keys_are_a_tail(wan):
+    family = SimpleNamespace(**vars(wan))
+    small = {"block_size": (16, 16)}
+    plain = latents(family, COMPRESSED, Recipe(Dense(), **small))
+    assert torch.equal(latents(family, COMPRESSED, Recipe(Clear(2), tail="pooled", **small)), plain)
+    assert not torch.allclose(latents(family, COMPRESSED), plain, atol=1e-5)  # other blocks, other means
+
+
+def test_a_tail_beside_an_anchor_is_refused(flux):
+    dit_accel.enable(flux.pipe, Recipe(Dense(), tail="pooled"))
+    with pytest.raises((ValueError, UnavailableError), match="hides"), Anchor((2, 2)).applied(flux.pipe):
+        flux.run(flux.pipe)
 
 
 def test_reference_images_are_refused(flux):

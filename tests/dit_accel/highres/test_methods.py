@@ -150,7 +150,7 @@ def test_butterworth():
 @pytest.mark.parametrize("schedule", ["cosine_decay", "cosine_shift", "constant"])
 def test_projected_flow(schedule):
     v, x, ref = tensors(1, 4, 6, 8)
-    on_step = Projected(schedule).on_step(Before(ref, []), Part(10))
+    on_step = Projected(schedule).on_step(Before(ref, [], ref, []), Part(10))
     for step, t in ((0, 1.0), (3, 0.6), (9, 0.1)):
         towards = -(ref - x) / (t + 1e-6)
         c = 1 if schedule == "constant" else (1 + math.cos(math.pi * step / 10)) / 2
@@ -163,7 +163,7 @@ def test_projected_flow(schedule):
 def test_flow_aligned_guidance():
     method, part = Flow(0.8, 0.5, 0.3), Part(10, 4)
     estimates = list(tensors(1, 4, 3, 4, count=10))
-    on_step = method.on_step(Before(None, estimates), part)
+    on_step = method.on_step(Before(None, estimates, None, []), part)
     before = None
     for i in range(3):
         v, x = tensors(1, 4, 6, 8, count=2) + i
