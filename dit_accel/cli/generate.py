@@ -13,6 +13,7 @@ import typer
 from dit_accel.generation import Request, check_request, execute, is_video, load
 
 from . import options as opt
+from . import plan_highres
 from .errors import reported
 from .output import JsonOption, note, print_json
 
@@ -59,6 +60,17 @@ def generate(
             "--keep", help="With --highres: .safetensors file of the trained size's result, to go on from."
         ),
     ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region",
+            help="With --highres regional: TOP,LEFT,BOTTOM,RIGHT=WORDS, in fractions of the sides.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="With --highres: say what each stage takes, and generate nothing."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Generate an image or a video, dense or with a recipe; with --highres larger than the model can.
@@ -73,15 +85,30 @@ def generate(
     opt.check_guidance(guidance_above, "--guidance-above")
     if not 0 < strength <= 1:
         raise ValueError(f"`--strength` must be above 0 and at most 1, got {strength}")
-    if highres is None and (keep is not None or guidance_above is not None):
-        raise ValueError("`--keep` and `--guidance-above` belong to `--highres METHOD`")
+    if highres is None and (keep is not None or guidance_above is not None or plan):
+        raise ValueError("`--keep`, `--guidance-above` and `--plan` belong to `--highres METHOD`")
     if highres is not None:
         _check_highres(highres, size, keep)
+    regions = _regions(region, highres)
     if out is not None:
         opt.check_output(out)
     chosen = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
     target = opt.pick_device(device)
     number = opt.pick_dtype(dtype, target)
+    if plan and highres is not None:
+        return plan_highres.give(
+            json,
+            highres,
+            opt.parse_size(size),
+            model=model,
+            frames=frames,
+            steps=steps,
+            strength=strength,
+            guided=None if guidance is None else guidance > 1,
+            recipe=chosen,
+            device=target.type,
+            dtype=number,
+        )
 
     request = Request(prompt, width, height, frames, steps, guidance, seed).with_defaults(model, "native")
     pipe = load(model, number, target)
@@ -91,7 +118,7 @@ def generate(
         enable(pipe, chosen)
     call = None
     if highres is not None:
-        call = _above(pipe, request, highres, strength, guidance_above, keep)
+        call = _above(pipe, request, highres, strength, guidance_above, keep, regions)
     run = execute(pipe, request, "generate", call=call)
     media.save(path, run.frames, fps)
     if media.one_colour(run.frames):
@@ -102,10 +129,11 @@ def generate(
         print_json(
             {**answer, "frames": len(run.frames), "height": run.frames.shape[1], "width": run.frames.shape[2]}
         )
-        return
+        return None
     if chosen:
         note(str(summary(pipe)))
     typer.echo(f"{path}: {run.seconds:.1f} s in all, {run.median_step_seconds:.3f} s per step")
+    return None
 
 
 def _check_highres(method: str, size: str | None, keep: Path | None) -> None:
@@ -121,6 +149,22 @@ def _check_highres(method: str, size: str | None, keep: Path | None) -> None:
         check_path(keep)
 
 
+def _regions(given: list[str] | None, method: str | None) -> dict[tuple[float, ...], str]:
+    """Words by box, of `--region`."""
+    if given and method != "regional":
+        raise ValueError("`--region` belongs to `--highres regional`")
+    found: dict[tuple[float, ...], str] = {}
+    for text in given or ():
+        box, _, words = text.partition("=")
+        try:
+            found[tuple(float(x) for x in box.split(","))] = words.strip()
+        except ValueError:
+            raise ValueError(
+                f"`--region` must be TOP,LEFT,BOTTOM,RIGHT=WORDS, such as '0,0,1,0.5=a red fox', got {text!r}"
+            ) from None
+    return found
+
+
 def _above(
     pipe: DiffusionPipeline,
     request: Request,
@@ -128,14 +172,20 @@ def _above(
     strength: float,
     guidance: float | None,
     keep: Path | None,
+    regions: dict[tuple[float, ...], str],
 ) -> Callable[..., Any]:
     """What generates by a high-resolution method, with the arguments of a call of the pipeline."""
     from dit_accel import highres
+    from dit_accel.highres.native import Native
 
+    how: Any = method
+    if regions:
+        native = Native.of(pipe)
+        how = replace(highres.Regional.suited(native, native.size), prompts=regions)
     given = replace(request, guidance=guidance).arguments(pipe)
     names = () if guidance is None else ("guidance_scale", "true_cfg_scale", "negative_prompt")
     above = {name: given[name] for name in names if name in given}
-    return partial(highres.generate, pipe, method=method, strength=strength, above=above, keep=keep)
+    return partial(highres.generate, pipe, method=how, strength=strength, above=above, keep=keep)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
+from . import plan_highres
 from .errors import reported
 from .output import JsonOption, note, print_json, print_table
 
@@ -22,7 +23,7 @@ EXAMPLE = (
 
 @reported
 def plan(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A preset's name or a recipe file.")],
+    recipe: opt.RecipeOption = None,
     quantization: opt.QuantizationOption = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A bundled model or a local pipeline folder.")
@@ -49,9 +50,19 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the mask of the first sparse layer into this PNG.")
     ] = None,
+    highres: Annotated[
+        str | None,
+        typer.Option("--highres", help="Instead: the stages of a run above the trained size by this method."),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option("--strength", help="With --highres: share of the steps above the trained size.")
+    ] = 0.7,
     json: JsonOption = False,
 ) -> None:
     """Say what a recipe would do to a model at a size: densities, speed-up, memory. Runs nothing.
+
+    With --highres: time and peak memory of every stage of a run above the trained size; what a second of this
+    machine computes is measured for it.
 
     Needs no weights and no GPU: the model is built from its configuration alone and its real forward is
     counted. Masks are really built, so their block densities are what kernels will pay; of very long
@@ -62,22 +73,26 @@ def plan(
     from dit_accel.planning.plan import plan as make
     from dit_accel.recipe.recipe import resolve
 
-    chosen = opt.with_quantization(resolve(recipe), quantization)
+    target, number = _target(device, dtype)
+    found = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
+    chosen = {"model": model, "family": family, "variant": variant, "frames": frames, "steps": steps}
+    chosen |= {"device": target, "dtype": number}
+    if highres is not None:
+        if plot is not None or shift is not None:
+            raise ValueError("`--plot` and `--shift` do not go with `--highres`")
+        return plan_highres.give(
+            json, highres, opt.parse_size(size), strength=strength, recipe=found, **chosen
+        )
+    if found is None:
+        raise ValueError("give `--recipe`, or `--highres` for a run above the trained size")
     if plot is not None:
         _check_plot(plot)
-    target, number = _target(device, dtype)
     with Console(stderr=True).status("building masks and counting FLOPs"):
         answer = make(
-            chosen,
-            model=model,
-            family=family,
-            variant=variant,
+            found,
             size=opt.parse_size(size),
-            frames=frames,
-            steps=steps,
             shift=shift,
-            device=target,
-            dtype=number,
+            **chosen,
         )
     if plot is not None:
         _draw(answer, plot)

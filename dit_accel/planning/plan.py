@@ -172,7 +172,7 @@ def plan(
         ValueError: no such model, a size it would round, a recipe of another family, a pattern that does not
             fit the size.
     """
-    model_config = _model_config(model, family, variant)
+    model_config = chosen_model(model, family, variant)
     recipe = resolve(recipe)
     recipe.check_family(model_config.family, f"{model_config.name} is of {model_config.family!r}")
     pixels = _pixels(model_config, size, frames)
@@ -243,7 +243,12 @@ def plan(
 # -- what was asked ------------------------------------------------------------------------------------------
 
 
-def _model_config(model: str | ModelConfig | None, family: str | None, variant: str | None) -> ModelConfig:
+def chosen_model(model: str | ModelConfig | None, family: str | None, variant: str | None) -> ModelConfig:
+    """A model, or a published one of a family.
+
+    Raises:
+        ValueError: neither, both, or one that is not known.
+    """
     if (model is None) == (family is None):
         raise ValueError(
             "give either `model` or `family`, " + ("got neither" if model is None else "got both")

@@ -51,6 +51,7 @@ class Family:
         video: whether its models make videos.
         head_search: defaults of a search for heads.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
+        batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
         hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
             as our masks take the place of what it makes of the real ones.
         pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; None:
@@ -184,6 +185,7 @@ class Family:
     video: bool = False
     head_search: HeadSearch = HeadSearch()
     upscaled_shift: float | None = None
+    batches_guidance: bool = False
 
     def published(self) -> list[dict[str, Any]]:
         """Published models, the family's reference first: `published/<name>.json` beside its module.

@@ -104,6 +104,7 @@ class SD3(Family):
     # -- what is known before a run --------------------------------------------------------------------------
 
     upscaled_shift = 6.0
+    batches_guidance = True
     head_search = HeadSearch(scale=3.0, steps=20)  # published: arXiv 2506.10978
 
     def example_inputs(

@@ -25,9 +25,31 @@ def test_picture_above_native_size(cli, tmp_path):
     assert out.read_bytes() != first
 
 
+def test_plan_of_a_run(cli, cli_of, tmp_path):
+    shared = ("--highres", "upscaled", "--size", "128x128", "--steps", "4")
+    answer = json.loads(cli.run(*shared, "--plan", "--json").stdout)
+    names = [stage["name"] for stage in answer["stages"]]
+    assert answer["schema"] == "dit-accel/plan-highres/1"
+    assert names == ["native pass", "decode, enlarge, encode", "pass above native size", "decode"]
+    shown = cli_of("plan", "--model", "tiny-flux", "--device", "cpu").run(*shared, "--strength", "0.5").stdout
+    assert all(name in shown for name in names)
+    assert f"{answer['peak'] / 1e6:.1f} MB" in shown
+
+
+def test_plans_refused(cli_of):
+    plan = cli_of("plan", "--model", "tiny-flux")
+    assert "give `--recipe`, or `--highres`" in plan.error()
+    assert "`--highres` needs `--size`" in plan.error("--highres", "swim")
+    assert "do not go with `--highres`" in plan.error("--highres", "swim", "--shift", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--plan",), "belong to `--highres METHOD`"),
+        (("--region", "0,0,1,1=x"), "`--region` belongs to `--highres regional`"),
+        (("--highres", "regional", "--size", "96x80", "--region", "0,0,left=x"), "must be TOP,LEFT,BOTTOM"),
+        (("--highres", "regional", "--size", "96x80", "--region", "0,0,1=x"), "`prompts` must be of boxes"),
         (("--highres", "swimm", "--size", "96x80"), "`--highres` must be one of swim, clear"),
         (("--highres", "swim"), "`--highres` needs `--size`"),
         (("--keep", "x.safetensors"), "belong to `--highres METHOD`"),
