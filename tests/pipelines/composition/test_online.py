@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_accel.patterns import Clustered, Pattern, Rectified, Routed, Skipping
+from dit_accel.patterns import ChunkGrowth, Clustered, Pattern, Rectified, Routed, Skipping
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"batch": 2, "cfg": 3.0, "steps": 3}
@@ -34,6 +34,11 @@ def test_routed(case):
 @pytest.mark.feature("Clusters of tokens (`Clustered`)")
 def test_clustered(case):
     chosen_by_content(case, Clustered(6, 8, top_p=0.3, least=0.1, iterations=(3, 1)))
+
+
+@pytest.mark.feature("Growth of chunks (`ChunkGrowth`)", families=("wan", "hunyuan", "hunyuan15", "skyreels"))
+def test_chunk_growth(case):
+    chosen_by_content(case, ChunkGrowth(1, 0.3, 0.1, top_frames=1, block_size=(16, 16)))
 
 
 @pytest.mark.feature("Rescaled, with pooled values (`Rectified`)")
