@@ -48,11 +48,11 @@ docs: env ## write the tables of planned speed-ups, and draw the patterns
 	$(BIN)/python -m dit_accel.evals.reports.pattern_pictures
 
 test: env ## all tests, on both cores
-	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10
+	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 20
 
 .PHONY: fuzz
 fuzz: env ## the tests of properties, with new random examples each time
-	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m hypothesis --hypothesis-profile random
+	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m hypothesis --hypothesis-profile random
 
 lint: env ## what CI checks of style and types
 	$(BIN)/ruff check .
