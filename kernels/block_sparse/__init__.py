@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from dit_accel.masks.block_mask import BlockMask
 
 from . import custom_op as opaque
 from .backends import choose, joined, log_choice
-from .problem import Problem
+from .backward import WithGradients
+from .problem import Backend, Problem
 from .validation import check_tensors, checked_pv_threshold, checked_scale, checked_text_valid
 
 
@@ -76,10 +78,25 @@ def block_sparse_attention(
     attend, compiling = chosen.compute, torch.compiler.is_compiling()
     if backend == "auto" and not compiling:
         log_choice(chosen.name, q.device.type, q.dtype, reasons[0] if reasons else None)
-    if compiling and not chosen.is_looked_into(problem) and not problem.requires_grad:
+    recomputed = problem.requires_grad and chosen.recomputed
+    if compiling and not chosen.is_looked_into(problem) and (recomputed or not problem.requires_grad):
         attend = partial(opaque.attend, chosen.name)  # otherwise the graph breaks
+    elif recomputed:
+        attend = partial(_with_gradients, chosen)
     # each backend says itself in what it multiplies
     mixed, kind = torch.is_autocast_enabled(q.device.type), q.device.type
     with torch.autocast(kind, enabled=False) if mixed else nullcontext():
         out, lse = attend(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
     return out if lse is None or not return_lse else (out, lse)
+
+
+def _with_gradients(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    problem: Problem,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return WithGradients.apply(q, k, v, backend, mask, problem, options)

@@ -6,6 +6,7 @@ are tensors and numbers: those of the mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dit_accel.masks.block_lists import BlockLists
 from dit_accel.masks.block_mask import BlockMask
 
 from .backends import named
+from .backward import gradients
 from .problem import Problem
 
 # Of the first tensor of a mask, the others and its launch data, which compiled calls share: masks of a
@@ -33,13 +35,14 @@ def attend(
     scale: float,
     text_valid: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the backend of that name returns, without gradients."""
+    """What the backend of that name returns; gradients are those of `backward.py`."""
+    return_lse = problem.return_lse or problem.requires_grad
     full, partial = mask.full, mask.partial
     out, lse = _attend(
         q, k, v,
         full.start, full.count, full.index, partial.start, partial.count, partial.index, partial.tile,
         mask.tiles, mask.head_groups, text_valid,
-        *mask.block_size, *mask.text, scale, problem.return_lse, problem.quantization, problem.tail,
+        *mask.block_size, *mask.text, scale, return_lse, problem.quantization, problem.tail,
         problem.pv_threshold, backend,
     )  # fmt: skip
     return out, lse if problem.return_lse else None
@@ -71,18 +74,8 @@ def _attend(
     pv_threshold: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = BlockMask(
-        block_size=(block_q, block_k),
-        seq_len=q.shape[2],
-        kv_len=k.shape[2],
-        full=BlockLists(full_start, full_count, full_index),
-        partial=BlockLists(partial_start, partial_count, partial_index, partial_tile),
-        tiles=tiles,
-        text=(text_start, text_stop),
-        head_groups=head_groups,
-    )
-    _share_launch_data(mask)
-    mask.validate()
+    lists = full_start, full_count, full_index, partial_start, partial_count, partial_index, partial_tile
+    mask = _mask(q, k, lists, tiles, head_groups, (block_q, block_k), (text_start, text_stop))
     asked = {"return_lse": return_lse, "quantization": quantization, "tail": tail}
     problem = Problem.of(q, k, v, mask, **asked, pv_threshold=pv_threshold)
     out, lse = named(backend).compute(q, k, v, mask, problem, scale=scale, text_valid=text_valid)
@@ -95,6 +88,81 @@ def _(q, k, v, *others):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=dtype) if return_lse else q.new_empty(0)
     return q.new_empty(q.shape), lse
+
+
+def _mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lists: Sequence[torch.Tensor],
+    tiles: torch.Tensor,
+    head_groups: torch.Tensor | None,
+    block_size: tuple[int, int],
+    text: tuple[int, int],
+) -> BlockMask:
+    mask = BlockMask(
+        block_size=block_size,
+        seq_len=q.shape[2],
+        kv_len=k.shape[2],
+        full=BlockLists(*lists[:3]),
+        partial=BlockLists(*lists[3:]),
+        tiles=tiles,
+        text=text,
+        head_groups=head_groups,
+    )
+    _share_launch_data(mask)
+    mask.validate()
+    return mask
+
+
+# -- gradients -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
+def _gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: list[torch.Tensor],
+    tiles: torch.Tensor,
+    head_groups: torch.Tensor | None,
+    text_valid: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    block_q: int,
+    block_k: int,
+    text_start: int,
+    text_stop: int,
+    scale: float,
+    tail: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask = _mask(q, k, lists, tiles, head_groups, (block_q, block_k), (text_start, text_stop))
+    found = gradients(q, k, v, mask, out, lse, dout, dlse, scale=scale, text_valid=text_valid, tail=tail)
+    dq, dk, dv = (x.contiguous() for x in found)
+    return dq, dk, dv
+
+
+@_gradients.register_fake
+def _(q, k, v, *others):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:13], *output)
+    ctx.numbers = *inputs[13:18], inputs[20]  # sizes, scale, tail
+    ctx.has_lse = inputs[18]
+
+
+def _backward(ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None) -> tuple:
+    if not ctx.has_lse:
+        raise RuntimeError("gradients need the log-sum-exp: call `block_sparse_attention`")
+    q, k, v, *lists, tiles, head_groups, text_valid, out, lse = ctx.saved_tensors
+    rest = (tiles, head_groups, text_valid, out, lse, dout, dlse, *ctx.numbers)
+    return *_gradients(q, k, v, lists, *rest), *[None] * 20
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
 
 
 def _share_launch_data(mask: BlockMask) -> None:

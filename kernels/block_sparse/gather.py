@@ -77,11 +77,11 @@ def _attend_all(
     bq, bk = mask.block_size
     dtype = _compute_dtype(problem)
     chunks = chunks_of(mask, batch, heads, dim, dtype)
-    table = mask.derived(_TileTable, lambda: _TileTable.of(mask, dtype), dtype).table
+    table = mask.derived(TileTable, lambda: TileTable.of(mask, dtype), dtype).table
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    q_blocks, k_blocks, v_blocks = (_blocks(x, size) for x, size in ((q, bq), (k, bk), (v, bk)))
+    q_blocks, k_blocks, v_blocks = (blocks_of(x, size) for x, size in ((q, bq), (k, bk), (v, bk)))
     in_base_2 = _in_base_2(dtype, grad)  # if not, a GPU is not waited for
-    largest = _largest_score(q, k, scale) if in_base_2 or q.device.type == "cpu" else math.nan
+    largest = largest_score(q, k, scale) if in_base_2 or q.device.type == "cpu" else math.nan
     bounded = in_base_2 and largest < _BOUND
     written = sum(len(part.query_blocks) for chunk in chunks for part in chunk.rounds)
     out = torch.empty_like(q_blocks) if written == len(q_blocks) else torch.zeros_like(q_blocks)
@@ -118,7 +118,7 @@ class _Job:
     out: torch.Tensor
     lse: torch.Tensor | None
 
-    def compute(self, chunk: Chunk, part: Round, workspace: _Workspace) -> None:
+    def compute(self, chunk: Chunk, part: Round, workspace: Workspace) -> None:
         """Attend from the query blocks of one chunk in some heads.
 
         Every operator called here releases and takes Python's lock, where threads wait for each other: hence
@@ -137,12 +137,12 @@ class _Job:
         scores = torch.baddbmm(ignored, q, k.mT, beta=0, alpha=factor, out=scores)
         masked = space.masked(scores)  # [heads, rows, bq, L']
         if bias is not None:
-            _hide(masked, bias, self.finite)
+            hide(masked, bias, self.finite)
         hides_text = self.text_valid is not None and chunk.touches_text
         if hides_text:
             heads = part.first_key[:, 0] // self.mask.num_cols
             valid = self.text_valid.index_select(0, heads // self.heads)
-            _hide(masked, _text_bias(chunk, self.mask, valid, dtype), self.finite)
+            hide(masked, text_bias(chunk, self.mask, valid, dtype), self.finite)
         dead = None
         # rows past the end have a gradient too, and scores may be -inf by themselves
         if chunk.may_attend_nothing or hides_text or self.grad or not self.finite:
@@ -165,7 +165,7 @@ def _run(job: _Job, chunks: list[Chunk]) -> None:
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
-        workspace = _Workspace(job.q, job.mask.block_size, reuse=not job.grad)
+        workspace = Workspace(job.q, job.mask.block_size, reuse=not job.grad)
         with torch.inference_mode(inference):
             while waiting:
                 try:
@@ -224,7 +224,7 @@ def _compute_dtype(problem: Problem) -> torch.dtype:
     return problem.dtype if plain else torch.promote_types(problem.dtype, torch.float32)
 
 
-def _largest_score(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
+def largest_score(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
     """A bound of all scores in base 2, not finite where one of them may not be.
 
     Below `_BOUND`, sums of their powers stay so far from float32's limits that the usual subtraction of each
@@ -237,7 +237,7 @@ def _largest_score(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
     return float(longest[0] * longest[1] * (abs(scale) * LOG2_E))
 
 
-def _hide(scores: torch.Tensor, bias: torch.Tensor, finite: bool) -> None:
+def hide(scores: torch.Tensor, bias: torch.Tensor, finite: bool) -> None:
     """Set scores to -inf where the bias is; adding it is faster, but leaves NaN."""
     if finite:
         scores.add_(bias)
@@ -245,7 +245,7 @@ def _hide(scores: torch.Tensor, bias: torch.Tensor, finite: bool) -> None:
         scores.masked_fill_(bias < 0, -math.inf)
 
 
-def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+def blocks_of(x: torch.Tensor, size: int) -> torch.Tensor:
     """(batch, heads, length, dim) to (batch * heads * blocks, size * dim), the last block zero-padded."""
     batch, heads, length, dim = x.shape
     short = -length % size
@@ -253,7 +253,7 @@ def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     return x.reshape(batch * heads * ((length + short) // size), size * dim)
 
 
-class _Workspace:
+class Workspace:
     """One thread's working memory, which its chunks share; without reuse (autograd) each gets its own."""
 
     def __init__(self, q_blocks: torch.Tensor, block_size: tuple[int, int], reuse: bool):
@@ -289,7 +289,7 @@ class _Workspace:
 class _Views:
     """A workspace as chunks of one shape see it."""
 
-    def __init__(self, workspace: _Workspace, heads: int, rows: int, listed: int, first_masked: int):
+    def __init__(self, workspace: Workspace, heads: int, rows: int, listed: int, first_masked: int):
         (bq, bk), dim = workspace.block_size, workspace.dim
         batches, length = heads * rows, listed * bk
         self.q_shape = (batches, bq, dim)
@@ -324,19 +324,19 @@ def _as_bias(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _TileTable:
+class TileTable:
     """`packed_tiles` of a mask, already expanded by `_as_bias` unless there are too many."""
 
     table: torch.Tensor
 
     @classmethod
-    def of(cls, mask: BlockMask, dtype: torch.dtype) -> _TileTable:
+    def of(cls, mask: BlockMask, dtype: torch.dtype) -> TileTable:
         packed = packed_tiles(mask)
         small = packed.numel() * 8 * dtype.itemsize <= _BIAS_BYTES
         return cls(_as_bias(packed, dtype) if small else packed)
 
 
-def _tile_bias(chunk: Chunk, table: torch.Tensor, workspace: _Workspace) -> torch.Tensor:
+def _tile_bias(chunk: Chunk, table: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     """What to add to the masked columns of a chunk: (rows, bq, L')."""
     if table.dtype == torch.uint8:
         bias = _as_bias(table.index_select(1, chunk.tiles.view(-1)), workspace.dtype)
@@ -346,7 +346,7 @@ def _tile_bias(chunk: Chunk, table: torch.Tensor, workspace: _Workspace) -> torc
     return bias.view(len(bias), len(chunk.rows), -1).transpose(0, 1)
 
 
-def _text_bias(chunk: Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def text_bias(chunk: Chunk, mask: BlockMask, valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What hides padded text in the masked columns, given each head's `valid`: (heads, rows, 1, L')."""
     (start, stop), bk = mask.text, mask.block_size[1]
     cols = chunk.cols[:, chunk.first_masked :]

@@ -191,6 +191,8 @@ BACKEND = Backend(
     block_sizes=lambda device: {(64, 16): 1.0, (32, 16): 1.06},
     automatic_on=("cpu",),
     formats=("int8",),
+    backward=True,
+    recomputed=True,
     own_tail=True,
     skips_values=True,
 )

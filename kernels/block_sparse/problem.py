@@ -90,6 +90,7 @@ class Backend:
         automatic_on: device types on which `"auto"` considers it, None for all.
         formats: values of `quantization` that it computes, beside None.
         backward: whether it has gradients.
+        recomputed: whether they are those of `backward.py`, from out and lse, and not autograd's.
         traceable: whether `torch.compile` looks into it; if not, compiled code calls it as one operator.
         own_tail: whether `attend` computes the tail; if not, and always where numbers are quantized or values
             skipped, it is computed beside it, of the numbers as given, and merged.
@@ -104,6 +105,7 @@ class Backend:
     automatic_on: tuple[str, ...] | None = ()
     formats: tuple[str, ...] = ()
     backward: bool = False
+    recomputed: bool = False
     traceable: bool = False
     own_tail: bool = False
     skips_values: bool = False
@@ -139,6 +141,8 @@ class Backend:
             return f"{self.name} supports {names}, got {problem.dtype}"
         if problem.requires_grad and not self.backward:
             return f"{self.name} has no backward pass; use backend='auto'"
+        if problem.requires_grad and self.recomputed and problem.pv_threshold is not None:
+            return f"{self.name} has no gradients where it skips values; use pv_threshold=None"
         if problem.requires_grad and problem.quantization is not None:
             return "numbers rounded to a few bits have no gradient; use quantization=None where one is needed"
         if not self.merges_tail(problem):

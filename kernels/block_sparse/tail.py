@@ -20,7 +20,7 @@ keys themselves, and the loop without bits is faster. Padded text and what is pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,6 +161,52 @@ def _pooled(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, tail: Tail, *, scale: float, text_valid: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tail alone: out and lse over pooled keys, in fp32 (fp64 of fp64)."""
+    parts, dim = [], q.shape[3]
+    for pooled in pooled_rows(q, k, v, mask, tail, scale=scale, text_valid=text_valid):
+        scores = pooled.scores()
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(nothing, 0.0)  # (B, H, r, bq, P)
+        out = (scores.softmax(-1) @ pooled.value).masked_fill(nothing, 0.0)
+        lse = scores.logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
+        parts.append(torch.cat([out, lse], -1).flatten(2, 3))
+    out, lse = torch.cat(parts, 2)[:, :, : mask.seq_len].split([dim, 1], -1)
+    return out, lse.squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class PooledRows:
+    """What some query blocks attend to of a tail.
+
+    Attributes:
+        rows: which query blocks, r of them.
+        q: scaled, (B, H, r, bq, D).
+        key, value: means (B, H, r, P, D), P = groups * pools.
+        left: of which blocks each is, 0s and 1s (B or 1, H, groups, r, pools, blocks of a group).
+        number: of how many keys, (B or 1, H, groups, r, pools).
+    """
+
+    rows: slice
+    q: Tensor
+    key: Tensor
+    value: Tensor
+    left: Tensor
+    number: Tensor
+
+    def scores(self) -> Tensor:
+        """(B, H, r, bq, P), -inf where there is no key."""
+        return self.q @ self.key.mT + self.number.log().transpose(2, 3).flatten(3).unsqueeze(3)
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        """What means pass on to each token of their blocks: (B, H, r, P, n) to (B, H, groups * blocks, n)."""
+        x = x.unflatten(3, (self.left.shape[2], self.left.shape[4])).transpose(2, 3)
+        x = x / self.number.clamp(min=1)[..., None]
+        return (self.left.flatten(3, 4).mT @ x.flatten(3, 4)).flatten(2, 3)
+
+
+def pooled_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, tail: Tail, *, scale: float, text_valid: Any
+) -> Iterator[PooledRows]:
+    """A tail in parts that take little memory, in fp32 (fp64 of fp64)."""
     batch, heads, _, dim = q.shape
     bq, (rows, groups, blocks) = mask.block_size[0], tail.dropped.shape[1:]
     pools = groups * (1 + blocks // tail.part)
@@ -171,18 +217,10 @@ def _pooled(
     q = F.pad(q.to(sums.dtype) * scale, (0, 0, 0, rows * bq - q.shape[2])).unflatten(2, (rows, bq))
     of_head = mask.group_of_heads(batch, heads).long()
     at_once = max(1, _CHUNK_BYTES // (batch * heads * pools * (bq + 4 * dim) * sums.dtype.itemsize))
-    parts = []
     for first in range(0, rows, at_once):
         chunk = slice(first, first + at_once)
         left = tail.pools(chunk, sums.dtype)[of_head]  # (B or 1, H, groups, r, pools, blocks)
         number = (left * count).sum(-1)
         means = (left.flatten(3, 4) @ sums).unflatten(3, left.shape[3:5]) / number.clamp(min=1)[..., None]
         key, value = means.transpose(2, 3).flatten(3, 4).split(dim, -1)  # (B, H, r, P, D)
-        scores = q[:, :, chunk] @ key.mT + number.log().transpose(2, 3).flatten(3).unsqueeze(3)
-        nothing = (scores == -math.inf).all(-1, keepdim=True)
-        scores = scores.masked_fill(nothing, 0.0)  # (B, H, r, bq, P)
-        out = (scores.softmax(-1) @ value).masked_fill(nothing, 0.0)
-        lse = scores.logsumexp(-1, keepdim=True).masked_fill(nothing, -math.inf)
-        parts.append(torch.cat([out, lse], -1).flatten(2, 3))
-    out, lse = torch.cat(parts, 2)[:, :, : mask.seq_len].split([dim, 1], -1)
-    return out, lse.squeeze(-1)
+        yield PooledRows(chunk, q[:, :, chunk], key, value, left, number)

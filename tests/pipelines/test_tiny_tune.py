@@ -73,7 +73,7 @@ def test_steps_that_are_dense_are_tuned_dense(tmp_path):
     ("recipe", "error", "message"),
     [
         (Recipe(Clear(1), quantization="int8"), UnavailableError, "quantized attention has no gradients"),
-        (Recipe(Clear(1), backend="native"), UnavailableError, "native has no backward pass"),
+        (Recipe(Clear(1), backend="flex"), UnavailableError, "on a CPU has no backward pass"),
         (Recipe(ByNoise({0.5: Dense(), 0: Clear(1)})), ValueError, "change with the noise level"),
         (Recipe(Dense()), ValueError, "there is nothing to tune"),
         (Recipe(Neighborhood((3, 3, 3)), family="wan"), ValueError, "is for the family 'wan'"),

@@ -94,4 +94,5 @@ def test_what_it_cannot_do():
     assert "CPU only, got 'cuda'" in can_run("native", **{**ASKED, "device": "cuda"})
     assert "got torch.float64" in can_run("native", **{**ASKED, "dtype": torch.float64})
     assert "multiple of 16" in can_run("native", **{**ASKED, "block_size": (64, 8)})
-    assert "no backward pass; use backend='auto'" in can_run("native", **ASKED, requires_grad=True)
+    assert "have no gradient" in can_run("native", **ASKED, requires_grad=True, quantization="int8")
+    assert "where it skips values" in can_run("native", **ASKED, requires_grad=True, pv_threshold=15.0)
