@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from dit_accel.highres import METHODS
+from dit_accel.highres import METHODS, presets
 from dit_accel.pipelines import tiny
 
 from . import examples, exports, inputs, runs
@@ -17,6 +18,7 @@ from .tab import LOOK_UPS, MODEL_QUEUE, Studio, Tab, export_area, told
 
 MOST_TIMES = 4  # the native sides
 NAMES = [name for name in METHODS if name != "windows"]  # which is for longer videos
+NO_PRESET = "none"
 NOTE = "Left the native size, right the same seed by the method. Videos: `dit-accel generate --highres`."
 
 
@@ -35,6 +37,9 @@ def build(studio: Studio) -> None:
             model = gr.Dropdown(known, value=known[0], label="Model", filterable=False)
             prompt = gr.Textbox(
                 examples.prompts(known[0])[0], label="Prompt", lines=2, max_lines=4, max_length=caps.prompt
+            )
+            preset = gr.Dropdown(
+                _presets(known[0]), value=NO_PRESET, label="Preset, as published", filterable=False
             )
             method = gr.Dropdown(NAMES, value="swim", label="Method", filterable=False)
             times = gr.Slider(2, MOST_TIMES, 2, step=1, label="Times the native sides")
@@ -65,17 +70,37 @@ def build(studio: Studio) -> None:
         return told(function, studio)
 
     look_up = {"show_progress": "hidden", "concurrency_id": LOOK_UPS, "concurrency_limit": 2}
-    changed = [prompt, steps, guidance]
+    changed = [prompt, steps, guidance, preset]
     model.change(bound(model_changed), model, changed, api_name="highres_model", **look_up)
+    set_by_preset = [method, strength, steps]
+    preset.input(bound(preset_chosen), preset, set_by_preset, api_name="highres_preset", **look_up)
     made = start.click(bound(enlarge), given, [pair, note, *export], api_name="highres", **work)
     cancel.click(bound(runs.cancel), api_name="highres_cancel", queue=False, cancels=[made])
 
 
 def model_changed(studio: Studio, model: Any) -> list[Any]:
-    """Prompt, steps and guidance for a model."""
+    """Prompt, steps, guidance and presets for a model."""
     model = _model(studio, model)
     about = examples.defaults(model)
-    return [examples.prompts(model)[0], about.steps, about.guidance]
+    choices = gr.update(choices=_presets(model), value=NO_PRESET)
+    return [examples.prompts(model)[0], about.steps, about.guidance, choices]
+
+
+def preset_chosen(studio: Studio, name: Any) -> list[Any]:
+    """Method, strength and steps of a preset; guidance stays the model's own."""
+    if name == NO_PRESET:
+        return [gr.skip()] * 3
+    if name not in presets():
+        raise ValueError(f"Preset must be one of {', '.join(presets())}.")
+    chosen = presets()[name]
+    strength = math.ceil(20 * chosen.strength - 1e-9) / 20  # the slider's steps
+    return [chosen.method, strength, min(chosen.steps, studio.settings.caps.steps)]
+
+
+def _presets(model: str) -> list[str]:
+    """Those for the family of a bundled model."""
+    family = tiny.INFO[model].family if model in tiny.NAMES else ""
+    return [NO_PRESET, *(name for name, one in presets().items() if one.family == family)]
 
 
 def _model(studio: Studio, model: Any) -> str:

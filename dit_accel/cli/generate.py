@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.generation import Request, check_request, execute, is_video, load
+from dit_accel.generation import Request, check_request, execute, is_video, load, transformers
 
 from . import options as opt
 from . import plan_highres
@@ -19,6 +19,8 @@ from .output import JsonOption, note, print_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from dit_accel.highres import Preset
 
 EXAMPLE = (
     "Example: dit-accel generate --model tiny-flux --out circle.png "
@@ -45,11 +47,13 @@ def generate(
     ] = None,
     highres: Annotated[
         str | None,
-        typer.Option("--highres", help="Method for a --size above the trained one: swim, flow, growing, ..."),
+        typer.Option(
+            "--highres",
+            help="Method for a --size above the trained one (swim, flow, growing, ...) or a preset of "
+            "`dit-accel recipes --highres`.",
+        ),
     ] = None,
-    strength: Annotated[
-        float, typer.Option("--strength", help="With --highres: share of the steps above the trained size.")
-    ] = 0.7,
+    strength: opt.StrengthOption = None,
     guidance_above: Annotated[
         float | None,
         typer.Option("--guidance-above", help="With --highres: guidance above the trained size."),
@@ -78,18 +82,21 @@ def generate(
     Bundled models start at the size they were trained on; other models at their pipeline's own default.
     """
     from dit_accel import enable, media, summary
+    from dit_accel.pipelines.families import family_of
     from dit_accel.recipe.recipe import resolve
 
     width, height = opt.parse_size(size) or (None, None)
     opt.check_guidance(guidance)
     opt.check_guidance(guidance_above, "--guidance-above")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`--strength` must be above 0 and at most 1, got {strength}")
+    opt.check_strength(strength)
     if highres is None and (keep is not None or guidance_above is not None or plan):
         raise ValueError("`--keep`, `--guidance-above` and `--plan` belong to `--highres METHOD`")
-    if highres is not None:
-        _check_highres(highres, size, keep)
+    preset = None if highres is None else _check_highres(highres, size, keep)
     regions = _regions(region, highres)
+    if preset is not None:
+        highres, steps, strength = preset.method, steps or preset.steps, strength or preset.strength
+        guidance = preset.guidance if guidance is None else guidance
+        guidance_above = preset.guidance_above if guidance_above is None else guidance_above
     if out is not None:
         opt.check_output(out)
     chosen = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
@@ -112,13 +119,16 @@ def generate(
 
     request = Request(prompt, width, height, frames, steps, guidance, seed).with_defaults(model, "native")
     pipe = load(model, number, target)
+    if preset is not None:
+        preset.check_family(family_of(transformers(pipe)[0]).name)
     check_request(pipe, request)
     path = media.check_suffix(out or Path("out.mp4" if is_video(pipe) else "out.png"), is_video(pipe))
     if chosen:
         enable(pipe, chosen)
     call = None
     if highres is not None:
-        call = _above(pipe, request, highres, strength, guidance_above, keep, regions)
+        shift = None if preset is None else preset.shift
+        call = _above(pipe, request, highres, strength, guidance_above, keep, regions, shift)
     run = execute(pipe, request, "generate", call=call)
     media.save(path, run.frames, fps)
     if media.one_colour(run.frames):
@@ -136,17 +146,17 @@ def generate(
     return None
 
 
-def _check_highres(method: str, size: str | None, keep: Path | None) -> None:
-    """Refuses, before a model is loaded, what no model could do."""
-    from dit_accel.highres import METHODS
+def _check_highres(method: str, size: str | None, keep: Path | None) -> Preset | None:
+    """Refuses, before a model is loaded, what no model could do; the preset where one is named."""
     from dit_accel.highres.keeping import check_path
+    from dit_accel.highres.presets import preset_of
 
-    if method not in METHODS:
-        raise ValueError(f"`--highres` must be one of {', '.join(METHODS)}, got {method!r}")
+    preset = preset_of(method)
     if size is None:
         raise ValueError("`--highres` needs `--size`, that of the result")
     if keep is not None:
         check_path(keep)
+    return preset
 
 
 def _regions(given: list[str] | None, method: str | None) -> dict[tuple[float, ...], str]:
@@ -169,10 +179,11 @@ def _above(
     pipe: DiffusionPipeline,
     request: Request,
     method: str,
-    strength: float,
+    strength: float | None,
     guidance: float | None,
     keep: Path | None,
     regions: dict[tuple[float, ...], str],
+    shift: float | None,
 ) -> Callable[..., Any]:
     """What generates by a high-resolution method, with the arguments of a call of the pipeline."""
     from dit_accel import highres
@@ -185,7 +196,9 @@ def _above(
     given = replace(request, guidance=guidance).arguments(pipe)
     names = () if guidance is None else ("guidance_scale", "true_cfg_scale", "negative_prompt")
     above = {name: given[name] for name in names if name in given}
-    return partial(highres.generate, pipe, method=how, strength=strength, above=above, keep=keep)
+    options = {"method": how, "above": above, "keep": keep, "shift": shift}
+    options |= {} if strength is None else {"strength": strength}
+    return partial(highres.generate, pipe, **options)
 
 
 def register(app: typer.Typer) -> None:

@@ -81,11 +81,16 @@ def _summary(recipe: Recipe) -> str:
 def list_recipes(
     context: typer.Context,
     family: Annotated[str | None, typer.Option("--family", help="Only this family: flux, wan, ...")] = None,
+    highres: Annotated[
+        bool, typer.Option("--highres", help="Instead: the presets of `generate --highres`.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """List the named recipes, or show one as YAML."""
     if context.invoked_subcommand:
         return None
+    if highres:
+        return _list_highres(family, json)
     from dit_accel import presets
 
     known = presets(family)
@@ -96,6 +101,19 @@ def list_recipes(
         return print_json({"recipes": [_describe(*item) for item in known.items()]})
     rows = [(name, recipe.family or "any", _summary(recipe), recipe.source) for name, recipe in known.items()]
     print_table("Recipes", ("name", "family", "what it does", "source"), rows)
+    return None
+
+
+def _list_highres(family: str | None, json: bool) -> None:
+    import dataclasses
+
+    from dit_accel.highres import presets
+
+    known = presets(family).values()
+    if json:
+        return print_json({"presets": [dataclasses.asdict(preset) for preset in known]})
+    rows = [(preset.name, preset.family, preset.describe(), preset.source) for preset in known]
+    print_table("Above native size", ("name", "family", "what it does", "source"), rows)
     return None
 
 

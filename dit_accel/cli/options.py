@@ -34,6 +34,14 @@ SizeOption = Annotated[
 ]
 FramesOption = Annotated[int | None, typer.Option("--frames", min=1, max=100_000, help="Frames of a video.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, max=10_000, help="Denoising steps.")]
+STRENGTH = 0.7  # of `dit_accel.highres.generate`
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help=f"With --highres: share of the steps above the trained size; {STRENGTH}, or the preset's.",
+    ),
+]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
 
 
@@ -90,6 +98,16 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise ValueError(f"`--size` must be WIDTHxHEIGHT in pixels, for example 512x512, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def check_strength(strength: float | None) -> None:
+    """Refuses a strength that leaves nothing, or more than all.
+
+    Raises:
+        ValueError: such a strength.
+    """
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"`--strength` must be above 0 and at most 1, got {strength}")
 
 
 def check_guidance(guidance: float | None, option: str = "--guidance") -> None:

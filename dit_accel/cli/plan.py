@@ -52,11 +52,11 @@ def plan(
     ] = None,
     highres: Annotated[
         str | None,
-        typer.Option("--highres", help="Instead: the stages of a run above the trained size by this method."),
+        typer.Option(
+            "--highres", help="Instead: the stages of a run above the trained size by this method or preset."
+        ),
     ] = None,
-    strength: Annotated[
-        float, typer.Option("--strength", help="With --highres: share of the steps above the trained size.")
-    ] = 0.7,
+    strength: opt.StrengthOption = None,
     json: JsonOption = False,
 ) -> None:
     """Say what a recipe would do to a model at a size: densities, speed-up, memory. Runs nothing.
@@ -80,6 +80,7 @@ def plan(
     if highres is not None:
         if plot is not None or shift is not None:
             raise ValueError("`--plot` and `--shift` do not go with `--highres`")
+        opt.check_strength(strength)
         return plan_highres.give(
             json, highres, opt.parse_size(size), strength=strength, recipe=found, **chosen
         )

@@ -6,23 +6,42 @@ from typing import Any
 
 import typer
 
+from . import options as opt
 from .output import print_json, print_table
 
 SCHEMA = "dit-accel/plan-highres/1"
 
 
-def give(json: bool, method: str, size: tuple[int, int] | None, **options: Any) -> None:
-    """Plans and prints; options as of `dit_accel.planning.highres.plan_highres`.
+def give(
+    json: bool,
+    method: str,
+    size: tuple[int, int] | None,
+    strength: float | None,
+    steps: int | None,
+    **options: Any,
+) -> None:
+    """Plans and prints what a method or preset takes.
+
+    Args:
+        options: of `dit_accel.planning.highres.plan_highres`.
 
     Raises:
         ValueError: no size, or what cannot be.
     """
     from rich.console import Console
 
+    from dit_accel.highres.presets import preset_of
     from dit_accel.planning.highres import plan_highres
+    from dit_accel.planning.plan import chosen_model
 
+    preset = preset_of(method)
+    if preset is not None:
+        model = chosen_model(*(options.get(name) for name in ("model", "family", "variant")))
+        preset.check_family(model.family)
+        method, strength, steps = preset.method, strength or preset.strength, steps or preset.steps
     if size is None:
         raise ValueError("`--highres` needs `--size`, that of the result")
+    options |= {"strength": opt.STRENGTH if strength is None else strength, "steps": steps}
     with Console(stderr=True).status("counting memory and FLOPs, timing attention"):
         answer = plan_highres(method, size=size, **options)
     if json:

@@ -9,6 +9,7 @@ from .flow import Flow
 from .generate import generate
 from .growing import Growing
 from .method import Method
+from .presets import Preset, presets
 from .projected import Projected
 from .regional import Regional
 from .registry import METHODS
@@ -27,6 +28,7 @@ __all__ = [
     "Growing",
     "Method",
     "Naive",
+    "Preset",
     "Projected",
     "Regional",
     "Rotary",
@@ -36,5 +38,6 @@ __all__ = [
     "Upscaled",
     "context_windows",
     "generate",
+    "presets",
     "rotary",
 ]

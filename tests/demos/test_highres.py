@@ -41,10 +41,16 @@ def test_refused(client, given, message):
 
 
 def test_defaults_of_a_model(client):
-    prompt, steps, guidance = client.predict("tiny-flux", api_name="/highres_model")
+    prompt, steps, guidance, _ = client.predict("tiny-flux", api_name="/highres_model")
     assert prompt
     assert steps > 1
     assert guidance > 1
+
+
+def test_presets_set_method_strength_and_steps(client):
+    assert list(client.predict("flux-hiflow", api_name="/highres_preset")) == ["flow", 0.55, 30]
+    with pytest.raises(AppError, match=r"choices|Preset must be one of"):
+        client.predict("flux", api_name="/highres_preset")
 
 
 def test_it_is_shown_in_the_browser(open_page):

@@ -36,6 +36,25 @@ def test_plan_of_a_run(cli, cli_of, tmp_path):
     assert f"{answer['peak'] / 1e6:.1f} MB" in shown
 
 
+def test_presets_are_listed_and_planned(cli_of):
+    listed = json.loads(cli_of("recipes", "--highres").run("--family", "flux", "--json").stdout)["presets"]
+    assert [preset["name"] for preset in listed] == ["flux-swim", "flux-clear", "flux-imax", "flux-hiflow"]
+    shown = " ".join(cli_of("recipes", "--highres").run().stdout.split())
+    assert "hunyuan-video-swim" in shown
+    plan = cli_of("plan", "--model", "tiny-flux", "--size", "96x96", "--device", "cpu", "--json")
+    answer = json.loads(plan.run("--highres", "flux-clear").stdout)
+    assert answer["method"] == "clear"
+    assert [stage["steps"] for stage in answer["stages"]] == [20, 0, 14, 0]
+    assert "is for the family 'wan', and this is 'flux'" in plan.error("--highres", "wan-swim")
+
+
+def test_preset_on_a_model(cli, tmp_path):
+    out = tmp_path / "large.png"
+    cli.run("--highres", "flux-clear", "--size", "96x80", "--steps", "2", "--out", out)
+    assert Image.open(out).size == (96, 80)
+    assert "is for the family 'wan'" in cli.error("--highres", "wan-swim", "--size", "96x80")
+
+
 def test_plans_refused(cli_of):
     plan = cli_of("plan", "--model", "tiny-flux")
     assert "give `--recipe`, or `--highres`" in plan.error()
@@ -51,6 +70,7 @@ def test_plans_refused(cli_of):
         (("--highres", "regional", "--size", "96x80", "--region", "0,0,left=x"), "must be TOP,LEFT,BOTTOM"),
         (("--highres", "regional", "--size", "96x80", "--region", "0,0,1=x"), "`prompts` must be of boxes"),
         (("--highres", "swimm", "--size", "96x80"), "`--highres` must be one of swim, clear"),
+        (("--highres", "flux-swimm", "--size", "96x80"), "or a preset (flux-swim, flux-clear"),
         (("--highres", "swim"), "`--highres` needs `--size`"),
         (("--keep", "x.safetensors"), "belong to `--highres METHOD`"),
         (("--highres", "swim", "--size", "96x80", "--keep", "x.png"), "`keep` must name a .safetensors file"),
