@@ -73,6 +73,7 @@ def plan(
     from dit_accel.planning.plan import plan as make
     from dit_accel.recipe.recipe import resolve
 
+    opt.check_strength(strength)
     target, number = _target(device, dtype)
     found = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
     chosen = {"model": model, "family": family, "variant": variant, "frames": frames, "steps": steps}
@@ -80,7 +81,6 @@ def plan(
     if highres is not None:
         if plot is not None or shift is not None:
             raise ValueError("`--plot` and `--shift` do not go with `--highres`")
-        opt.check_strength(strength)
         return plan_highres.give(
             json, highres, opt.parse_size(size), strength=strength, recipe=found, **chosen
         )
