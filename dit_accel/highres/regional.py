@@ -14,6 +14,7 @@ from dit_accel.arguments import integer, is_number, shown
 from dit_accel.attention.branch_names import BranchNames
 from dit_accel.errors import UnavailableError
 from dit_accel.generation import transformers
+from dit_accel.guidance.branch import stateful_caches
 
 from . import screening
 from .low_pass import haar
@@ -89,6 +90,13 @@ class Regional(Method):
                 f"{job.native.family.name} reads text by cross-attention, and screening is for joint "
                 "attention; use screening=None"
             )
+        for transformer in transformers(pipe):
+            caches = stateful_caches(transformer)
+            if caches:
+                raise UnavailableError(
+                    f'method "regional" calls the transformer tile by tile, which {caches[0]} would take for '
+                    "steps of one picture; call `transformer.disable_cache()`"
+                )
 
     def work(self, job: Job, one: Pass) -> Work:
         count = len(tiles_of(*(job.native.grid(size)[1:] for size in (one.size, job.base))))

@@ -174,7 +174,7 @@ class _Planner:
             if before is not None:
                 stages.append(self._enlarging(before, one, tiled))
             stages.append(self._pass(method, one, job))
-        stages.append(self._decoding(passes[-1], tiled))
+        stages.append(self._decoding(method, passes[-1], job, tiled))
         weights = self._weights()
         stages = [dataclasses.replace(x, peak=x.peak and x.peak + weights) for x in stages]
         number = str(self.dtype).removeprefix("torch.")
@@ -212,11 +212,13 @@ class _Planner:
         seconds = self._vae_seconds(down.flops + up.flops)
         return Stage(name, _pixels(one.size), 0, 0, seconds, max(down.peak, up.peak))
 
-    def _decoding(self, one: Pass, tiled: bool) -> Stage:
+    def _decoding(self, method: Method, one: Pass, job: Job, tiled: bool) -> Stage:
         if self.vae is None:
             return Stage("decode", _pixels(one.size), 0, 0, None, None)
         taken = autoencoders.decoding(self.vae, self.config, _pixels(one.size), tiled)
-        return Stage("decode", _pixels(one.size), 0, 0, self._vae_seconds(taken.flops), taken.peak)
+        keeps = one.above_native and method.work(job, one).keeps  # until the pipeline returns
+        peak = taken.peak + (self._kept(one.size) if keeps else 0)
+        return Stage("decode", _pixels(one.size), 0, 0, self._vae_seconds(taken.flops), peak)
 
     def _over_time(self, size: Size, job: Job) -> tuple[int, Size]:
         """Windows over time of a call, as `generate` has them by default, and the size of each."""

@@ -11,6 +11,7 @@ import dit_accel
 from dit_accel import Recipe, TokenLayout
 from dit_accel.attention.call import AttentionCall, ModelAttention
 from dit_accel.errors import UnavailableError
+from dit_accel.guidance import HeadPerturbation
 from dit_accel.highres import Anchor, Compressed, Regional, Upscaled, generate, screening
 from dit_accel.highres.anchor import _spread, _WithAnchor
 from dit_accel.highres.low_pass import haar
@@ -19,7 +20,7 @@ from dit_accel.highres.schedule import Part
 from dit_accel.highres.stand_in import standing_in
 from dit_accel.highres.tiles import InTiles, boxes_within, text_of, tiles_of, tokens_within
 from dit_accel.kernels import block_sparse_attention
-from dit_accel.patterns import Clear
+from dit_accel.patterns import Clear, Dense
 from dit_accel.pipelines import family_of, load
 
 PROMPT = "a red circle at the top left on a striped background"
@@ -259,6 +260,27 @@ def test_sparse_recipes_and_guidance_in_tiles(tiny_flux):
         assert np.isfinite(picture(tiny_flux, "regional", **guided)).all()
     finally:
         dit_accel.disable(tiny_flux)
+
+
+def test_guidance_by_heads_in_tiles(tiny_flux):
+    method = Regional(screening=None)
+    plain = picture(tiny_flux, method)
+    dit_accel.enable(tiny_flux, Recipe(Dense(), guidance=HeadPerturbation(heads=[(1, 0)])))
+    try:
+        guided = picture(tiny_flux, method)
+    finally:
+        dit_accel.disable(tiny_flux)
+    assert np.isfinite(guided).all()
+    assert np.abs(guided - plain).max() > 1e-4
+
+
+def test_step_caches_are_refused_in_tiles(wan):
+    from diffusers import FirstBlockCacheConfig
+
+    wan.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    options = {"width": 160, "height": 160, "native": (9, 64, 64), "num_frames": 9, "method": "regional"}
+    with pytest.raises(UnavailableError, match=r"tile by tile, .* call `transformer.disable_cache"):
+        generate(wan.pipe, PROMPT, **options)
 
 
 def test_wrong_options(wan):
