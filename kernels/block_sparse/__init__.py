@@ -98,5 +98,5 @@ def _with_gradients(
     mask: BlockMask,
     problem: Problem,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     return WithGradients.apply(q, k, v, backend, mask, problem, options)

@@ -43,7 +43,7 @@ class WithGradients(torch.autograd.Function):
         mask: BlockMask,
         problem: Problem,
         options: dict,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         problem = replace(problem, requires_grad=False, return_lse=True)
         out, lse = backend.compute(q, k, v, mask, problem, **options)
         ctx.save_for_backward(q, k, v, out, lse)
