@@ -169,12 +169,13 @@ class ModelConfig:
         """
         key = (self, type(transformer), repr(transformer.config), grid)
         if (known := _counted.get(key)) is None:
-            known = self._flops(transformer, grid)
+            known = self.count_flops(transformer, grid)
             make_room(_counted, most=16)
             _counted[key] = known
         return known
 
-    def _flops(self, transformer: nn.Module, grid: Size) -> Flops:
+    def count_flops(self, transformer: nn.Module, grid: Size) -> Flops:
+        """The same, counted now, with whatever acts in the transformer."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter, EveryConditionHolds(), torch.no_grad():

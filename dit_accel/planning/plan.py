@@ -290,7 +290,7 @@ def _with_lora(model_config: ModelConfig, transformer: nn.Module, grid: Size, ad
     }
     adapted.attach(meta)
     try:
-        return model_config.flops(transformer, grid).total
+        return model_config.count_flops(transformer, grid).total
     finally:
         adapted.detach()
 

@@ -116,7 +116,7 @@ class Adapter:
     def __init__(self, path: str | Path, folder: str | Path = "."):
         name = str(path)
         self.bundled = name if name in bundled() else None
-        self.path = BUNDLED / name if self.bundled else (Path(folder) / path).expanduser().absolute()
+        self.path = BUNDLED / name if self.bundled else (Path(folder) / path).absolute()
         try:
             self.parts = dict(_parts(self.path))
         except OSError as error:  # a name that is too long, a folder that may not be read

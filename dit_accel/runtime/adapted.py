@@ -28,6 +28,7 @@ class Lora:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    _cast: tuple[torch.Tensor, torch.Tensor] | None = None  # a and b as the latest call needed them
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in the dtype and on the device of x."""
@@ -35,11 +36,10 @@ class Lora:
         if torch.compiler.is_compiling():
             a, b = (w.to(x.device, x.dtype) for w in (a, b))
         elif (a.device, a.dtype) != (x.device, x.dtype) and not a.requires_grad:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # what stays must be usable under autograd later
-                self.a, self.b = a, b = a.to(x.device, x.dtype), b.to(x.device, x.dtype)
+            a, b = self._cast or (a, b)
+            if (a.device, a.dtype) != (x.device, x.dtype):
+                with torch.inference_mode(False):  # what stays must be usable under autograd later
+                    self._cast = a, b = self.a.to(x.device, x.dtype), self.b.to(x.device, x.dtype)
         return F.linear(F.linear(x, a), b) * self.scale
 
 

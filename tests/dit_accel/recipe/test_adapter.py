@@ -137,7 +137,7 @@ def test_what_is_refused(folder, damage, message):
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["none", "", "a" * 5000, "none\0", "/dev/zero"])
+@pytest.mark.parametrize("name", ["none", "", "a" * 5000, "none\0", "/dev/zero", "~nobody/x"])
 def test_names_of_nothing(name, tmp_path):
     with pytest.raises(ValueError, match=r"adapter|null"):
         Recipe.from_dict({"attention": "Dense", "adapter": name}, tmp_path)

@@ -60,6 +60,15 @@ def test_it_is_what_peft_computes(wan, recipe):
         assert torch.equal(run(wan), run(wan, other))
 
 
+def test_other_dtypes_lose_nothing(wan, recipe):
+    """The numbers of the file stay, whatever a call was in before: `.to(bf16)` and back."""
+    enable(wan.pipe, recipe)
+    lora, x = wan.pipe.transformer.blocks[0].attn1.to_q._dit_accel_lora, torch.ones(1, 32)
+    expected = lora(x)
+    assert lora(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(lora(x), expected)
+
+
 def test_two_transformers(families, tmp_path):
     """Each its own; one without a part stays as it is."""
     pipe = families["wan"].make(two=True)
