@@ -28,14 +28,14 @@ def model():
 
 
 def tuning(folder, recipe=RECIPE, **options):
-    settings = {"pipe": model(), "size": (1, 32, 32), "steps": 6, "batch": 3, "rank": 2, "scenes": 4}
+    settings = {"pipe": model(), "size": (1, 32, 32), "steps": 4, "batch": 2, "rank": 2, "scenes": 2}
     return Tuning(
         "tiny-flux", recipe, folder / "out", folder / "run", **(settings | {"rate": 0.01} | options)
     )
 
 
 def test_an_adapter_is_tuned_and_loaded(tmp_path):
-    job = tuning(tmp_path, steps=20, flow_weight=0.0)
+    job = tuning(tmp_path, steps=12, flow_weight=0.0)
     before = {name: x.clone() for name, x in job.transformer.state_dict().items()}
     said = job.run()
     assert said["error"] < 0.9 * said["error_without"]

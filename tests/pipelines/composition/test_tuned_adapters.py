@@ -52,8 +52,7 @@ def test_under_sequential_offload(case, tuned):
     def offload(pipe):
         accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
 
-    for enabled_first in (False, True):
-        acts(case, tuned, offload, enabled_first)
+    acts(case, tuned, offload)
 
 
 @pytest.mark.feature("A recipe's `adapter` with QKV projections fused")
