@@ -1,7 +1,7 @@
 """Every pattern in every family, in every form of call, against the same transformer under dense masks.
 
 Each call that an accelerated transformer gets is repeated by diffusers' own attention under token masks, in
-fp32 and in fp64. The fp64 rule: the error against fp64 is at most twice that of fp32, plus a rounding.
+fp32 and in fp64. The fp64 rule: the error against fp64 is at most twice that of fp32, plus a few roundings.
 """
 
 from __future__ import annotations
@@ -211,7 +211,8 @@ class Oracle:
         exact, plain = (self._predict(model, call.inputs, masks) for model in (self.exact, self.plain))
         everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
         dense = self._predict(self.plain, call.inputs, everything)
-        tolerance = 2 * error(plain, exact) + torch.finfo(plain.dtype).eps * exact.abs().max().item()
+        rounding = torch.finfo(plain.dtype).eps * exact.abs().max().item()
+        tolerance = 2 * error(plain, exact) + 4 * rounding  # other processors round otherwise
         assert error(call.output, exact) <= tolerance
         assert error(dense, exact) > 100 * tolerance
 
