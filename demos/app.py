@@ -87,8 +87,7 @@ def served(
     root = Path(tempfile.mkdtemp(prefix="dit-accel-demo-")).resolve()
     before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")}
     os.environ |= {"GRADIO_TEMP_DIR": str(root), "GRADIO_ANALYTICS_ENABLED": "False"}
-    sessions = Sessions(root, settings.caps)
-    studio = Studio(settings, Worker(settings), sessions)
+    studio = Studio(settings, Worker(settings), Sessions(root, settings.caps))
     blocks = None
     try:
         blocks = page(studio)
@@ -115,7 +114,7 @@ def served(
             print(f"{TITLE} {dit_accel.__version__}: {shared or address}", flush=True)
         yield address, studio
     finally:
-        sessions.end_all()
+        studio.end()
         if blocks is not None:
             with suppress(Exception):  # it may not have started
                 blocks.close(verbose=False)

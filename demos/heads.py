@@ -162,7 +162,7 @@ def build(studio: Studio) -> None:
                     0, label="Layer", precision=0, minimum=0, min_width=80, elem_id="head-layer"
                 )
                 head = gr.Number(0, label="Head", precision=0, minimum=0, min_width=80, elem_id="head-head")
-                kind = gr.Dropdown(list(KINDS), value=KINDS[0], label="Kind", filterable=False, min_width=110)
+                kind = gr.Dropdown(list(KINDS), value=KINDS[0], label="Kind", filterable=False, min_width=150)
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", elem_id="strength")
             scale = gr.Slider(0, 12, 3, step=0.5, label="Guidance by it")
             prompt = gr.Textbox(

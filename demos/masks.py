@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+import torch
 
 from dit_accel import patterns
 from dit_accel.masks.block_picture import draw_blocks, draw_neighbourhood
@@ -25,6 +26,9 @@ from .settings import Caps
 from .tab import CLASSES, LOOK_UPS, Studio, Tab, export_area, told
 from .worker import IMPORTS
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 ORDERS = ("raster", "tile", "auto")
 BLOCKS = ("128x64", "128x128", "64x64", "64x32", "32x32")
 SAMPLED, SAMPLED_OF_LONG, LONG = 256, 24, 20_000  # query blocks; tokens from which fewer are looked at
@@ -33,12 +37,16 @@ START = {  # of parameters that have no default
     "Neighborhood": {"window": (24, 24), "stride": (4, 4)},
     "SlidingTile": {"window": (1, 3, 3), "tile": (1, 8, 8)},
     "InwardWindow": {"half_window": (12, 12)},
+    "SpatialHead": {"keep": 0.5},  # of a picture: text alone takes a quarter
+    "TemporalHead": {"keep": 0.5},
     "ByNoise": {"levels": {0.8: patterns.Clear(24), 0: patterns.Clear(8)}},
 }
 START_OF_VIDEO = {
     "ByNoise": {"levels": {0.9: patterns.Dense(), 0.6: patterns.Radial(0.95), 0: patterns.Radial(0.2)}},
     "Neighborhood": {"window": (5, 20, 20), "stride": (1, 4, 4)},
     "SlidingTile": {"window": (3, 3, 3), "tile": (6, 8, 8)},
+    "SpatialHead": {},
+    "TemporalHead": {},
 }
 
 
@@ -91,10 +99,10 @@ def build(studio: Studio) -> None:
                 _written(start), label="All parameters", lines=1, max_lines=3, elem_id="parameters"
             )
             with gr.Row():
-                frames = gr.Number(grid[0], label="Frames", precision=0, min_width=70)
-                rows = gr.Number(grid[1], label="Rows", precision=0, min_width=70)
-                columns = gr.Number(grid[2], label="Columns", precision=0, min_width=70)
-                text = gr.Number(text_len, label="Text", precision=0, min_width=70)
+                frames = gr.Number(grid[0], label="Frames", precision=0, min_width=90)
+                rows = gr.Number(grid[1], label="Rows", precision=0, min_width=90)
+                columns = gr.Number(grid[2], label="Columns", precision=0, min_width=90)
+                text = gr.Number(text_len, label="Text", precision=0, min_width=90)
             blocks = gr.Dropdown(
                 list(BLOCKS), value=BLOCKS[0], label="Block, queries x keys", filterable=False
             )
@@ -291,12 +299,13 @@ class _Asked:
 
 @lru_cache(maxsize=8)  # for the figures that follow a drawing, and for other visitors
 def _estimates(asked: _Asked) -> dict[str, MaskEstimate]:
-    """By the name of the order, which all noise levels of a pattern share."""
-    orders = {name: asked.whole.token_order(asked.layout, asked.blocks, name) for name in ORDERS}
-    return {
-        name: estimate_mask(asked.pattern, asked.layout, asked.blocks, order, asked.sampled)
-        for name, order in orders.items()
-    }
+    """By the name of the order, which all noise levels of a pattern share; one object for equal orders."""
+    found: dict[str, MaskEstimate] = {}
+    for name in ORDERS:
+        order = asked.whole.token_order(asked.layout, asked.blocks, name)
+        same = next((one for one in found.values() if torch.equal(one.order, order)), None)
+        found[name] = same or estimate_mask(asked.pattern, asked.layout, asked.blocks, order, asked.sampled)
+    return found
 
 
 def draw(
@@ -319,11 +328,7 @@ def draw(
     """
     caps = studio.settings.caps
     asked = _Asked.checked(caps, pattern, parameters, frames, rows, columns, text, blocks, noise)
-    estimates = _estimates(asked)
-    pictures = [draw_neighbourhood(asked.pattern, asked.layout)]
-    pictures += [
-        draw_blocks(asked.pattern, asked.layout, asked.blocks, one.order) for one in estimates.values()
-    ]
+    estimates, pictures = studio.drawing.call(_drawn, asked)
     session: Session = studio.sessions.of(browser.session_hash)
     session.drawings += 1
     with session.result() as folder:
@@ -332,6 +337,17 @@ def draw(
             paths.append(folder / f"{name}.png")
             picture.save(paths[-1])
     return [*map(str, paths), _summary(asked, estimates), *_export(studio, asked).values]
+
+
+def _drawn(asked: _Asked) -> tuple[dict[str, MaskEstimate], list[Image]]:
+    """What is known of each order; pictures of a neighbourhood and of the blocks in each order."""
+    estimates = _estimates(asked)
+    blocks = {
+        one: draw_blocks(asked.pattern, asked.layout, asked.blocks, one.order)
+        for one in set(estimates.values())
+    }
+    near = draw_neighbourhood(asked.pattern, asked.layout)
+    return estimates, [near, *(blocks[one] for one in estimates.values())]
 
 
 def _summary(asked: _Asked, estimates: dict[str, MaskEstimate]) -> dict[str, Any]:

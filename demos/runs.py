@@ -51,36 +51,48 @@ def run(
         Cancelled: at the end of the step in which the visitor cancelled.
         ValueError: a request or recipe that this model cannot follow, before anything runs.
     """
+    with session.run() as stop:
+        progress(0, desc=f"loading {model}" if studio.worker.loaded != model else "starting")
+        return studio.running.call(_run, studio, session, model, request, recipes, progress, stop)
+
+
+def _run(
+    studio: Studio,
+    session: Session,
+    model: str,
+    request: Request,
+    recipes: Sequence[tuple[str, Recipe | None]],
+    progress: gr.Progress,
+    stop: threading.Event,
+) -> tuple[Request, list[Shown]]:
     from dit_accel import accelerated, media
     from dit_accel.generation import build_masks, check_request, execute, is_video
 
-    with session.run() as stop:
-        progress(0, desc=f"loading {model}" if studio.worker.loaded != model else "starting")
-        with studio.worker.pipeline(model) as pipe:
-            check(stop)
-            request = request.with_steps(pipe)
-            check_request(pipe, request)
-            for _, recipe in recipes:  # what does not fit is refused before any work
-                if recipe is not None:
-                    with accelerated(pipe, recipe):
-                        build_masks(pipe, request)
-            done, video = [], is_video(pipe)
-            for place, (label, recipe) in enumerate(recipes):
-                check(stop)
-                on_step = _counter(progress, stop, label, place, len(recipes), request.steps)
-                if recipe is None:
-                    done.append((label, execute(pipe, request, None, on_step), 1.0))
-                else:
-                    with accelerated(pipe, recipe) as handle:
-                        made = execute(pipe, request, None, on_step)
-                        done.append((label, made, handle.run_density))
+    with studio.worker.pipeline(model) as pipe:
         check(stop)
-        with session.result() as folder:
-            names = [f"{label}.mp4" if video else f"{label}.png" for label, _, _ in done]
-            paths = [
-                media.save(folder / name, made.frames, FPS)
-                for name, (_, made, _) in zip(names, done, strict=True)
-            ]
+        request = request.with_steps(pipe)
+        check_request(pipe, request)
+        for _, recipe in recipes:  # what does not fit is refused before any work
+            if recipe is not None:
+                with accelerated(pipe, recipe):
+                    build_masks(pipe, request)
+        done, video = [], is_video(pipe)
+        for place, (label, recipe) in enumerate(recipes):
+            check(stop)
+            on_step = _counter(progress, stop, label, place, len(recipes), request.steps)
+            if recipe is None:
+                done.append((label, execute(pipe, request, None, on_step), 1.0))
+            else:
+                with accelerated(pipe, recipe) as handle:
+                    made = execute(pipe, request, None, on_step)
+                    done.append((label, made, handle.run_density))
+    check(stop)
+    with session.result() as folder:
+        names = [f"{label}.mp4" if video else f"{label}.png" for label, _, _ in done]
+        paths = [
+            media.save(folder / name, made.frames, FPS)
+            for name, (_, made, _) in zip(names, done, strict=True)
+        ]
     _, height, width, _ = done[0][1].frames.shape
     request = Request(**{**vars(request), "width": width, "height": height})
     return request, [Shown(*values, path) for values, path in zip(done, paths, strict=True)]

@@ -8,7 +8,7 @@ import inspect
 import logging
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -17,6 +17,7 @@ from dit_accel.errors import DitAccelError
 
 from .sessions import Cancelled, Sessions
 from .settings import Settings
+from .threads import Threads
 from .worker import NoMemory, Worker
 
 # what runs one at a time, what needs no model, and what needs its class, whose first import takes seconds
@@ -26,11 +27,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Studio:
-    """What a tab is built with."""
+    """What a tab is built with.
+
+    Attributes:
+        settings, worker, sessions: see there.
+        running, drawing: threads for what uses the pipeline, and for what draws.
+    """
 
     settings: Settings
     worker: Worker
     sessions: Sessions
+    running: Threads = field(default_factory=lambda: Threads(1, "run"))
+    drawing: Threads = field(default_factory=lambda: Threads(2, "draw"))
+
+    def end(self) -> None:
+        """The server stops: so do all runs, and no file stays."""
+        self.sessions.end_all()
+        self.running.end()
+        self.drawing.end()
 
 
 @dataclass(frozen=True)

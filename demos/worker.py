@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .settings import Settings
+from .threads import give_back_memory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,6 +53,8 @@ class Worker:
                     raise
                 self._unload()
                 raise NoMemory(OUT_OF_MEMORY) from None
+            finally:
+                give_back_memory()
 
     @contextmanager
     def unless_busy(self) -> Iterator[bool]:
