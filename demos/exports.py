@@ -27,8 +27,21 @@ class Export:
         return [self.recipe, self.python, self.command]
 
 
+@dataclass(frozen=True)
+class Above:
+    """How a result above the native size was made: a method of `dit_accel.highres.METHODS`."""
+
+    method: str
+    strength: float
+
+
 def of_run(
-    settings: Settings, model: str, request: Request, recipe: Recipe | None, fps: int | None
+    settings: Settings,
+    model: str,
+    request: Request,
+    recipe: Recipe | None,
+    fps: int | None,
+    above: Above | None = None,
 ) -> Export:
     """Of a picture, or of a video where it has `fps` frames per second.
 
@@ -47,6 +60,8 @@ def of_run(
         "--device": settings.device,
         "--dtype": settings.dtype_name,
         "--fps": fps,
+        "--highres": None if above is None else above.method,
+        "--strength": None if above is None else f"{above.strength:g}",
         "--out": out,
     }
     parts = [_option(option, value) for option, value in values.items() if value is not None]
@@ -54,7 +69,8 @@ def of_run(
         parts.insert(2, f"--recipe {_recipe_argument(recipe)}")
     command = " \\\n  ".join(["dit-accel generate", *parts])
     yaml = "# dense: no recipe\n" if recipe is None else recipe.to_yaml()
-    return Export(yaml, _python(settings, name, request, recipe, fps, out), _with_file(recipe, command))
+    python = _python(settings, name, request, recipe, fps, out, above)
+    return Export(yaml, python, _with_file(recipe, command))
 
 
 def _option(option: str, value: object) -> str:
@@ -86,7 +102,13 @@ def recipe_in_python(recipe: Recipe) -> str:
 
 
 def _python(
-    settings: Settings, name: str, request: Request, recipe: Recipe | None, fps: int | None, out: str
+    settings: Settings,
+    name: str,
+    request: Request,
+    recipe: Recipe | None,
+    fps: int | None,
+    out: str,
+    above: Above | None,
 ) -> str:
     rate = "" if fps is None else f", fps={fps}"
     enabled = "" if recipe is None else f"dit_accel.enable(pipe, {recipe_in_python(recipe)})\n"
@@ -94,10 +116,15 @@ def _python(
     for field in ("width", "height", "frames", "steps", "guidance", "seed", "max_sequence_length"):
         if getattr(request, field) is not None:
             fields.append(f"    {field}={getattr(request, field)!r},\n")
+    standard, module, way, how = "", "", "", ""
+    if above is not None:
+        standard, module, how = "from functools import partial\n\n", "highres, ", ", call=way"
+        options = f"method={above.method!r}, strength={above.strength:g}"
+        way = f"way = partial(highres.generate, pipe, {options})\n"
     return (
-        "import torch\n\nimport dit_accel\nfrom dit_accel import media\n"
+        f"{standard}import torch\n\nimport dit_accel\nfrom dit_accel import {module}media\n"
         "from dit_accel.generation import Request, execute, load\n\n"
         f"pipe = load({name!r}, torch.{settings.dtype_name}, torch.device({str(settings.device)!r}))\n"
-        f"{enabled}request = Request(\n{''.join(fields)})\n"
-        f"media.save({out!r}, execute(pipe, request, None).frames{rate})\n"
+        f"{enabled}{way}request = Request(\n{''.join(fields)})\n"
+        f"media.save({out!r}, execute(pipe, request, None{how}).frames{rate})\n"
     )
