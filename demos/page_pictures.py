@@ -41,6 +41,11 @@ def _heads(page: Any) -> None:
     page.locator("#head-figures dd").first.wait_for()
 
 
+def _high_resolution(page: Any) -> None:
+    page.locator("#enlarge").click()
+    page.locator("#highres-note strong").nth(1).wait_for()
+
+
 def _evaluate(page: Any) -> None:
     page.locator("#table").wait_for()
     page.locator("#plot canvas, #plot svg").first.wait_for()
@@ -50,6 +55,7 @@ TABS: dict[str, Callable[[Any], None]] = {
     "Generate": _generate,
     "Masks": _masks,
     "Heads": _heads,
+    "High resolution": _high_resolution,
     "Evaluate": _evaluate,
 }
 
@@ -79,7 +85,7 @@ def take(tabs: list[str], out: Path, width: int = 1360, dark: bool = False) -> l
             page.get_by_role("tab", name=name, exact=True).click()
             TABS[name](page)
             page.wait_for_timeout(2000)  # for pictures to load and notes to fade
-            paths.append(out / f"demo-{name.lower()}.png")
+            paths.append(out / f"demo-{name.lower().replace(' ', '-')}.png")
             page.screenshot(path=paths[-1], full_page=True)
             page.close()
         chromium.close()
