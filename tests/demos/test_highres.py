@@ -76,6 +76,7 @@ def test_defaults_of_a_model(client):
 
 
 def test_presets_set_method_strength_and_steps(client):
+    client.predict("tiny-flux", api_name="/highres_model")  # of which Gradio remembers the choices
     assert list(client.predict("flux-hiflow", api_name="/highres_preset")) == ["flow", 0.55, 30]
     with pytest.raises(AppError, match=r"choices|Preset must be one of"):
         client.predict("flux", api_name="/highres_preset")
