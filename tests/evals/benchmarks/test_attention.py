@@ -30,7 +30,7 @@ def test_every_pattern_has_every_density_at_both_lengths():
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     mask = SMALL.pattern.block_mask(SMALL.layout, (64, 16))
     exact = bench.block_sparse_attention
-    monkeypatch.setattr(bench, "block_sparse_attention", lambda *a: exact(*a) * 1.001)
+    monkeypatch.setattr(bench, "block_sparse_attention", lambda *a, **kw: exact(*a, **kw) * 1.001)
     monkeypatch.setattr(bench, "interleaved", None)
     with pytest.raises(AssertionError, match="not timed"):
         bench.measure(SMALL, torch.float32, mask, 1)
