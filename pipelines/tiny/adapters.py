@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import nn
@@ -72,6 +74,14 @@ class Adapter(ABC):
     @abstractmethod
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, text: Any) -> torch.Tensor:
         """Predicted noise minus latents for noisy latents (B, C, F, H, W) at noise levels ``sigma`` (B,)."""
+
+    @abstractmethod
+    def placed(self, canvas: torch.Size, kept: torch.Tensor) -> AbstractContextManager:
+        """Context in which latents of one row of n tokens are the tokens ``kept`` (n,) of a larger canvas.
+
+        The transformer gives them the positions that they have among all tokens of latents of shape
+        ``canvas`` (B, C, F, H, W).
+        """
 
     @abstractmethod
     def shift(self, latents: torch.Tensor) -> float:
@@ -141,6 +151,16 @@ class FluxAdapter(ImageAdapter):
         scale = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(output, height * scale, width * scale, scale).unsqueeze(2)
 
+    def placed(self, canvas: torch.Size, kept: torch.Tensor) -> AbstractContextManager:
+        positions = self.pipe.transformer.pos_embed
+        embed, (height, width) = positions.forward, canvas[-2:]
+
+        def embed_kept(ids: torch.Tensor) -> Any:
+            every = self.pipe._prepare_latent_image_ids(1, height // 2, width // 2, ids.device, ids.dtype)
+            return embed(torch.cat([ids[: -len(kept)], every[kept]]))
+
+        return mock.patch.object(positions, "forward", embed_kept)
+
 
 class SD3Adapter(ImageAdapter):
     """Trains a Stable Diffusion 3 pipeline."""
@@ -168,11 +188,17 @@ class SD3Adapter(ImageAdapter):
         )[0]
         return output.unsqueeze(2)
 
+    def placed(self, canvas: torch.Size, kept: torch.Tensor) -> AbstractContextManager:
+        positions = self.pipe.transformer.pos_embed
+        every = positions.cropped_pos_embed(*canvas[-2:])
+        return mock.patch.object(positions, "cropped_pos_embed", return_value=every[:, kept])
+
 
 class VideoAdapter(Adapter):
-    """What Wan and HunyuanVideo share: how their autoencoders are called."""
+    """What Wan and HunyuanVideo share: how their autoencoders are called, and rotary positions."""
 
     crop = (9, 32, 32)
+    rotary_axis: ClassVar[int]  # of the tokens in a table of rotary embeddings
 
     def posterior(self, pixels: torch.Tensor) -> Any:
         return self.pipe.vae.encode(pixels).latent_dist
@@ -180,10 +206,17 @@ class VideoAdapter(Adapter):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.pipe.vae.decode(latents).sample
 
+    def placed(self, canvas: torch.Size, kept: torch.Tensor) -> AbstractContextManager:
+        rope = self.pipe.transformer.rope
+        every = rope(torch.empty(canvas, device=kept.device))
+        chosen = tuple(table.index_select(self.rotary_axis, kept) for table in every)
+        return mock.patch.object(rope, "forward", return_value=chosen)
+
 
 class WanAdapter(VideoAdapter):
     """Trains a Wan pipeline."""
 
+    rotary_axis = 1
     text_encoders = ("text_encoder",)
 
     @property
@@ -227,6 +260,7 @@ class HunyuanVideoAdapter(VideoAdapter):
     canvases = (64, 96, 128, 192)
     anywhere = 0.0
     still = 0.1
+    rotary_axis = 0
     text_encoders = ("text_encoder", "text_encoder_2")
 
     @property

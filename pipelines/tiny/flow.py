@@ -24,6 +24,8 @@ MEASURED = 64  # scenes that tell the latents' mean and deviation
 EMPTY_PROMPT = 0.1  # share of captions dropped, for classifier-free guidance
 LONG_PROMPT = 0.02  # share of steps with prompts padded to 512 tokens, the pipelines' default
 LONG_LENGTH = 512
+DECOYS = 1  # scenes at whose objects a step on some tokens computes tokens too
+BACKGROUND_KEPT = 0.08  # share of all other tokens that it computes
 SHORT_SEQUENCE = 200  # below this many tokens plain matrix products beat the fused attention kernel on CPUs
 
 
@@ -35,6 +37,7 @@ class TrainingSize:
     batch: int
     pool: int  # scenes drawn at this size
     weights: tuple[tuple[float, float], ...]  # (start, weight) in ascending order; 0 before the first
+    tokens: int | None = None  # scene after scene, on about so many tokens at most (see ``kept_tokens``)
 
     def weight(self, progress: float) -> float:
         return next((weight for start, weight in reversed(self.weights) if progress >= start), 0.0)
@@ -111,12 +114,38 @@ class PositionProbe(nn.Module):
             lambda module, arguments, output: setattr(self, "tokens", adapter.visual(output))
         )
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Mean squared error for the last forward pass, which was on ``latents`` (B, C, F, H, W)."""
+    def forward(self, latents: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean squared error for the last forward pass, which was on ``latents`` (B, C, F, H, W).
+
+        ``kept`` (n,) are the tokens that took part; None means all.
+        """
         frames, height, width = latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
         axes = [(torch.arange(size) + 0.5) * 2 / size - 1 for size in (frames, height, width)]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2).to(latents.device)
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+        places = places.to(latents.device) if kept is None else places[kept].to(latents.device)
         return (self.read(self.tokens.float()) - places).square().mean()
+
+
+def in_a_row(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The tokens ``kept`` (n,) of latents (B, C, F, H, W), 2 x 2 each, as one row (B, C, 1, 2, 2 n)."""
+    tokens = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 2, 3, 5, 6).flatten(3, 5)
+    return tokens[:, :, :, kept].flatten(3).unsqueeze(2)
+
+
+def kept_tokens(draw: Draw, near: torch.Tensor, limit: int) -> torch.Tensor:
+    """Tokens (n,) that a step at a large size computes, a few times fewer than all.
+
+    Those at a scene's objects, and of the background a few; so that they do not betray where the objects are,
+    those at the objects of other scenes too: ``near`` (scenes, 1, F, H, W). Where these are more than
+    ``limit``, those of some frames alone. (MaskDiT, Zheng et al. 2024, drops tokens at random, which on large
+    canvases of small objects would leave little to learn from.)
+    """
+    objects = F.max_pool3d(near.amax(0), (1, 2, 2))[0] > 0
+    counts, some = objects.sum((1, 2)), torch.zeros(len(objects), dtype=torch.bool)
+    for frame in draw.rng.sample(range(len(objects)), len(objects)):
+        some[frame] = not some.any() or counts[some].sum() + counts[frame] <= limit
+    background = draw.uniform(objects.shape) < BACKGROUND_KEPT
+    return ((objects & some[:, None, None]) | background).flatten().nonzero()[:, 0]
 
 
 class Flow:
@@ -152,10 +181,29 @@ class Flow:
         captions = [
             "" if rng.random() < EMPTY_PROMPT else caption(pool.scenes[index], rng) for index in chosen
         ]
+        length = LONG_LENGTH if long else self.adapter.text_length
+        if entry.tokens:
+            losses = [
+                self._partial_loss(draw, entry, index, text, length, (place, batch))
+                for place, (index, text) in enumerate(zip(chosen, captions, strict=True))
+            ]
+            return torch.stack(losses).mean()
         latents = pool.latents[chosen].to(self.device)
-        error = self._error(draw, latents, captions, LONG_LENGTH if long else self.adapter.text_length)
+        error = self._error(draw, latents, captions, length)
         near = pool.near[chosen].to(self.device)
         return balanced(error, near) + PLACE_WEIGHT * self.position_probe(latents)
+
+    def _partial_loss(
+        self, draw: Draw, entry: TrainingSize, index: int, text: str, length: int, stratum: tuple[int, int]
+    ) -> torch.Tensor:
+        """The same for one scene, some of whose tokens take part alone."""
+        pool = self._pool(entry)
+        latents = pool.latents[index, None].to(self.device)
+        others = [draw.rng.randrange(len(pool.scenes)) for _ in range(DECOYS)]
+        kept = kept_tokens(draw, pool.near[[index, *others]], entry.tokens or 0)
+        error = self._error(draw, latents, [text], length, kept, stratum)
+        near = in_a_row(pool.near[index, None], kept).to(self.device)
+        return balanced(error, near) + PLACE_WEIGHT * self.position_probe(latents, kept)
 
     @torch.no_grad()
     def held_out(self, size: Size, count: int) -> float:
@@ -167,19 +215,35 @@ class Flow:
         error = self._error(Draw(self.seed, "held out", size), latents, captions, self.adapter.text_length)
         return balanced(error, pool.near.to(self.device)).item()
 
-    def _error(self, draw: Draw, latents: torch.Tensor, captions: list[str], length: int) -> torch.Tensor:
-        """Squared error of the velocity, of ``latents``'s shape, at noise and levels from ``draw``."""
-        batch = len(latents)
-        noise = draw.normal(latents.shape).to(self.device)
+    def _error(
+        self,
+        draw: Draw,
+        latents: torch.Tensor,
+        captions: list[str],
+        length: int,
+        kept: torch.Tensor | None = None,
+        stratum: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Squared error of the velocity at noise and levels from ``draw``, of the shape of ``latents``.
 
+        Of the tokens ``kept`` alone, if given, `in_a_row`. Levels are stratified over the batch, or over the
+        steps of which this is one (``stratum``: which, of how many).
+        """
+        place, strata = stratum or (torch.arange(len(latents)), len(latents))
         shift = self.adapter.shift(latents)
-        uniform = (torch.arange(batch) + draw.uniform((batch,))) / batch  # stratified
+        uniform = (place + draw.uniform((len(latents),))) / strata
         sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
+        placed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if kept is not None:
+            placed = self.adapter.placed(latents.shape, kept)
+            latents = in_a_row(latents, kept)
+        noise = draw.normal(latents.shape).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         tokens = latents[0, 0].numel() // 4
+        short = sdpa_kernel(SDPBackend.MATH) if tokens < SHORT_SEQUENCE else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16):
             text = self.adapter.encode_text(captions, length)
-            with sdpa_kernel(SDPBackend.MATH) if tokens < SHORT_SEQUENCE else contextlib.nullcontext():
+            with short, placed:
                 output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         return (output.float() - (noise - latents)).square()
 

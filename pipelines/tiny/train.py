@@ -40,43 +40,45 @@ class Curriculum:
 
 
 HELD_OUT = 8  # scenes at each size, at most, on which the loss is watched
-# Which of two objects stands where is learned at the smallest size alone: among others it hardly is.
+# Which of two objects stands where is learned at the smallest size alone: among others it hardly is. Large
+# sizes are learned on some of the tokens at a time, many times cheaper, and at last on all.
 IMAGES = (
-    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.3, 0.2), (0.45, 0.1))),
-    TrainingSize((1, 64, 96), 24, 1024, ((0.3, 0.05), (0.45, 0.03))),
-    TrainingSize((1, 96, 64), 24, 1024, ((0.3, 0.05), (0.45, 0.03))),
-    TrainingSize((1, 128, 128), 16, 3072, ((0.3, 0.5), (0.45, 0.26), (0.65, 0.16))),
-    TrainingSize((1, 192, 128), 10, 512, ((0.3, 0.04),)),
-    TrainingSize((1, 256, 256), 4, 768, ((0.3, 0.12), (0.45, 0.3), (0.65, 0.26))),
-    TrainingSize((1, 384, 384), 2, 768, ((0.3, 0.04), (0.45, 0.28), (0.65, 0.42))),
+    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.4, 0.25), (0.6, 0.18))),
+    TrainingSize((1, 64, 96), 24, 1024, ((0.4, 0.05), (0.6, 0.02))),
+    TrainingSize((1, 96, 64), 24, 1024, ((0.4, 0.05), (0.6, 0.02))),
+    TrainingSize((1, 128, 128), 10, 3072, ((0.4, 0.2), (0.6, 0.15))),
+    TrainingSize((1, 192, 128), 8, 512, ((0.4, 0.05), (0.6, 0.03))),
+    TrainingSize((1, 256, 256), 8, 1024, ((0.4, 0.2), (0.92, 0.1)), tokens=1000),
+    TrainingSize((1, 384, 384), 8, 1536, ((0.4, 0.2), (0.6, 0.4), (0.92, 0.1)), tokens=1000),
+    TrainingSize((1, 256, 256), 4, 1024, ((0.92, 0.1),)),
+    TrainingSize((1, 384, 384), 2, 1536, ((0.92, 0.3),)),
 )
 VIDEOS = (
-    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 0.2), (0.25, 0.04))),
-    TrainingSize((9, 64, 64), 12, 1024, ((0.0, 0.25), (0.25, 0.04))),
-    TrainingSize((17, 64, 64), 8, 2048, ((0.0, 0.55), (0.25, 0.3), (0.6, 0.2))),
-    TrainingSize((17, 128, 128), 2, 256, ((0.15, 0.15), (0.25, 0.2), (0.6, 0.15))),
-    TrainingSize((29, 128, 128), 1, 128, ((0.25, 0.2), (0.6, 0.1))),
-    TrainingSize((61, 64, 64), 2, 256, ((0.4, 0.1), (0.6, 0.08))),
-    TrainingSize((61, 128, 128), 1, 96, ((0.4, 0.08),)),
-    TrainingSize((65, 176, 176), 1, 96, ((0.5, 0.2), (0.75, 0.4))),
+    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 0.3), (0.25, 0.05))),
+    TrainingSize((17, 64, 64), 6, 2048, ((0.0, 0.7), (0.25, 0.3))),
+    TrainingSize((61, 64, 64), 3, 512, ((0.25, 0.1),), tokens=600),
+    TrainingSize((17, 128, 128), 4, 512, ((0.25, 0.2),), tokens=700),
+    TrainingSize((29, 128, 128), 3, 256, ((0.25, 0.1),), tokens=900),
+    TrainingSize((65, 176, 176), 2, 128, ((0.25, 0.25), (0.6, 0.3)), tokens=1200),
+    TrainingSize((65, 176, 176), 1, 128, ((0.95, 0.3),)),
 )
 CURRICULA: dict[str, Curriculum] = {
     "tiny-flux": Curriculum(
         autoencoder=Stage("vae", steps=1200, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=7500, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=IMAGES,
     ),
     "tiny-sd3": Curriculum(
         autoencoder="tiny-flux",
         crops=16,
-        flow=Stage("flow", steps=7500, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=IMAGES,
     ),
     "tiny-wan": Curriculum(
         autoencoder=Stage("vae", steps=2400, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=9000, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=VIDEOS,
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2, 61: 1, 125: 1},
@@ -84,7 +86,7 @@ CURRICULA: dict[str, Curriculum] = {
     "tiny-hunyuan-video": Curriculum(
         autoencoder=Stage("vae", steps=4000, rate=1e-3, decay=0.5, averaging=0.99),
         crops=4,
-        flow=Stage("flow", steps=9000, rate=1e-3, decay=0.4, averaging=0.998, muon=True),
+        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=VIDEOS,
         decoder=Stage("decoder", steps=800, rate=1e-3, decay=0.6, averaging=0.99),
         clips={17: 2, 29: 1, 61: 1},
@@ -257,8 +259,8 @@ class Training:
             with loop.averaged():
                 export(self.pipe, self.out)
                 losses = {
-                    "x".join(map(str, entry.size)): loss.held_out(entry.size, min(entry.batch, HELD_OUT))
-                    for entry in self.curriculum.sizes
+                    "x".join(map(str, size)): loss.held_out(size, min(batch, HELD_OUT))
+                    for size, batch in {one.size: one.batch for one in self.curriculum.sizes}.items()
                 }
             print("held-out loss: " + ", ".join(f"{size} {value:.3f}" for size, value in losses.items()))
 

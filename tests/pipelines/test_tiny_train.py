@@ -8,7 +8,7 @@ from torch import nn
 
 from dit_accel.pipelines.tiny import flow
 from dit_accel.pipelines.tiny.adapters import adapter
-from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize, balanced
+from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize, balanced, in_a_row, kept_tokens
 from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
 from dit_accel.pipelines.tiny.train import CURRICULA, Training
@@ -113,6 +113,51 @@ def test_objects_weigh_half_of_the_loss_whatever_their_size():
     assert balanced(object_only, near) == pytest.approx(0.5)
     assert balanced(rest_only, near) == pytest.approx(0.5)
     assert balanced(torch.ones(2, 3, 1, 8, 8), near) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_row_of_all_tokens_is_worth_the_canvas(name):
+    """Tokens in a row, in any order, that keep their positions come out as they do on the canvas."""
+    torch.manual_seed(0)
+    pipe = spec(name).build()
+    for weight in pipe.transformer.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.05)
+    family, channels = adapter(spec(name), pipe), pipe.vae.config.get("latent_channels") or 8
+    latents, level = torch.randn(1, channels, 5 if spec(name).video else 1, 8, 12), torch.tensor([0.5])
+    with torch.no_grad():
+        text = family.encode_text(["a fox at the top"], 24)
+        expected = family.velocity(latents, level, text)
+        kept = torch.randperm(expected[0, 0].numel() // 4)
+        with family.placed(latents.shape, kept):
+            actual = family.velocity(in_a_row(latents, kept), level, text)
+        assert torch.equal(family.velocity(latents, level, text), expected)
+    assert (actual - in_a_row(expected, kept)).abs().max() < 1e-5 < expected.std()
+
+
+def test_some_tokens_are_those_of_objects_and_a_few_others():
+    near = torch.zeros(2, 1, 3, 16, 16)
+    near[0, :, :, :4, :4] = near[1, :, 1, 8:, 8:] = 1
+    every = torch.zeros(3, 8, 8, dtype=torch.bool).flatten()
+    every[kept_tokens(Draw(0), near, 100)] = True
+    every = every.view(3, 8, 8)
+    assert every[:, :2, :2].all()
+    assert every[1, 4:, 4:].all()
+    assert 0 < every[0, 2:].float().mean() < 0.3
+    some = kept_tokens(Draw(0), near, 5)
+    assert len(some) < every.sum()
+
+
+def test_training_on_some_tokens_learns(tmp_path):
+    pipe = spec("tiny-flux").build()
+    family = adapter(spec("tiny-flux"), pipe)
+    probe = PositionProbe(family)
+    entry = TrainingSize((1, 64, 64), 3, 4, ((0.0, 1.0),), tokens=30)
+    loss = Flow(family, (entry,), tmp_path, 0, torch.device("cpu"), probe)
+    loop = Loop(Stage("flow", 12, 3e-3, warmup=1), {**family.trained, "probe": probe}, tmp_path / "flow.pt")
+    first = loss.held_out(entry.size, 4)
+    loop.run(loss)
+    assert loss.held_out(entry.size, 4) < 0.9 * first
 
 
 def test_held_out_loss_repeats_and_follows_the_weights(tmp_path):
