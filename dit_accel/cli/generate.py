@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from dit_accel.highres import Preset
 
 EXAMPLE = (
-    "Example: dit-accel generate --model tiny-flux --out circle.png "
-    '--prompt "a red circle at the top left on a striped background"'
+    "Example: dit-accel generate --model tiny-flux --out fox.png "
+    '--prompt "a fox at the top left on a blue striped background"'
 )
 
 

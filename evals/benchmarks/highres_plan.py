@@ -30,7 +30,7 @@ from . import memory
 from .table import RESULTS, machine, markdown
 
 CPU = torch.device("cpu")
-PROMPT = "a red circle at the top left on a striped background"
+PROMPT = "a fox at the top left on a blue striped background"
 ALLOWED = 0.1
 HEADINGS = ("size", "method", "stage", "peak planned", "measured", "error")
 _MMAP_THRESHOLD, _BYTES = -3, 65536  # of mallopt(3)

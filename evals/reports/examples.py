@@ -4,11 +4,11 @@ A model that is trained on other captions needs other prompts: they are changed 
 and in the README's snippets, which tests hold to them, and `make readme` does the rest.
 """
 
-IMAGE = "a red circle at the top left on a striped background"
+IMAGE = "a fox at the top left on a blue striped background"
 VIDEO = "a blue square moving left at the center on a plain background"
 GALLERY = (  # of the README's picture
-    "a red circle at the top left on a striped background",
-    "a blue cross at the center on a checkered background",
-    "a yellow square at the top right on a plain background",
-    "a green triangle at the bottom left on a striped background",
+    "a fox at the top left on a blue striped background",
+    "a panda at the center on a green checkered background",
+    "a mushroom at the top left and a penguin at the bottom right on a yellow plain background",
+    "a rocket at the top right and a pig at the bottom left on a grey gradient background",
 )

@@ -1,4 +1,4 @@
-"""What a head search is worth: `python -m dit_accel.evals.reports.hunt_compare tiny-flux outputs/hunt`.
+"""What a head search is worth: `python -m dit_accel.evals.reports.hunt_compare tiny-sd3 outputs/hunt`.
 
 On prompt-seed pairs that the search did not use, with the pipeline's arguments of the search: no guidance,
 guidance by the heads that were found, and PAG of a whole layer, over one grid of scales w. A layer's PAG runs
@@ -204,11 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
     from dit_accel.environment import environment
     from dit_accel.guidance.head_pictures import MAP, SHEET
     from dit_accel.pipelines import load, tiny
+    from dit_accel.pipelines.tiny.worlds import SHAPES
 
     parser = argparse.ArgumentParser(
         prog="python -m dit_accel.evals.reports.hunt_compare", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("model", choices=[name for name, info in tiny.INFO.items() if not info.video])
+    known = [name for name, info in tiny.INFO.items() if info.world is SHAPES and not info.video]
+    parser.add_argument("model", choices=known, help="whose pictures the bundled encoder knows")
     parser.add_argument("hunt", type=Path, help=f"folder of a search, with {LOG} and {FOUND}")
     parser.add_argument("--strength", type=float, help="of the found heads, in place of the search's")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="the grid of w")

@@ -26,6 +26,7 @@ class Adapter(ABC):
     anywhere: ClassVar[float] = 0.25  # share of crops that need not lie across an object's outline
     still: ClassVar[float] = 0.0  # share of the autoencoder's stage, at its start, on single frames
     text_encoders: ClassVar[tuple[str, ...]]
+    text_first: ClassVar[bool] = False  # in joint attention
     text_length: ClassVar[int] = TEXT_LENGTH
 
     def __init__(self, pipe: Any):
@@ -123,6 +124,7 @@ class ImageAdapter(Adapter):
 class FluxAdapter(ImageAdapter):
     """Trains a FLUX pipeline."""
 
+    text_first = True
     text_encoders = ("text_encoder", "text_encoder_2")
 
     @property

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ MEASURED = 64  # scenes that tell the latents' mean and deviation
 EMPTY_PROMPT = 0.1  # share of captions dropped, for classifier-free guidance
 LONG_PROMPT = 0.02  # share of steps with prompts padded to 512 tokens, the pipelines' default
 LONG_LENGTH = 512
-DECOYS = 1  # scenes at whose objects a step on some tokens computes tokens too
+DECOYS = 2  # scenes at whose objects a step on some tokens computes tokens too
 BACKGROUND_KEPT = 0.08  # share of all other tokens that it computes
 SHORT_SEQUENCE = 200  # below this many tokens plain matrix products beat the fused attention kernel on CPUs
 
@@ -132,20 +135,43 @@ def in_a_row(latents: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return tokens[:, :, :, kept].flatten(3).unsqueeze(2)
 
 
-def kept_tokens(draw: Draw, near: torch.Tensor, limit: int) -> torch.Tensor:
+def kept_tokens(draw: Draw, near: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (n,) that a step at a large size computes, a few times fewer than all.
 
     Those at a scene's objects, and of the background a few; so that they do not betray where the objects are,
     those at the objects of other scenes too: ``near`` (scenes, 1, F, H, W). Where these are more than
     ``limit``, those of some frames alone. (MaskDiT, Zheng et al. 2024, drops tokens at random, which on large
-    canvases of small objects would leave little to learn from.)
+    canvases of small objects would leave little to learn from.) Also for how many tokens each of them stands,
+    float32 (n,).
     """
     objects = F.max_pool3d(near.amax(0), (1, 2, 2))[0] > 0
     counts, some = objects.sum((1, 2)), torch.zeros(len(objects), dtype=torch.bool)
     for frame in draw.rng.sample(range(len(objects)), len(objects)):
         some[frame] = not some.any() or counts[some].sum() + counts[frame] <= limit
-    background = draw.uniform(objects.shape) < BACKGROUND_KEPT
-    return ((objects & some[:, None, None]) | background).flatten().nonzero()[:, 0]
+    chosen = objects & some[:, None, None]
+    numbers = torch.where(chosen, len(some) / some.sum(), 1 / BACKGROUND_KEPT).flatten()
+    kept = (chosen | (draw.uniform(objects.shape) < BACKGROUND_KEPT)).flatten().nonzero()[:, 0]
+    return kept, numbers[kept]
+
+
+@contextlib.contextmanager
+def standing_for(numbers: torch.Tensor, text_first: bool) -> Iterator[None]:
+    """Context in which visual tokens weigh in attention as ``numbers`` (n,) tokens like them would.
+
+    Without that a model that learned from some tokens is lost among all, of which most are background.
+    """
+    attend, bias = F.scaled_dot_product_attention, numbers.log()
+
+    def weighted(query, key, value, attn_mask=None, **options):
+        if query.shape[-2] == key.shape[-2]:  # not a picture's attention to its text
+            text = key.shape[-2] - len(bias)
+            weights = F.pad(bias, (text, 0) if text_first else (0, text)).to(query.dtype)
+            weights = weights.view(1, 1, 1, -1)
+            attn_mask = weights if attn_mask is None else weights.where(attn_mask, -math.inf)
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", weighted):
+        yield
 
 
 class Flow:
@@ -200,8 +226,10 @@ class Flow:
         pool = self._pool(entry)
         latents = pool.latents[index, None].to(self.device)
         others = [draw.rng.randrange(len(pool.scenes)) for _ in range(DECOYS)]
-        kept = kept_tokens(draw, pool.near[[index, *others]], entry.tokens or 0)
-        error = self._error(draw, latents, [text], length, kept, stratum)
+        kept, numbers = kept_tokens(draw, pool.near[[index, *others]], entry.tokens or 0)
+        if len(kept) == length:  # which text has too, and attention is told by
+            kept, numbers = kept[1:], numbers[1:]
+        error = self._error(draw, latents, [text], length, (kept, numbers.to(self.device)), stratum)
         near = in_a_row(pool.near[index, None], kept).to(self.device)
         return balanced(error, near) + PLACE_WEIGHT * self.position_probe(latents, kept)
 
@@ -221,30 +249,31 @@ class Flow:
         latents: torch.Tensor,
         captions: list[str],
         length: int,
-        kept: torch.Tensor | None = None,
+        some: tuple[torch.Tensor, torch.Tensor] | None = None,
         stratum: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Squared error of the velocity at noise and levels from ``draw``, of the shape of ``latents``.
 
-        Of the tokens ``kept`` alone, if given, `in_a_row`. Levels are stratified over the batch, or over the
-        steps of which this is one (``stratum``: which, of how many).
+        Of some tokens alone, `in_a_row`, if `kept_tokens` are given. Levels are stratified over the batch, or
+        over the steps of which this is one (``stratum``: which, of how many).
         """
         place, strata = stratum or (torch.arange(len(latents)), len(latents))
         shift = self.adapter.shift(latents)
         uniform = (place + draw.uniform((len(latents),))) / strata
         sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
-        placed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if kept is not None:
-            placed = self.adapter.placed(latents.shape, kept)
-            latents = in_a_row(latents, kept)
+        canvas = latents.shape
+        if some is not None:
+            latents = in_a_row(latents, some[0])
         noise = draw.normal(latents.shape).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
-        tokens = latents[0, 0].numel() // 4
-        short = sdpa_kernel(SDPBackend.MATH) if tokens < SHORT_SEQUENCE else contextlib.nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16), contextlib.ExitStack() as stack:
             text = self.adapter.encode_text(captions, length)
-            with short, placed:
-                output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
+            if latents[0, 0].numel() // 4 < SHORT_SEQUENCE:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if some is not None:
+                stack.enter_context(self.adapter.placed(canvas, some[0]))
+                stack.enter_context(standing_for(some[1], self.adapter.text_first))
+            output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         return (output.float() - (noise - latents)).square()
 
 

@@ -15,7 +15,7 @@ from . import hunyuan
 from .starting import keep_signals
 from .text_encoders import TEXT_DIM, TEXT_LENGTH, clip, t5
 from .word_tokenizers import tokenizer
-from .worlds import SHAPES, World
+from .worlds import EMOJI, SHAPES, World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,7 +104,7 @@ def build_flux(words: Sequence[str]) -> DiffusionPipeline:
         vae=vae,
         text_encoder=clip(CLIPTextModel, words),
         tokenizer=tokenizer(words, TEXT_LENGTH),
-        text_encoder_2=t5(T5EncoderModel, T5Config, words, layers=1),
+        text_encoder_2=t5(T5EncoderModel, T5Config, words, layers=2),
         tokenizer_2=tokenizer(words, TEXT_LENGTH),
         transformer=transformer,
     )
@@ -208,12 +208,13 @@ SPECS: dict[str, Spec] = {
         Spec(
             name="tiny-flux",
             family="flux",
-            description="FLUX in 2.6 M parameters: a coloured shape on a grey background",
+            description="FLUX in 3.0 M parameters: emoji, one or two, on a patterned background",
             native=(1, 64, 64),
             demo=(1, 384, 384),
             steps=20,
             guidance=4.0,
             assemble=build_flux,
+            world=EMOJI,
         ),
         Spec(
             name="tiny-sd3",

@@ -43,15 +43,15 @@ HELD_OUT = 8  # scenes at each size, at most, on which the loss is watched
 # Which of two objects stands where is learned at the smallest size alone: among others it hardly is. Large
 # sizes are learned on some of the tokens at a time, many times cheaper, and at last on all.
 IMAGES = (
-    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.4, 0.25), (0.6, 0.18))),
-    TrainingSize((1, 64, 96), 24, 1024, ((0.4, 0.05), (0.6, 0.02))),
-    TrainingSize((1, 96, 64), 24, 1024, ((0.4, 0.05), (0.6, 0.02))),
-    TrainingSize((1, 128, 128), 10, 3072, ((0.4, 0.2), (0.6, 0.15))),
-    TrainingSize((1, 192, 128), 8, 512, ((0.4, 0.05), (0.6, 0.03))),
-    TrainingSize((1, 256, 256), 8, 1024, ((0.4, 0.2), (0.92, 0.1)), tokens=1000),
-    TrainingSize((1, 384, 384), 8, 1536, ((0.4, 0.2), (0.6, 0.4), (0.92, 0.1)), tokens=1000),
-    TrainingSize((1, 256, 256), 4, 1024, ((0.92, 0.1),)),
-    TrainingSize((1, 384, 384), 2, 1536, ((0.92, 0.3),)),
+    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.25, 0.2), (0.4, 0.13))),
+    TrainingSize((1, 64, 96), 24, 1024, ((0.25, 0.03), (0.4, 0.02))),
+    TrainingSize((1, 96, 64), 24, 1024, ((0.25, 0.03), (0.4, 0.02))),
+    TrainingSize((1, 128, 128), 10, 3072, ((0.25, 0.2), (0.4, 0.1))),
+    TrainingSize((1, 192, 128), 8, 512, ((0.25, 0.04), (0.4, 0.02))),
+    TrainingSize((1, 256, 256), 8, 1024, ((0.25, 0.2), (0.4, 0.13)), tokens=1000),
+    TrainingSize((1, 384, 384), 8, 1536, ((0.25, 0.3), (0.4, 0.6), (0.98, 0.1)), tokens=1000),
+    TrainingSize((1, 256, 256), 4, 1024, ((0.98, 0.1),)),
+    TrainingSize((1, 384, 384), 2, 1536, ((0.98, 0.4),)),
 )
 VIDEOS = (
     TrainingSize((1, 64, 64), 32, 4096, ((0.0, 0.3), (0.25, 0.05))),
@@ -66,13 +66,13 @@ CURRICULA: dict[str, Curriculum] = {
     "tiny-flux": Curriculum(
         autoencoder=Stage("vae", steps=1200, rate=2e-3, decay=0.5, averaging=0.99),
         crops=16,
-        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
+        flow=Stage("flow", steps=9800, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=IMAGES,
     ),
     "tiny-sd3": Curriculum(
         autoencoder="tiny-flux",
         crops=16,
-        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
+        flow=Stage("flow", steps=9800, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=IMAGES,
     ),
     "tiny-wan": Curriculum(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dit_accel import media
 
-PROMPT = "a red circle at the top left on a striped background"
+PROMPT = "a fox at the top left on a blue striped background"
 GIVEN = ["tiny-flux", PROMPT, "swim", 2, 0.5, None, 2, 3.0, 1]
 VIDEO = ["tiny-wan", PROMPT, "growing", 2, 0.5, 5, 2, 3.0, 1]
 

@@ -4,11 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.pipelines.tiny import flow
 from dit_accel.pipelines.tiny.adapters import adapter
-from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize, balanced, in_a_row, kept_tokens
+from dit_accel.pipelines.tiny.flow import (
+    Flow,
+    PositionProbe,
+    TrainingSize,
+    balanced,
+    in_a_row,
+    kept_tokens,
+    standing_for,
+)
 from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
 from dit_accel.pipelines.tiny.train import CURRICULA, Training
@@ -139,13 +148,36 @@ def test_some_tokens_are_those_of_objects_and_a_few_others():
     near = torch.zeros(2, 1, 3, 16, 16)
     near[0, :, :, :4, :4] = near[1, :, 1, 8:, 8:] = 1
     every = torch.zeros(3, 8, 8, dtype=torch.bool).flatten()
-    every[kept_tokens(Draw(0), near, 100)] = True
+    kept, numbers = kept_tokens(Draw(0), near, 100)
+    every[kept] = True
     every = every.view(3, 8, 8)
+    assert (numbers[kept % 64 == 9] == 1).all()  # in row and column 1
+    assert numbers.max() == pytest.approx(12.5)
     assert every[:, :2, :2].all()
     assert every[1, 4:, 4:].all()
     assert 0 < every[0, 2:].float().mean() < 0.3
-    some = kept_tokens(Draw(0), near, 5)
+    some, numbers = kept_tokens(Draw(0), near, 5)
     assert len(some) < every.sum()
+    assert (numbers[some % 64 == 9] == 3).all()  # the one frame of three
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_weigh_as_many_as_they_stand_for(text_first, masked):
+    q, k, v = torch.randn(3, 1, 2, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    numbers = torch.tensor([1, 3, 1, 5])
+    image = range(3, 7) if text_first else range(4)
+    times = [int(numbers[image.index(at)]) if at in image else 1 for at in range(7)]
+    mask = torch.ones(1, 1, 1, 7, dtype=torch.bool)
+    mask[..., 0 if text_first else 6] = not masked
+    repeated = torch.arange(7).repeat_interleave(torch.tensor(times))
+    shared = [x[:, :, repeated] for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *shared, attn_mask=mask[..., repeated])
+    with standing_for(numbers.double(), text_first):
+        actual = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask if masked else None)
+        across = F.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5])
+    assert torch.allclose(actual, expected)
+    assert torch.equal(across, F.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5]))
 
 
 def test_training_on_some_tokens_learns(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-PROMPT = "a red circle at the top left on a striped background"
+PROMPT = "a fox at the top left on a blue striped background"
 
 
 @pytest.fixture

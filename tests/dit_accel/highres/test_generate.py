@@ -13,7 +13,7 @@ from dit_accel.highres.schedule import Part, first_level, own_shift
 from dit_accel.patterns import Clear
 from dit_accel.pipelines import load
 
-PROMPT = "a red circle at the top left on a striped background"
+PROMPT = "a fox at the top left on a blue striped background"
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_kept_result(tiny_flux, tmp_path):
     assert steps == [0, 1]
     assert np.array_equal(resumed, wanted)
     assert np.array_equal(image(tiny_flux, keep=path, method="upscaled"), image(tiny_flux, method="upscaled"))
-    with pytest.raises(ValueError, match=r"is of another request: `prompt` was 'a red"):
+    with pytest.raises(ValueError, match=r"is of another request: `prompt` was 'a fox"):
         image(tiny_flux, "a blue square", keep=path)
     with pytest.raises(ValueError, match=r"is of another request: `part` was Part"):
         image(tiny_flux, method="growing", keep=path)  # whose native pass ends early

@@ -19,7 +19,7 @@ from dit_accel.highres.schedule import Part
 from dit_accel.patterns import Clear, ShiftedWindow
 from dit_accel.pipelines import load
 
-PROMPT = "a red circle at the top left on a striped background"
+PROMPT = "a fox at the top left on a blue striped background"
 
 
 @pytest.fixture(scope="module")
