@@ -98,18 +98,43 @@ def small(held_out):
     return ("tiny-flux", held_out["tiny-flux"], RECIPE, 64, 64, None, 2, 4.0, 1)
 
 
+def keep_typed(page, fields, *more):
+    """Types values into fields by label, and `more`: (element, text, how to write it) each, until they stay.
+
+    The page sets a field that has just appeared once more, some milliseconds later, over what was typed.
+    """
+    boxes = {page.get_by_label(label, exact=True): value for label, value in fields.items()}
+    looks = 0
+    for _ in range(PATIENCE // 1000):
+        wrong = [
+            lambda box=box, value=value: box.fill(value)
+            for box, value in boxes.items()
+            if box.input_value() != value
+        ]
+        wrong += [write for element, text, write in more if element.inner_text().split() != text.split()]
+        for write in wrong:
+            write()
+        looks = 0 if wrong else looks + 1
+        if looks == 3:
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError("what was typed does not stay")
+
+
 @pytest.fixture(scope="session")
 def make_small():
     """Fills in a small size on the page of the tab Generate."""
 
     def fill(page, recipe=RECIPE, **values):
         page.get_by_text("Size, steps and seed").click()
-        for label, value in {**SMALL, **values}.items():
-            page.get_by_label(label, exact=True).fill(value)
         page.get_by_text("Recipe as text").click()
         editor = page.locator("#recipe .cm-content")
-        editor.click()
-        page.keyboard.press("Control+A")
-        page.keyboard.insert_text(recipe)
+
+        def write():
+            editor.click()
+            page.keyboard.press("Control+A")
+            page.keyboard.insert_text(recipe)
+
+        keep_typed(page, {**SMALL, **values}, (editor, recipe, write))
 
     return fill
