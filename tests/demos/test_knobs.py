@@ -40,7 +40,7 @@ def test_every_preset_stays_itself_until_it_is_turned(name):
 
 def test_a_turned_preset_is_no_preset_any_more():
     recipe = knobs.with_pattern(presets()["tiny-flux-clear"], patterns.Clear(3), 1)
-    assert recipe == Recipe(patterns.Clear(3), dense_steps=1, family="flux")
+    assert recipe == Recipe(patterns.Clear(3), dense_layers=2, dense_steps=1, tail="pooled", family="flux")
     assert recipe.name == ""
 
 
