@@ -260,7 +260,7 @@ class Flow:
         place, strata = stratum or (torch.arange(len(latents)), len(latents))
         shift = self.adapter.shift(latents)
         uniform = (place + draw.uniform((len(latents),))) / strata
-        sigma = (shift * uniform / (1 + (shift - 1) * uniform)).to(self.device)
+        sigma = shifted(uniform, shift).to(self.device)
         canvas = latents.shape
         if some is not None:
             latents = in_a_row(latents, some[0])
@@ -275,6 +275,11 @@ class Flow:
                 stack.enter_context(standing_for(some[1], self.adapter.text_first))
             output = self.adapter.velocity((1 - level) * latents + level * noise, sigma, text)
         return (output.float() - (noise - latents)).square()
+
+
+def shifted(levels: torch.Tensor, shift: float) -> torch.Tensor:
+    """Evenly spread noise levels in [0, 1] as the scheduler moves them (see ``Adapter.shift``)."""
+    return shift * levels / (1 + (shift - 1) * levels)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from dit_accel.seeds import check_seed
 
 from .adapters import Adapter, adapter
 from .autoencoder import pixels
-from .flow import EMPTY_PROMPT
+from .flow import EMPTY_PROMPT, shifted
 from .loop import Draw, Loop, Stage
 from .models import Size, spec
 from .scenes import Split
@@ -256,7 +256,7 @@ class Tuning:
         latents = scenes.latents[chosen].to(self.device)
         noise = draw.normal(latents.shape).to(self.device)
         even = (torch.arange(len(chosen)) + draw.uniform((len(chosen),))) / len(chosen)
-        sigma = _shifted(even, self.family.shift(latents)).to(self.device)
+        sigma = shifted(even, self.family.shift(latents)).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy, dense = (1 - level) * latents + level * noise, self._dense(sigma, latents)
         for whole in (False, True):
@@ -287,16 +287,12 @@ class Tuning:
         if isinstance(self.recipe.dense_steps, NoiseRange):
             return torch.tensor([level in self.recipe.dense_steps for level in sigma.tolist()])
         total = self.spec.steps
-        levels = _shifted(1 - torch.arange(total) / total, self.family.shift(latents))
+        levels = shifted(1 - torch.arange(total) / total, self.family.shift(latents))
         nearest = (levels[None] - sigma.cpu()[:, None]).abs().argmin(1)
         return torch.tensor([self.recipe.is_dense_step(step, total) for step in nearest.tolist()])
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16)
-
-
-def _shifted(even: torch.Tensor, shift: float) -> torch.Tensor:
-    return shift * even / (1 + (shift - 1) * even)
 
 
 def _check_gradients(recipe: Recipe, device: torch.device) -> None:
