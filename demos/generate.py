@@ -243,10 +243,7 @@ def compare_both(
         files of a pair of pictures, or of videos, then figures, recipe, Python and command.
     """
     given = (model, prompt, recipe, width, height, frames, steps, guidance, seed)
-    shown, export = _made(studio, given, browser, progress, dense_too=True)
-    files = [str(one.path) for one in shown]
-    pictures = [None, players.sources(shown)] if shown[0].video else [tuple(files), []]
-    return [*pictures, players.for_people(runs.figures(shown)), *export.values]
+    return _made(studio, given, browser, progress, dense_too=True)
 
 
 def generate_one(
@@ -269,9 +266,7 @@ def generate_one(
         the file of a picture, or of a video, then figures, recipe, Python and command.
     """
     given = (model, prompt, recipe, width, height, frames, steps, guidance, seed)
-    shown, export = _made(studio, given, browser, progress, dense_too=False)
-    pictures = [None, players.sources(shown)] if shown[0].video else [str(shown[0].path), []]
-    return [*pictures, players.for_people(runs.figures(shown)), *export.values]
+    return _made(studio, given, browser, progress, dense_too=False)
 
 
 def _asked(
@@ -283,23 +278,25 @@ def _asked(
     model = inputs.model(settings, model)
     chosen = inputs.recipe(recipe, settings.caps)
     asked = inputs.request(settings, model, prompt, *numbers)
+    if dense_too and chosen is None:
+        raise ValueError("Choose a recipe to compare with dense attention.")
     pairs: list[tuple[str, Recipe | None]] = [] if chosen is None else [(ACCELERATED, chosen)]
     if dense_too or chosen is None:
         pairs.insert(0, (runs.DENSE, None))
-    if dense_too and chosen is None:
-        raise ValueError("Choose a recipe to compare with dense attention.")
     return model, asked, chosen, pairs
 
 
 def _made(
     studio: Studio, given: tuple, browser: gr.Request, progress: gr.Progress, dense_too: bool
-) -> tuple[list[runs.Shown], exports.Export]:
-    """What was made, and what makes the last of it again."""
+) -> list[Any]:
+    """What the page shows of a run, and what makes the last of it again."""
     model, asked, chosen, pairs = _asked(studio, given, dense_too)
     session = studio.sessions.of(browser.session_hash)
     request, shown = runs.run(studio, session, model, asked, pairs, progress)
-    fps = runs.FPS if shown[0].video else None
-    return shown, exports.of_run(studio.settings, model, request, chosen, fps)
+    video, files = shown[0].video, tuple(str(one.path) for one in shown)
+    export = exports.of_run(studio.settings, model, request, chosen, runs.FPS if video else None)
+    pictures = [None, players.sources(shown)] if video else [files if dense_too else files[0], []]
+    return [*pictures, players.for_people(runs.figures(shown)), *export.values]
 
 
 TAB = Tab("Generate", build)

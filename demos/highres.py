@@ -190,9 +190,7 @@ def enlarge(
     native, asked = _request(studio, model, prompt, method, times, frames, steps, guidance, seed)
     above = exports.Above(method, inputs.number("Strength", strength, 0.1, 1) or 0)
     session = studio.sessions.of(browser.session_hash)
-    with session.run() as stop:
-        progress(0, desc=f"loading {model}" if studio.worker.loaded != model else "starting")
-        shown = studio.running.call(_run, studio, session, model, native, asked, above, progress, stop)
+    shown = runs.in_its_thread(_run, studio, session, model, progress, native, asked, above)
     files = tuple(str(one.path) for one in shown)
     pictures = [None, players.sources(shown)] if shown[0].video else [files, []]
     fps = runs.FPS if shown[0].video else None
@@ -204,10 +202,10 @@ def _run(
     studio: Studio,
     session: Session,
     model: str,
+    progress: gr.Progress,
     native: Request,
     asked: Request,
     above: exports.Above,
-    progress: gr.Progress,
     stop: threading.Event,
 ) -> list[runs.Shown]:
     from dit_accel import highres, media

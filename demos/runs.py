@@ -51,18 +51,30 @@ def run(
         Cancelled: at the end of the step in which the visitor cancelled.
         ValueError: a request or recipe that this model cannot follow, before anything runs.
     """
+    return in_its_thread(_run, studio, session, model, progress, request, recipes)
+
+
+def in_its_thread(
+    function: Callable[..., Any],
+    studio: Studio,
+    session: Session,
+    model: str,
+    progress: gr.Progress,
+    *args: Any,
+) -> Any:
+    """What a run of this visitor returns, in the thread that runs have, with the event that stops it."""
     with session.run() as stop:
         progress(0, desc=f"loading {model}" if studio.worker.loaded != model else "starting")
-        return studio.running.call(_run, studio, session, model, request, recipes, progress, stop)
+        return studio.running.call(function, studio, session, model, progress, *args, stop)
 
 
 def _run(
     studio: Studio,
     session: Session,
     model: str,
+    progress: gr.Progress,
     request: Request,
     recipes: Sequence[tuple[str, Recipe | None]],
-    progress: gr.Progress,
     stop: threading.Event,
 ) -> tuple[Request, list[Shown]]:
     from dit_accel import accelerated, media
