@@ -109,6 +109,17 @@ def antidiagonal_weights(
     return (mass * real).sum(3) / real.sum(1)
 
 
+def largest(weights: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:
+    """The `number` largest of each row, bool like `weights` (..., n); of equals the first.
+
+    Args:
+        number: of all rows, or int64 (..., 1) of each.
+    """
+    order = weights.sort(dim=-1, descending=True, stable=True).indices
+    first = torch.arange(weights.shape[-1], device=weights.device) < number
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
+
+
 def top_blocks(
     weights: torch.Tensor,
     *,

@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.arguments import integer, is_number, shown
 from dit_accel.attention.block_grid import BlockGrid
-from dit_accel.attention.block_scores import block_means
+from dit_accel.attention.block_scores import block_means, largest
 from dit_accel.attention.online import Online
 from dit_accel.masks.block_mask import BlockMask
 from dit_accel.masks.layout import TokenLayout
@@ -163,9 +163,7 @@ class ChunkGrowth(OnlinePattern):
         if not candidate.numel():
             return candidate
         scores = block_means(q, self.block_size[0]) @ block_means(k, self.block_size[1]).mT
-        order = scores.masked_fill(~candidate, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        first = torch.arange(order.shape[-1], device=q.device) < blocks.number
-        chosen = torch.zeros_like(candidate).scatter_(-1, order, first.expand_as(order))
+        chosen = largest(scores.masked_fill(~candidate, -torch.inf), blocks.number)
         return (chosen & candidate) | ~blocks.past
 
     def _kept_frames(self, blocks: _Blocks, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -174,10 +172,7 @@ class ChunkGrowth(OnlinePattern):
         queries, keys = (block_means(x[:, :, : frames * tokens], tokens) for x in (q, k))
         of_chunks = torch.cat([part.mean(2, keepdim=True) for part in queries.split(blocks.lengths, 2)], 2)
         scores = (of_chunks @ keys.mT).masked_fill(~blocks.past_frames, -torch.inf)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        first = torch.arange(frames, device=q.device) < min(self.top_frames, frames)
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
-        return (kept | blocks.kept_frames) & blocks.past_frames
+        return (largest(scores, self.top_frames) | blocks.kept_frames) & blocks.past_frames
 
     def layer(self, masks: LayerMasks) -> Online:
         return replace(Online.of(self, masks), block_size=self.block_size)
