@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_TRANSFORMERS = ("transformer", "transformer_2")
+from dit_accel.recipe.adapter import TRANSFORMERS
 
 
 class StandIn:
@@ -44,7 +44,7 @@ def standing_in(pipe: Any, make: Callable[[Any], StandIn]) -> Iterator[None]:
 
     Recipes are enabled and methods applied before.
     """
-    found = {name: getattr(pipe, name, None) for name in _TRANSFORMERS}
+    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
     found = {name: transformer for name, transformer in found.items() if transformer is not None}
     for name, transformer in found.items():
         object.__setattr__(pipe, name, make(transformer))

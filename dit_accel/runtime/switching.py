@@ -18,7 +18,7 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
 from dit_accel.pipelines.families import family_of
 from dit_accel.pipelines.families.generic import Generic
-from dit_accel.recipe.adapter import Part
+from dit_accel.recipe.adapter import TRANSFORMERS, Part
 from dit_accel.recipe.recipe import Recipe, resolve
 
 from .binding import Binding
@@ -27,7 +27,6 @@ from .steps import StepTracker, Tick
 
 _HANDLE = "_dit_accel_handle"
 _RUNS_KEPT = 8
-_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 class Handle:
@@ -282,7 +281,7 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         found = {"transformer": target}
     else:
-        found = {name: getattr(target, name, None) for name in _TRANSFORMERS}
+        found = {name: getattr(target, name, None) for name in TRANSFORMERS}
     found = {name: _unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
     if not found:
         raise TypeError(
