@@ -50,8 +50,9 @@ def first_equal(centroids: torch.Tensor) -> torch.Tensor:
     token alone. Matrix products round equal columns differently, each machine in its way.
     """
     bits = (centroids + 0.0).view(torch.int32 if centroids.dtype == torch.float32 else torch.int64)
-    powers = torch.arange(1, centroids.shape[3] + 1, device=centroids.device) * 0x1E3779B97F4A7C15 | 1
-    number, at = (bits * powers).sum(-1).sort(dim=-1, stable=True)
+    # a hash of 64 bits: equal centroids have equal numbers, others by a chance of one in 2^64
+    factors = torch.arange(1, centroids.shape[3] + 1, device=centroids.device) * 0x1E3779B97F4A7C15 | 1
+    number, at = (bits * factors).sum(-1).sort(dim=-1, stable=True)
     index = torch.arange(number.shape[2], device=number.device).expand_as(number)
     same = F.pad(number[:, :, 1:] == number[:, :, :-1], (1, 0))
     start = index.masked_fill(same, 0).cummax(-1).values
