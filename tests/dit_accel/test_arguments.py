@@ -170,7 +170,7 @@ def message_of(refusing) -> str:
 
 
 @given(cases(), layouts)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_exact_or_refused(case, layout):
     cls, arguments = case
     refused = message_of(lambda: cls(**arguments))

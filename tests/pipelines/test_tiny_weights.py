@@ -52,14 +52,14 @@ def test_held_out_prompts_are_drawn_as_described(name):
     frames, height, width = info.native
     result = attribute_accuracy(
         load(name),
-        8,
+        16,
         size=(height, width),
         frames=frames,
         steps=info.steps,
         guidance=info.guidance,
         progress=False,
     )
-    assert result["n"] == 8
+    assert result["n"] == 16
     assert result["mean"] >= 0.75, result
 
 

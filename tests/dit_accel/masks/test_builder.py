@@ -62,7 +62,7 @@ def cases(draw):
     st.sampled_from(["auto", "raster", "tile", "hilbert", "random"]),
     st.sampled_from([(16, 8), (32, 16), (64, 16), (128, 64), (64, 128)]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_block_mask_is_exact(case, order, block_size):
     pattern, layout = case
     if order == "random":
@@ -96,7 +96,7 @@ class PooledClear(Clear):
     st.sampled_from([(16, 8), (32, 16), (64, 16), (64, 128)]),
     st.sampled_from(["last", "model"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_queries_may_be_a_part_of_the_keys(data, case, order, block_size, text):
     pattern, keys = case
     if data.draw(st.booleans()):

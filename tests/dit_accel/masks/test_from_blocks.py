@@ -29,7 +29,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_attends_to_the_selected_blocks(case):
     selected, options = case
     mask = BlockMask.from_blocks(selected, **options)
