@@ -70,11 +70,13 @@ def _titles(handle: Handle) -> list[str]:
         else:
             layout = binding.geometry.layout
             line += f"grid {' x '.join(map(str, layout.grid))} tokens"
-            line += f" + {layout.text_len} text" if layout.text_len else ""
+            line += f" + {layout.text_len} {binding.family.text_name}" if layout.text_len else ""
             line += (
                 ", tokens in model order" if binding.geometry.permutation is None else ", tokens reordered"
             )
         titles.append(line)
+        if binding.sparse_layers and binding.family.stays_dense:
+            titles.append(f"dense under every recipe: {binding.family.stays_dense}")
         if binding.sparse_layers:
             titles.append(binding.speed().describe_break_even())
         if binding.adapted is not None:

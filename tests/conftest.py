@@ -300,10 +300,29 @@ class MaskedProcessor:
 class MaskedJointProcessor(MaskedProcessor):
     """The same for the processors of SD3, which ignore masks and call PyTorch's function themselves."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        attend = partial(F.scaled_dot_product_attention, attn_mask=self.mask)
-        with mock.patch.object(F, "scaled_dot_product_attention", attend):
-            return self.original(attn, hidden_states, encoder_hidden_states)
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        attend = F.scaled_dot_product_attention
+
+        def masked(*qkv, attn_mask=None, **options):
+            return attend(*qkv, attn_mask=self.mask, **options)
+
+        with mock.patch.object(F, "scaled_dot_product_attention", masked):
+            return self.original(attn, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class MaskedDispatchProcessor(MaskedProcessor):
+    """The same for processors that take masks in forms of their own, or none."""
+
+    def __call__(self, *args, **kwargs):
+        names = type(self.original).__call__.__globals__
+        dispatch = names["dispatch_attention_fn"]
+
+        def masked(*qkv, attn_mask=None, **options):
+            assert attn_mask is None
+            return dispatch(*qkv, attn_mask=self.mask, **options)
+
+        with mock.patch.dict(names, dispatch_attention_fn=masked):
+            return self.original(*args, **kwargs)
 
 
 class MaskedTwiceProcessor(MaskedProcessor):

@@ -1,7 +1,8 @@
 """Which recipe for which model: `python -m dit_accel.evals.reports.recipe_table`.
 
 Writes what `dit-accel plan --device cuda` says of every preset at the usual sizes of its family into
-docs/recipes.md, a choice of them into the README. No GPU is asked: the speed-ups are what plans call ideal,
+docs/recipes.md, a choice of them and the families into the README; with families as arguments, only theirs
+is planned anew. No GPU is asked: the speed-ups are what plans call ideal,
 every block at the cost of one of dense attention's and the rest of a step at the same FLOP/s, so that the
 tables follow from the code alone.
 """
@@ -9,16 +10,19 @@ tables follow from the code alone.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from dit_accel.files import read_text
 from dit_accel.planning.model_config import ModelConfig, all_published
 from dit_accel.planning.plan import Plan, plan
 from dit_accel.recipe.recipe import presets, resolve
 
 from . import marked
+from .family_table import family_table
 
 README, PAGE = Path("README.md"), Path("docs/recipes.md")
 COMMAND = "python -m dit_accel.evals.reports.recipe_table"
@@ -157,17 +161,42 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Writes the tables into the README and the page."""
+def table(name: str) -> list[str]:
+    """The rows of one table of the page, without its head."""
+    return marked.region(read_text(PAGE), name).splitlines()[2:]
+
+
+def families(shares: Sequence[str]) -> str:
+    """The README's table of families, from the page's rows of shares."""
+    titles = {family: [model.title for model in of_family(family)] for family in BY_FAMILY}
+    return family_table(shares, titles, [recipe for recipe, *_ in FRONT])
+
+
+def of_family(family: str) -> list[Model]:
+    """Its models in the table of shares."""
+    return [*BY_FAMILY[family], *(WAN22 if family == "wan" else [])]
+
+
+def main(only: Sequence[str]) -> None:
+    """Writes the tables into the README and the page, planning anew what is of some families, or all."""
+    known = {tuple(_cells(row)[:3]): row for row in table("recipes")}
     rows = []
-    for recipe, model in cases():
-        rows.append(page_row(recipe, model))
-        print(rows[-1], file=sys.stderr, flush=True)
-    shares = [shares_row(model) for model in (*FLUX, *SD3, *WAN, *WAN22, *HUNYUAN, *HUNYUAN15, *SKYREELS)]
+    for name, model in cases():
+        row = known.get((f"`{name}`", model.title, model.where))
+        if row is None or not only or resolve(name).family in only:
+            row = page_row(name, model)
+            print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    counted = {tuple(_cells(row)[:2]): row for row in table("shares")}
+    shares = []
+    for family in BY_FAMILY:
+        for model in of_family(family):
+            row = counted.get((model.title, model.where))
+            shares.append(shares_row(model) if row is None or not only or family in only else row)
     page = {"recipes": "\n".join([*PAGE_HEAD, *rows]), "shares": "\n".join([*SHARES_HEAD, *shares])}
     marked.write(PAGE, page)
-    marked.write(README, {"recipes": front_table(rows, shares)})
+    marked.write(README, {"recipes": front_table(rows, shares), "families": families(shares)})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

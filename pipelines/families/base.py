@@ -47,6 +47,8 @@ class Family:
         processor: of accelerated layers; None: a copy of the original's own code.
         accelerates_dense: whether a layer under `Dense()` is accelerated as well, where diffusers' own
             processor wastes memory.
+        stays_dense: what of the model's attention no recipe makes sparse, in words; empty: not known.
+        text_name: what the tokens are that a layout has as its text, where they are not that.
         moves_tokens: whether tokens are laid out where they enter the transformer; if not, in each layer.
         video: whether its models make videos.
         head_search: defaults of a search for heads.
@@ -63,6 +65,8 @@ class Family:
     originals: tuple[str, ...]
     processor: type[Accelerated] | None = None
     accelerates_dense: bool = False
+    stays_dense: str = ""
+    text_name: str = "text"
     moves_tokens: bool = True
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     pure_noise: float | None = 1000.0
@@ -111,8 +115,17 @@ class Family:
         return {}
 
     def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
-        """Which samples of a conditional call of `pipeline` (None: not known) are conditional."""
-        return slice(0, len(inputs["hidden_states"]))
+        """Which samples of a conditional call of `pipeline` (None: not known) are conditional.
+
+        Where pipelines batch classifier-free guidance it is the second half; both halves then hold the same
+        latents. A loop of one's own is taken at that, a pipeline that runs without guidance is not.
+        """
+        latents = inputs["hidden_states"]
+        half = len(latents) // 2
+        guided = self.batches_guidance and getattr(pipeline, "do_classifier_free_guidance", True)
+        if guided and len(latents) == 2 * half and torch.equal(latents[:half], latents[half:]):
+            return slice(half, 2 * half)
+        return slice(0, len(latents))
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         """The geometry of a call, from the inputs of the transformer's forward.

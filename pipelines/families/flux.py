@@ -26,6 +26,7 @@ class Flux(Family):
     name = "flux"
     transformer = "FluxTransformer2DModel"
     originals = ("FluxAttnProcessor",)
+    stays_dense = "text tokens; Kontext's reference image"
     pure_noise = 1.0
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ class HunyuanVideo(Family):
     name = "hunyuan-video"
     transformer = "HunyuanVideoTransformer3DModel"
     originals = ("HunyuanVideoAttnProcessor2_0",)
+    stays_dense = "text tokens; the text's own refiner"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return double_and_single(transformer)

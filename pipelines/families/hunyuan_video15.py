@@ -40,6 +40,7 @@ class HunyuanVideo15(HunyuanVideo):
     transformer = "HunyuanVideo15Transformer3DModel"
     originals = ("HunyuanVideo15AttnProcessor2_0",)
     processor = HunyuanVideo15Processor
+    stays_dense = "tokens of text and of the given image; the text's own refiner"
     accelerates_dense = True
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

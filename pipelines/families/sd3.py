@@ -46,6 +46,7 @@ class SD3(Family):
     transformer = "SD3Transformer2DModel"
     originals = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor", _FUSED)
     processor = SD3Processor
+    stays_dense = "text tokens"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         blocks = list(enumerate(transformer.transformer_blocks))
@@ -54,19 +55,6 @@ class SD3(Family):
 
     def blocks(self, transformer: Any) -> tuple[nn.ModuleList, ...]:
         return (transformer.transformer_blocks,)
-
-    def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
-        """With classifier-free guidance the second half: pipelines batch it with the unconditional half.
-
-        Both halves then hold the same latents. A loop of one's own is taken at that, a pipeline that runs
-        without guidance is not.
-        """
-        latents = inputs["hidden_states"]
-        half = len(latents) // 2
-        batched = getattr(pipeline, "do_classifier_free_guidance", True) and len(latents) == 2 * half
-        if batched and torch.equal(latents[:half], latents[half:]):
-            return slice(half, 2 * half)
-        return super().conditional(pipeline, inputs)
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         (height, width), patch = inputs["hidden_states"].shape[-2:], transformer.config.patch_size

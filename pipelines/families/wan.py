@@ -25,6 +25,7 @@ class Wan(Family):
     name = "wan"
     transformer = "WanTransformer3DModel"
     originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
+    stays_dense = "cross-attention to text and to a given image"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         layers = {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}

@@ -57,7 +57,6 @@ MODELS = {  # family, configuration, what it makes
     "hunyuan": ("hunyuan", {}, "video"),
     "hunyuan15": ("hunyuan15", {}, "video"),
 }
-TEXTS = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
 SIZES = {"image": ((8, 12), (6, 14)), "video": ((4, 4, 6), (3, 5, 7))}  # in tokens
 PatternOf = Callable[[int, int], Pattern]  # by layer (flat index) and head
 
@@ -218,13 +217,8 @@ class Oracle:
 
     def _masks(self, call: Call, grid, pattern_of: PatternOf, anchor) -> dict[str, torch.Tensor]:
         """Token masks by layer, bool (B or 1, H, S, S)."""
-        texts = (
-            []
-            if self.family.name in ("wan", "skyreels-v2")
-            else [name for name in TEXTS if name in call.inputs]
-        )
-        text_len = sum(call.inputs[name].shape[1] for name in texts)
-        layout = TokenLayout((1, *grid)[-3:], text_len, self.family.name == "flux", anchor)
+        layout = self.family.layout(self.plain, call.inputs, {})  # of text, each family's own tests say it
+        assert (layout.grid, layout.anchor) == ((1, *grid)[-3:], anchor)
         names, heads = list(self.family.layers(self.plain)), range(self.plain.config.num_attention_heads)
         masks = {}
         for name, index in zip(names, flat_indices(names), strict=True):
