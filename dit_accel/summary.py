@@ -71,6 +71,8 @@ def _titles(handle: Handle) -> list[str]:
             layout = binding.geometry.layout
             line += f"grid {' x '.join(map(str, layout.grid))} tokens"
             line += f" + {layout.text_len} {binding.family.text_name}" if layout.text_len else ""
+            if layout.anchor is not None:
+                line += f" + {layout.anchor_len} {binding.family.beside}, attended densely"
             line += (
                 ", tokens in model order" if binding.geometry.permutation is None else ", tokens reordered"
             )

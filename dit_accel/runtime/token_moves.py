@@ -64,10 +64,8 @@ class TokenMoves:
         call = transformer_call.current(self.owner)
         if call is None or not call.moved:
             return None
-        permutation = call.geometry.permutation
-        if isinstance(output, torch.Tensor):
-            return _select(permutation, output, dim)
-        return tuple(_select(permutation, tensor, dim) for tensor in output)
+        geometry = call.geometry
+        return self.family.move_placed(output, dim, geometry.layout, partial(_select, geometry.permutation))
 
     def nothing_is_carried(self) -> bool:
         """Whether it is known that no code inside the transformer carries tokens from step to step.

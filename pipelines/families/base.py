@@ -52,10 +52,13 @@ class Family:
         moves_tokens: whether tokens are laid out where they enter the transformer; if not, in each layer.
         video: whether its models make videos.
         head_search: defaults of a search for heads.
+        highres_refusal: why runs above native size (`dit_accel.highres`) cannot be made; None: they can.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
         batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
         hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
             as our masks take the place of what it makes of the real ones.
+        beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
+            attended densely.
         pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; None:
             not known.
     """
@@ -69,6 +72,7 @@ class Family:
     text_name: str = "text"
     moves_tokens: bool = True
     hidden_config: Mapping[str, Any] = MappingProxyType({})
+    beside: str = "of a reference image"
     pure_noise: float | None = 1000.0
 
     def matches(self, transformer: Any) -> bool:
@@ -177,6 +181,14 @@ class Family:
         """
         return {}
 
+    def move_placed(
+        self, output: Any, dim: int, layout: TokenLayout, permute: Permute
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The output of such a module with its visual tokens permuted along `dim`."""
+        if isinstance(output, torch.Tensor):
+            return permute(output, dim)
+        return tuple(permute(tensor, dim) for tensor in output)
+
     def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""
         return layout
@@ -197,6 +209,7 @@ class Family:
 
     video: bool = False
     head_search: HeadSearch = HeadSearch()
+    highres_refusal: str | None = None
     upscaled_shift: float | None = None
     batches_guidance: bool = False
 
@@ -219,7 +232,7 @@ class Family:
 
     def example_inputs(
         self, config: Any, grid: tuple[int, int, int], text_len: int, fill: Fill
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Inputs of the transformer's forward for one sample, each made by `fill` where any values will do.
 
         Args:
@@ -229,6 +242,20 @@ class Family:
             fill: makes a tensor of a shape, on the device and in the number format of the call.
         """
         raise NotImplementedError
+
+    def with_reference(
+        self, inputs: dict[str, Any], grid: tuple[int, int, int], fill: Fill
+    ) -> dict[str, Any]:
+        """Such inputs with the tokens of a reference image (F, H, W) behind those of the picture.
+
+        Raises:
+            ValueError: a family of which no model takes one.
+        """
+        raise ValueError(f"no model of the family {self.name!r} takes a reference image")
+
+    def reference_grid(self, pipeline: str) -> tuple[int, int, int] | None:
+        """Token grid of the reference image that a pipeline of this class usually takes; None: of none."""
+        return None
 
     def vae_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Frames and pixels (along a side) per latent, from an autoencoder's config as pipelines read it."""

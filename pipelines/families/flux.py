@@ -14,9 +14,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill, HeadSearch, double_and_single, double_and_single_blocks
 from .registry import register
-from .tokens import Permute, read_once
-
-Grid = tuple[int, int, int]
+from .tokens import Grid, Permute, move_image, read_once
 
 
 @register
@@ -48,18 +46,18 @@ class Flux(Family):
 
     def enter(self, transformer: Any, inputs: dict[str, Any], layout: TokenLayout, permute: Permute) -> dict:
         changed = {
-            "hidden_states": _move_image(inputs["hidden_states"], 1, layout, permute),
-            "img_ids": _move_image(inputs["img_ids"], -2, layout, permute),
+            "hidden_states": move_image(inputs["hidden_states"], 1, layout, permute),
+            "img_ids": move_image(inputs["img_ids"], -2, layout, permute),
         }
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             if inputs.get(name) is not None:
-                changed[name] = [_move_image(sample, 1, layout, permute) for sample in inputs[name]]
+                changed[name] = [move_image(sample, 1, layout, permute) for sample in inputs[name]]
         return inputs | changed
 
     def leave(
         self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
-        return _move_image(sample, 1, layout, restore)
+        return move_image(sample, 1, layout, restore)
 
     # -- what is known before a run --------------------------------------------------------------------------
 
@@ -72,7 +70,7 @@ class Flux(Family):
     def planned_layout(self, grid: Grid, text_len: int) -> TokenLayout:
         return TokenLayout(grid, text_len=text_len, text_first=True)
 
-    def example_inputs(self, config: Any, grid: Grid, text_len: int, fill: Fill) -> dict[str, torch.Tensor]:
+    def example_inputs(self, config: Any, grid: Grid, text_len: int, fill: Fill) -> dict[str, Any]:
         timestep = fill(1).fill_(0.5)
         place = (torch.arange(n, dtype=timestep.dtype, device=timestep.device) for n in grid)
         inputs = {
@@ -85,13 +83,18 @@ class Flux(Family):
         }
         return inputs | ({"guidance": fill(1).fill_(3.5)} if config.guidance_embeds else {})
 
+    def reference_grid(self, pipeline: str) -> Grid | None:
+        return (1, 64, 64) if "Kontext" in pipeline else None  # a megapixel
 
-def _move_image(x: torch.Tensor, dim: int, layout: TokenLayout, move: Permute) -> torch.Tensor:
-    """x with the image's tokens moved and those of a reference image, which stand behind, left in place."""
-    if layout.anchor is None:
-        return move(x, dim)
-    image, reference = x.split([layout.visual_len, layout.anchor_len], dim=dim)
-    return torch.cat([move(image, dim), reference], dim=dim)
+    def with_reference(self, inputs: dict[str, Any], grid: Grid, fill: Fill) -> dict[str, Any]:
+        image, ids = inputs["hidden_states"], inputs["img_ids"]
+        place = (torch.arange(n, dtype=ids.dtype, device=ids.device) for n in grid)
+        behind = torch.cartesian_prod(*place)
+        behind[:, 0] = 1
+        return inputs | {
+            "hidden_states": torch.cat([image, fill(len(image), len(behind), image.shape[2])], 1),
+            "img_ids": torch.cat([ids, behind]),
+        }
 
 
 def grids_of_ids(ids: torch.Tensor) -> tuple[Grid, Grid | None]:
@@ -100,30 +103,35 @@ def grids_of_ids(ids: torch.Tensor) -> tuple[Grid, Grid | None]:
     Raises:
         ValueError: ids that are not one or two full row-major grids.
     """
-    rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
-    of_reference = (rows[:, 0] != rows[0, 0]).nonzero()
-    if not len(of_reference):
-        return _grid(rows), None
-    start = int(of_reference[0])
-    return _grid(rows[:start]), _grid(rows[start:])
-
-
-def _grid(rows: torch.Tensor) -> Grid:
-    """The token grid behind the ids (S, 3) of one image."""
-    start_of_row = (rows[:, 1] != rows[0, 1]).nonzero()
-    width = int(start_of_row[0]) if len(start_of_row) else len(rows)
-    height = len(rows) // width
-    # in bf16, as pipelines pass them, places from 257 on are rounded
-    places = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in (height, width))).view(-1, 2)
-    expected = (places + (rows[0, 1:].long() if len(rows) else 0)).to(rows.dtype)
-    if (
-        height * width != len(rows)
-        or not torch.equal(rows[:, 1:], expected)
-        or (rows[:, 0] != rows[0, 0]).any()
-    ):
+    image, *references = grids_of_images(ids)
+    if image is None or None in references or len(references) > 1:
         raise ValueError(
             "the image ids of this FLUX call are not one full grid of tokens, nor those of one image and one "
             "reference image (Kontext), which accelerated attention does not support; "
             "`dit_accel.disable(pipe)` for such calls"
         )
-    return 1, height, width
+    return image, references[0] if references else None
+
+
+def grids_of_images(ids: torch.Tensor) -> list[Grid | None]:
+    """The token grid (1, H, W) of each image one after the other, from ids (S, D) or (B, S, D).
+
+    Columns of the ids are the image's number, row and column; more are not looked at. None stands for an
+    image whose tokens are not a full row-major grid.
+    """
+    rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
+    starts = (rows[1:, 0] != rows[:-1, 0]).nonzero().flatten() + 1
+    return [_grid(part) for part in rows[:, :3].tensor_split(starts)]
+
+
+def _grid(rows: torch.Tensor) -> Grid | None:
+    """The token grid behind the ids (S, 3) of one image."""
+    start_of_row = (rows[:, 1] != rows[0, 1]).nonzero() if len(rows) else rows
+    width = int(start_of_row[0]) if len(start_of_row) else len(rows)
+    height = len(rows) // width if width else 0
+    # in bf16, as pipelines pass them, places from 257 on are rounded
+    places = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in (height, width))).view(-1, 2)
+    if not len(rows) or height * width != len(rows):
+        return None
+    expected = (places + rows[0, 1:].long()).to(rows.dtype)
+    return (1, height, width) if torch.equal(rows[:, 1:], expected) else None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dit_accel.bounded_dict import make_room
+from dit_accel.masks.layout import TokenLayout
 
 _TENSORS_KEPT = 8
+Grid = tuple[int, int, int]
 Permute = Callable[[torch.Tensor, int], torch.Tensor]  # (tensor, dimension of the visual tokens) -> reordered
 
 
@@ -29,6 +32,26 @@ def move_patches(
     tokens = move(patches.reshape(batch, f * h * w, -1), 1)
     patches = tokens.view(batch, f, h, w, channels, pf, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return patches.reshape(batch, channels, f * pf, h * ph, w * pw)
+
+
+def move_image(x: torch.Tensor, dim: int, layout: TokenLayout, move: Permute) -> torch.Tensor:
+    """x with the picture's tokens moved; those of the layout's anchor, which stand behind, stay in place."""
+    if layout.anchor is None:
+        return move(x, dim)
+    image, beside = x.split([layout.visual_len, layout.anchor_len], dim=dim)
+    return torch.cat([move(image, dim), beside], dim=dim)
+
+
+def anchor_of(grids: Sequence[Grid]) -> Grid | None:
+    """One grid for tokens of several that are attended densely, such as reference images; None of none.
+
+    Grids of one height and width are frames of it; of others all tokens are one row, which says their number
+    and no longer their places.
+    """
+    if not grids:
+        return None
+    frames, sides = sum(grid[0] for grid in grids), {grid[1:] for grid in grids}
+    return (frames, *sides.pop()) if len(sides) == 1 else (1, 1, sum(map(math.prod, grids)))
 
 
 def grid_positions(
@@ -58,8 +81,10 @@ def read_once(memo: dict, tensor: torch.Tensor, read: Callable[[torch.Tensor], A
     return value
 
 
-def valid_lengths(mask: torch.Tensor) -> torch.Tensor:
+def valid_lengths(mask: torch.Tensor, name: str = "encoder_attention_mask") -> torch.Tensor:
     """How many text tokens of each sample are valid, int32 (B,), from a mask (B, T) of ones, then zeros.
+
+    `name` is what the mask is called in the transformer's forward.
 
     Raises:
         ValueError: padding that does not come last.
@@ -68,7 +93,7 @@ def valid_lengths(mask: torch.Tensor) -> torch.Tensor:
     first = torch.arange(mask.shape[1], device=mask.device) < valid[:, None]
     if not torch.equal(mask, first.to(mask.dtype)):
         raise ValueError(
-            "`encoder_attention_mask` must be ones followed by zeros: accelerated layers take padded text by "
+            f"`{name}` must be ones followed by zeros: accelerated layers take padded text by "
             'its length; tokenize with padding_side="right", or `dit_accel.disable` it for such calls'
         )
     return valid
