@@ -20,7 +20,7 @@ from .context import ContextWindows
 from .extrapolation import Rotary
 from .keeping import Kept
 from .method import Before, Job, Method, Pass
-from .native import Native, Size, default_of, native_size
+from .native import Native, Size, check_supported, default_of, native_size
 from .proportional import proportional as attending_proportionally
 from .registry import method_of
 from .schedule import OnStep, check_flow, first_level, own_shift, scheduled
@@ -126,6 +126,7 @@ class _Run:
         above: dict[str, Any],
     ) -> _Run:
         model = Native.of(pipe, native_size(native))
+        check_supported(model.family)
         target = model.target(pipe, size.width, size.height, size.frames or None)
         check_flow(pipe.scheduler)
         for name, arguments in (("", call), ("above", above)):

@@ -132,6 +132,15 @@ class Native:
         return size
 
 
+def check_supported(family: Family) -> None:
+    """Raise UnavailableError where no run above native size can be made of a family's models."""
+    if family.highres_refusal is not None:
+        raise UnavailableError(
+            f"runs above native size are not there for the family {family.name!r}: {family.highres_refusal}; "
+            "call the pipeline itself at that size, with a recipe of the family"
+        )
+
+
 def native_size(value: Any) -> tuple[int | None, int, int] | None:
     """(frames, height, width) of an argument `native`, which is (height, width) or with frames in front."""
     if value is None:

@@ -21,7 +21,7 @@ from torch import nn
 from dit_accel.highres.context import ContextWindows, context_windows
 from dit_accel.highres.latents import TILED_FROM
 from dit_accel.highres.method import Job, Method, Pass, Work
-from dit_accel.highres.native import Native, Size
+from dit_accel.highres.native import Native, Size, check_supported
 from dit_accel.highres.registry import method_of
 from dit_accel.patterns import Dense
 from dit_accel.pipelines import tiny
@@ -111,6 +111,7 @@ def plan_highres(
         ValueError: a method, model, size or strength that cannot be.
     """
     config = chosen_model(model, family, variant)
+    check_supported(config.description)
     found = None if recipe is None else resolve(recipe)
     planner = _Planner(config, _folder(model), guided, found, device, dtype)
     native = planner.native

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class ModelConfig:
         timestep_per_token: whether every token has a timestep of its own (Wan 2.2 5B).
         shift: of its noise schedule: a factor, or (tokens, more tokens, the factor's logarithm at both),
             between which the logarithm is linear in tokens; None: not known.
+        reference: token grid of the image that calls are given beside the picture; None: they are given none.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelConfig:
     transformers: int = 1
     timestep_per_token: bool = False
     shift: float | tuple[int, int, float, float] | None = None
+    reference: Size | None = None
 
     @property
     def description(self) -> Family:
@@ -134,7 +136,7 @@ class ModelConfig:
 
     def layout(self, grid: Size) -> TokenLayout:
         """The geometry of its attention layers with this token grid."""
-        return self.description.planned_layout(grid, self.text_len)
+        return replace(self.description.planned_layout(grid, self.text_len), anchor=self.reference)
 
     def noise_levels(self, steps: int, tokens: int) -> list[float]:
         """The noise level of the flow at which each step of a run begins, as Euler's scheduler has them.
@@ -154,9 +156,11 @@ class ModelConfig:
         even = (1 - step / steps for step in range(steps))
         return [round(shift * level / (1 + (shift - 1) * level), 6) for level in even]
 
-    def inputs(self, transformer: nn.Module, grid: Size, fill: Fill) -> dict[str, torch.Tensor]:
+    def inputs(self, transformer: nn.Module, grid: Size, fill: Fill) -> dict[str, Any]:
         """Inputs of the transformer's forward for one sample, made by `fill` where any values will do."""
         inputs = self.description.example_inputs(transformer.config, grid, self.text_len, fill)
+        if self.reference is not None:
+            inputs = self.description.with_reference(inputs, self.reference, fill)
         if self.timestep_per_token:
             inputs["timestep"] = inputs["timestep"].expand(1, math.prod(grid))
         return inputs
@@ -224,7 +228,7 @@ def all_published() -> dict[str, ModelConfig]:
 def _published_of(family: Family) -> dict[str, ModelConfig]:
     models = {}
     for fields in family.published():
-        pair = {"vae": tuple(fields["vae"]), "size": tuple(fields["size"])}
+        pair = {key: tuple(fields[key]) for key in ("vae", "size", "reference") if key in fields}
         pair |= {"shift": tuple(fields["shift"])} if isinstance(fields.get("shift"), list) else {}
         models[fields["name"]] = ModelConfig(family=family.name, **fields | pair)
     return models
@@ -280,6 +284,7 @@ def _of_folder(
         transformers=2 if second else 1,
         timestep_per_token=bool(index.get("expand_timesteps")),
         shift=_shift(folder / "scheduler" / "scheduler_config.json"),
+        reference=family.reference_grid(str(index.get("_class_name"))),
     )
 
 
