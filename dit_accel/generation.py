@@ -67,9 +67,11 @@ class Request:
     def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Keyword arguments of a call of `pipe`.
 
-        Guidance of a FLUX transformer that does not take a scale itself is a second, unconditional call.
+        Guidance of a FLUX or Qwen-Image transformer that does not take a scale itself is a second,
+        unconditional call.
         """
         distilled = getattr(transformers(pipe)[0].config, "guidance_embeds", True)
+        distilled |= "true_cfg_scale" not in inspect.signature(pipe.__call__).parameters
         scale = "guidance_scale" if distilled else "true_cfg_scale"
         unconditional = {"negative_prompt": ""} if not distilled and (self.guidance or 0) > 1 else {}
         named = {
@@ -116,10 +118,17 @@ def transformers(pipe: DiffusionPipeline) -> list:
 
 def size_multiple(pipe: DiffusionPipeline) -> tuple[int, int]:
     """What height and width must be multiples of: pixels per token."""
+    from .pipelines.families import families
+
     scale = getattr(pipe, "vae_scale_factor_spatial", None) or pipe.vae_scale_factor
-    patch = getattr(transformers(pipe)[0].config, "patch_size", 1)
+    transformer = transformers(pipe)[0]
+    family = next((family for family in families() if family.matches(transformer)), None)
+    if family is not None:
+        _, rows, columns = family.patch(transformer.config)
+        return scale * rows, scale * columns
+    patch = getattr(transformer.config, "patch_size", 1)
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
-    packed = 2 if hasattr(pipe, "_pack_latents") else 1  # FLUX packs 2x2 latents outside its transformer
+    packed = 2 if hasattr(pipe, "_pack_latents") else 1  # 2 x 2 latents outside its transformer
     return scale * patch[0] * packed, scale * patch[1] * packed
 
 
