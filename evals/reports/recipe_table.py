@@ -66,9 +66,10 @@ BY_PREFIX = {"wan22-": WAN22, "wan-distilled-": DISTILLED, "flux-schnell-": SCHN
 HUNYUAN = [Model("hunyuan-video", "HunyuanVideo", (1280, 720), 129)]
 HUNYUAN15 = [Model("hunyuan-video-1.5", "HunyuanVideo 1.5", (1280, 720), 121)]
 SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
+QWEN = [Model("qwen-image", "Qwen-Image", (side, side)) for side in (1328, 2656)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
-    "skyreels-v2": SKYREELS,
+    "skyreels-v2": SKYREELS, "qwen-image": QWEN,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(
@@ -80,7 +81,12 @@ FRONT = [  # what the README shows: recipe, model, and what is known of the qual
     ("wan22-radial", WAN22[0], "as published, training-free, there at 77 frames"),
     ("hunyuan-video-radial", HUNYUAN[0], "as published, training-free, there at 117 frames of 768p"),
     ("hunyuan-video-1.5-radial", HUNYUAN15[0], "HunyuanVideo's settings, not published for 1.5"),
+    ("qwen-image-neighborhood", QWEN[1], "window, stride and dense steps are ours, untried on this model"),
 ]
+EXTRA = {  # models beside those of the presets, of which shares are told
+    "wan": WAN22,
+    "qwen-image": [Model("qwen-image-edit", "Qwen-Image-Edit, one image given", (1024, 1024))],
+}
 FRONT_HEAD = (
     "| model | size | attention | recipe | pairs computed | a step | a run | what is known of quality |",
     "|---|---|---:|---|---:|---:|---:|---|",
@@ -174,7 +180,7 @@ def families(shares: Sequence[str]) -> str:
 
 def of_family(family: str) -> list[Model]:
     """Its models in the table of shares."""
-    return [*BY_FAMILY[family], *(WAN22 if family == "wan" else [])]
+    return [*BY_FAMILY[family], *EXTRA.get(family, [])]
 
 
 def main(only: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ MODELS = {  # family, configuration, what it makes
     "flux": ("flux", {}, "image"),
     "sd3": ("sd3", {}, "image"),
     "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
+    "qwen": ("qwen", {}, "image"),
     "wan": ("wan", {}, "video"),
     "skyreels": ("skyreels", {}, "video"),
     "hunyuan": ("hunyuan", {}, "video"),
@@ -301,7 +302,7 @@ def joined(a: dict, b: dict) -> dict:
         if not isinstance(a[name], torch.Tensor) or name.endswith("_ids"):  # FLUX's, without a batch
             return a[name]
         parts = [a[name], b[name]]
-        if name in ("encoder_hidden_states", "encoder_attention_mask"):
+        if name in ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask"):
             longest = max(part.shape[1] for part in parts)
             parts = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in parts]
         return torch.cat(parts)

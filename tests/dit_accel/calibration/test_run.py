@@ -17,7 +17,8 @@ from dit_accel.kernels import block_sparse_attention
 from dit_accel.patterns import Calibrated, Clear, Neighborhood
 from dit_accel.patterns.calibration import REORDERED
 
-FAMILIES = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "skyreels")
+IMAGES = ("flux", "sd3", "qwen")
+FAMILIES = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "skyreels", "qwen")
 SMALL = {"density": 0.4, "block_size": 16}
 
 
@@ -26,7 +27,7 @@ def prompts(families):
     """Arguments of calls of a family's pipeline, with guidance."""
 
     def make(name, pipe, steps=3, **options):
-        grid = (8, 12) if name in ("flux", "sd3") else (3, 6, 8)
+        grid = (8, 12) if name in IMAGES else (3, 6, 8)
         tools = families[name]
         return [arguments_of(tools, pipe, grid=grid, steps=steps, cfg=3.0, seed=s, **options) for s in (0, 1)]
 
@@ -39,7 +40,7 @@ def test_every_family(families, prompts, name, tmp_path):
     tools = families[name]
     pipe = tools.make()
     given = prompts(name, pipe)
-    size = {"grid": given and ((8, 12) if name in ("flux", "sd3") else (3, 6, 8)), "steps": 3}
+    size = {"grid": given and ((8, 12) if name in IMAGES else (3, 6, 8)), "steps": 3}
     before = tools.run(pipe, **size)
     found = dit_accel.calibrate(pipe, given, candidates=("reordered", Clear(2)), **SMALL)
     assert torch.equal(tools.run(pipe, **size), before)

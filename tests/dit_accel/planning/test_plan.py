@@ -419,6 +419,31 @@ class TestFolder:
         found = of_model(str(tmp_path))
         assert (found.vae, found.text_len) == ((1, 8), 77 + 256)
 
+    @pytest.mark.parametrize(
+        ("pipeline", "reference"), [("QwenImagePipeline", None), ("QwenImageEditPipeline", (1, 64, 64))]
+    )
+    def test_qwen_image_edit_has_the_tokens_of_a_given_image(self, tmp_path, pipeline, reference):
+        sizes = {"num_layers": 1, "attention_head_dim": HEAD_DIM, "num_attention_heads": HEADS}
+        sizes |= {"joint_attention_dim": 16, "axes_dims_rope": (4, 4, 4), "in_channels": 16}
+        files = {
+            "model_index.json": {"_class_name": pipeline},
+            "transformer/config.json": {"_class_name": "QwenImageTransformer2DModel", **sizes},
+            "vae/config.json": {"temperal_downsample": [False, True, True]},
+        }
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(json.dumps(content))
+        found = of_model(str(tmp_path))
+        assert (found.family, found.vae, found.text_len, found.size) == (
+            "qwen-image",
+            (1, 8),
+            512,
+            (1, 1328, 1328),
+        )
+        answer = plan(Clear(3), model=str(tmp_path), size=(256, 192))
+        assert (answer.grid, answer.layout.anchor) == ((1, 12, 16), reference)
+        assert answer.tokens == 12 * 16 + 512 + (64 * 64 if reference else 0)
+
     def test_a_transformer_of_no_family(self, tmp_path):
         for name, content in {
             "model_index.json": {},

@@ -19,6 +19,7 @@ from dit_accel.planning.plan import plan
     ("name", "size", "grid"),
     [
         ("flux.1-dev", (1, 4096, 4096), (1, 256, 256)),
+        ("qwen-image", (1, 928, 1664), (1, 58, 104)),
         ("sd3.5-large", (1, 1024, 1024), (1, 64, 64)),
         ("hunyuan-video", (129, 720, 1280), (33, 45, 80)),
         ("hunyuan-video-1.5", (121, 720, 1280), (31, 45, 80)),
@@ -44,7 +45,8 @@ def test_planned_geometry_is_what_the_family_reads_from_a_call(name):
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("flux.1-dev", 11.9), ("sd3-medium", 2.03), ("sd3.5-medium", 2.24), ("sd3.5-large", 8.06),
+        ("flux.1-dev", 11.9), ("qwen-image", 20.4),
+        ("sd3-medium", 2.03), ("sd3.5-medium", 2.24), ("sd3.5-large", 8.06),
         ("hunyuan-video", 12.8), ("hunyuan-video-1.5", 8.3),
         ("wan2.1-14b", 14.3), ("wan2.1-1.3b", 1.42), ("wan2.2-5b", 5.0),
     ],

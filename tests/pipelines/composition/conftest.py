@@ -24,8 +24,9 @@ from dit_accel.runtime.switching import accelerated
 TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
 TITLES = {
     "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
-    "skyreels": "SkyReels-V2",
+    "skyreels": "SkyReels-V2", "qwen": "Qwen-Image",
 }  # fmt: skip
+IMAGES, TEXT_FIRST = ("flux", "sd3", "qwen"), ("flux", "qwen")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()
@@ -147,14 +148,14 @@ class Case:
     """One family: its tiny pipeline, a recipe that permutes its tokens, and the same under dense masks."""
 
     def __init__(self, family: str, tools: SimpleNamespace, masked: Callable):
-        image = family in ("flux", "sd3")
+        image = family in IMAGES
         self.family, self.run, self.pipe_inputs, self._masked = family, tools.run, tools.inputs, masked
         self._make = tools.make
         self.pattern = Clear(3) if image else Neighborhood((3, 3, 3))
         self.recipe = Recipe(self.pattern, order="hilbert")
         self.grid = (1, 8, 12) if image else (3, 6, 8)
         self.layout = TokenLayout(
-            self.grid, 0 if family in ("wan", "skyreels") else 7, text_first=family == "flux"
+            self.grid, 0 if family in ("wan", "skyreels") else 7, text_first=family in TEXT_FIRST
         )
         self.config = {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"} if family == "sd3" else {}
 

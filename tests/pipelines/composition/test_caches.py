@@ -15,7 +15,7 @@ from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"steps": 6, "cfg": 2.0}
-CACHING = ("flux", "wan", "hunyuan")
+CACHING = ("flux", "wan", "hunyuan", "qwen")
 
 
 def cache(config):

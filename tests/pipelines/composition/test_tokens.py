@@ -32,7 +32,7 @@ def works(case, inputs, layout=None, **config):
     assert torch.equal(call(pipe, inputs), untouched)
 
 
-@pytest.mark.feature("ControlNet residuals", families=("flux", "sd3"))
+@pytest.mark.feature("ControlNet residuals", families=("flux", "sd3", "qwen"))
 def test_controlnet_residuals(case):
     """Of every block, and of fewer than there are blocks."""
     inputs = case.inputs()
@@ -41,6 +41,9 @@ def test_controlnet_residuals(case):
         more = {"controlnet_block_samples": residuals[:1], "controlnet_single_block_samples": residuals[1:]}
         works(case, inputs | more)
         works(case, inputs | {"controlnet_block_samples": residuals[:1], "controlnet_blocks_repeat": True})
+    elif case.family == "qwen":
+        works(case, inputs | {"controlnet_block_samples": residuals})
+        works(case, inputs | {"controlnet_block_samples": residuals[:2]})
     else:
         works(case, inputs | {"block_controlnet_hidden_states": residuals})
         works(case, inputs | {"block_controlnet_hidden_states": residuals[:2]})
@@ -58,6 +61,16 @@ def test_kontext(case, reference):
     inputs["hidden_states"] = torch.cat([inputs["hidden_states"], random(1, count, 16)], dim=1)
     layout = TokenLayout((1, 8, 12), 7, text_first=True, anchor=(1, *reference))
     works(case, inputs, layout)
+
+
+@pytest.mark.feature("Given images of Qwen-Image-Edit", families=("qwen",))
+def test_given_images(case):
+    """Several of other sizes than the picture's."""
+    inputs, grids = case.inputs(), [(1, 5, 7), (1, 3, 4)]
+    hidden = torch.cat([inputs["hidden_states"], random(1, 47, 16)], dim=1)
+    shapes = [[*sample, *grids] for sample in inputs["img_shapes"]]
+    layout = TokenLayout((1, 8, 12), 7, text_first=True, anchor=(1, 1, 47))
+    works(case, inputs | {"hidden_states": hidden, "img_shapes": shapes}, layout)
 
 
 @pytest.mark.feature("A timestep per token (Wan 2.2 5B)", families=("wan",))

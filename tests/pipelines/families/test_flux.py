@@ -138,6 +138,7 @@ def test_family_of(flux, wan):
         "flux",
         "hunyuan-video",
         "hunyuan-video-1.5",
+        "qwen-image",
         "sd3",
         "wan",
         "skyreels-v2",
