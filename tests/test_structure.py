@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("dit_accel", "kernels", "pipelines", "evals", "demos")
 LAYERS = (  # the longest entry that a module's name begins with is its own; "" is `dit_accel` itself
     "arguments bounded_dict cache_folder checkout environment errors files gif_frames json_files "
-    "layer_names media optional plots seeds tensor_files",
+    "latents layer_names media optional plots seeds tensor_files training_loop",
     "masks",
     "kernels",
     "attention",

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from dit_accel import latents
 from dit_accel.arguments import integer, integers
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import LocalGlobal, Pattern
 
-from . import latents
 from .method import Before, Job, Method, Windowed
 from .native import Native, Size
 from .stand_in import StandIn, standing_in

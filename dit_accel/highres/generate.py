@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from dit_accel import latents
 from dit_accel.arguments import positive, shown, switch
 from dit_accel.errors import UnavailableError
 from dit_accel.generation import transformers
 
-from . import keeping, latents
+from . import keeping
 from .context import ContextWindows
 from .extrapolation import Rotary
 from .keeping import Kept

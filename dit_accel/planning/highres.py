@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from dit_accel.highres.context import ContextWindows, context_windows
-from dit_accel.highres.latents import TILED_FROM
 from dit_accel.highres.method import Job, Method, Pass, Work
 from dit_accel.highres.native import Native, Size, check_supported
 from dit_accel.highres.registry import method_of
+from dit_accel.latents import TILED_FROM
 from dit_accel.patterns import Dense
 from dit_accel.pipelines import tiny
 from dit_accel.recipe.recipe import Recipe, resolve

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.files import atomic
-from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -38,6 +37,7 @@ from dit_accel.pipelines.tiny.shapes.scenes import (
     sample,
 )
 from dit_accel.seeds import check_seed
+from dit_accel.training_loop import Draw, Loop, Stage
 
 WEIGHTS = Path(__file__).parent / "weights" / "scene-encoder.safetensors"
 RUN = Path("runs") / "scene-encoder"

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import torch
 
+from dit_accel.training_loop import Draw
+
 from .adapters import Adapter
-from .loop import Draw
 from .scenes import Scene, object_side, render, sample
 
 KL_WEIGHT = 3e-4

@@ -9,9 +9,9 @@ import numpy as np
 
 from dit_accel.media import beside
 from dit_accel.seeds import generator
+from dit_accel.training_loop import Draw
 
 from .checker import score
-from .loop import Draw
 from .models import TEXT_LENGTH
 from .worlds import EMOJI, AnyScene, World, caption, world_of
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_accel.training_loop import Draw
+
 from .adapters import Adapter
 from .autoencoder import pixels
 from .captions import caption
-from .loop import Draw
 from .models import Size
 from .scenes import Scene, Split, layers, render, sample
 

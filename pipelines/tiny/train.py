@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from dit_accel.seeds import check_seed
+from dit_accel.training_loop import Loop, Stage
 
 from . import autoencoder
 from .adapters import Adapter, adapter
 from .flow import Flow, PositionProbe, TrainingSize, set_statistics
-from .loop import Loop, Stage
 from .models import spec, weights_dir
 from .worlds import EMOJI
 

@@ -29,11 +29,11 @@ from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.adapted import Adapted
 from dit_accel.runtime.switching import accelerated
 from dit_accel.seeds import check_seed
+from dit_accel.training_loop import Draw, Loop, Stage
 
 from .adapters import Adapter, adapter
 from .autoencoder import pixels
 from .flow import EMPTY_PROMPT, shifted
-from .loop import Draw, Loop, Stage
 from .models import Size, spec
 from .scenes import Split
 from .worlds import world_of

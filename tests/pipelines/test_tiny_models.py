@@ -8,9 +8,9 @@ from dit_accel.pipelines.tiny import INFO
 from dit_accel.pipelines.tiny.adapters import adapter
 from dit_accel.pipelines.tiny.evaluate import generate
 from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize
-from dit_accel.pipelines.tiny.loop import Draw
 from dit_accel.pipelines.tiny.train import export
 from dit_accel.pipelines.tiny.word_tokenizers import chat_tokenizer
+from dit_accel.training_loop import Draw
 
 PROMPT = "a red circle at the top left on a plain background"
 

@@ -18,9 +18,9 @@ from dit_accel.pipelines.tiny.flow import (
     kept_tokens,
     standing_for,
 )
-from dit_accel.pipelines.tiny.loop import Draw, Loop, Stage
 from dit_accel.pipelines.tiny.models import SPECS, spec
 from dit_accel.pipelines.tiny.train import CURRICULA, Training
+from dit_accel.training_loop import Draw, Loop, Stage
 
 SIZES = {
     "tiny-flux": (1, 32, 32),

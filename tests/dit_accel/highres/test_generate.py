@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import dit_accel
-from dit_accel import Recipe
-from dit_accel.highres import METHODS, Naive, Swim, Upscaled, generate, latents
+from dit_accel import Recipe, latents
+from dit_accel.highres import METHODS, Naive, Swim, Upscaled, generate
 from dit_accel.highres.native import Native, Size
 from dit_accel.highres.schedule import Part, first_level, own_shift
 from dit_accel.patterns import Clear

@@ -96,7 +96,7 @@ def test_growing_runs_its_schedule_once(tiny_flux):
 
 
 def test_a_part_that_stops_early_ends_with_the_clean_estimate(tiny_flux):
-    from dit_accel.highres import latents
+    from dit_accel import latents
     from dit_accel.highres.schedule import scheduled
 
     seen = []

@@ -1,4 +1,4 @@
-"""The resumable training loop that all stages share.
+"""The resumable training loop that distillation and the bundled models' stages share.
 
 Every random draw of a step comes from generators seeded with (seed, stage, step), so a resumed run needs no
 saved generator state to continue exactly as an uninterrupted one would.
@@ -40,7 +40,8 @@ class Draw:
 class Stage:
     """One training stage: its length, learning rate and averaging.
 
-    The rate rises linearly for ``warmup`` steps, stays, and falls to a tenth over the last share ``decay``.
+    The rate rises linearly for ``warmup`` steps, stays, and falls to a tenth over the last share ``decay``
+    (0: it does not fall).
     With ``muon`` the matrices of repeated blocks are trained by Muon, scaled to AdamW's step size, and
     everything else by AdamW.
     """
@@ -55,7 +56,7 @@ class Stage:
 
     def factor(self, step: int) -> float:
         """Learning rate at ``step`` relative to ``rate``."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        left = (self.steps - step) / max(1.0, self.decay * self.steps) if self.decay else 1.0
         return min(1.0, (step + 1) / self.warmup) * (0.1 + 0.9 * min(1.0, left))
 
 
@@ -92,6 +93,9 @@ class Loop:
         modules: Modules by name; parameters that do not require gradients stay as they are.
         checkpoint: File with everything needed to resume; read at once if ``resume`` and it exists.
         seed: Of all random draws.
+        optimizers: Makes the optimizers of the parameters; by default those of the stage.
+        joined: What to do with gradients before a step, such as adding up those of several processes.
+        writes: Whether this process writes the checkpoint.
     """
 
     def __init__(
@@ -101,11 +105,19 @@ class Loop:
         checkpoint: Path,
         seed: int = 0,
         resume: bool = False,
+        *,
+        optimizers: Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]] | None = None,
+        joined: Callable[[list[nn.Parameter]], None] | None = None,
+        writes: bool = True,
     ):
         self.stage, self.modules, self.checkpoint, self.seed = stage, modules, checkpoint, seed
         every = [parameter for module in modules.values() for parameter in module.parameters()]
         self.parameters = [parameter for parameter in every if parameter.requires_grad]
-        self.optimizers = _optimizers(stage, modules, self.parameters)
+        self.joined, self.writes = joined, writes
+        if optimizers is None:
+            self.optimizers = _optimizers(stage, modules, self.parameters)
+        else:
+            self.optimizers = optimizers(self.parameters)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.step = 0
         if resume and checkpoint.exists():
@@ -124,14 +136,21 @@ class Loop:
         log_every: int = 50,
         save_every: int = 500,
         on_save: Callable[[], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Trains to the end of the stage, step ``until`` or for ``minutes`` of processor time, then saves."""
+        """Trains to the end of the stage, step ``until`` or for ``minutes`` of processor time, then saves.
+
+        ``loss`` returns the loss of a step, or, having propagated its gradients itself, one without a graph.
+        ``on_step`` is called with the number of finished steps, in the place of what is printed otherwise.
+        """
         until = min(until or self.stage.steps, self.stage.steps)
         started = time.process_time()
         losses: list[float] = []
         while self.step < until and time.process_time() - started < 60 * minutes:
             losses.append(self._update(loss))
-            if self.step % log_every == 0:
+            if on_step is not None:
+                on_step(self.step)
+            elif self.step % log_every == 0:
                 spent = (time.process_time() - started) / len(losses)
                 recent = losses[-log_every:]
                 mean = sum(recent) / len(recent)
@@ -149,7 +168,10 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = self.stage.rate * self.stage.factor(self.step)
         value = loss(Draw(self.seed, self.stage.name, self.step), self.step / self.stage.steps)
-        value.backward()
+        if value.requires_grad:
+            value.backward()
+        if self.joined is not None:
+            self.joined(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -177,6 +199,8 @@ class Loop:
 
     def save(self) -> None:
         """Writes the checkpoint; an interrupted write leaves the previous one."""
+        if not self.writes:
+            return
         state = {
             "stage": self.stage.name,
             "step": self.step,
