@@ -13,6 +13,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .arrangement import Arrangement, call_order
 from .call import LayerAttention
+from .head_groups import HeadGroups
 
 if TYPE_CHECKING:
     from dit_accel.patterns import Pattern
@@ -75,8 +76,19 @@ class LayerMasks:
 def layer_attention(heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
     """What a layer computes whose heads follow these patterns, of which at most one chooses by content.
 
-    That one decides the kind: it knows how to take in heads that do not choose. Where none does, one whose
-    heads have orders of their own.
+    That one decides the kind: it knows how to take in heads that do not choose. Where none does, one with
+    pooled keys, and else one whose heads have orders of their own.
     """
-    leading = max(heads, key=lambda pattern: (pattern.online, pattern.per_head))
+    leading = max(heads, key=lambda pattern: (pattern.online, pattern.pools > 0, pattern.per_head))
     return leading.layer_attention(heads, masks)
+
+
+def beside_others(
+    own: LayerAttention, pattern: Pattern, heads: Sequence[Pattern], masks: LayerMasks
+) -> LayerAttention:
+    """What a layer computes whose heads of `pattern` compute `own`, and the others what they say."""
+    others = [head for head, other in enumerate(heads) if other != pattern]
+    if not others:
+        return own
+    mine = [head for head, other in enumerate(heads) if other == pattern]
+    return HeadGroups(((mine, own), (others, layer_attention([heads[h] for h in others], masks))))

@@ -56,11 +56,11 @@ class Masked(LayerAttention):
 
     def _attend(self, call: AttentionCall, return_lse: bool = False) -> Any:
         """In the order of the mask."""
-        qkv = (call.q, call.k, call.v)
-        if self.arrangement is not None:
-            qkv = map(self.arrangement.enter, qkv)
+        call = self.enter(call)
         return block_sparse_attention(
-            *qkv,
+            call.q,
+            call.k,
+            call.v,
             self.mask,
             scale=call.scale,
             text_valid=call.text_valid,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_accel.attention.head_groups import HeadGroups
-from dit_accel.attention.layer_masks import layer_attention
+from dit_accel.attention.layer_masks import beside_others
 from dit_accel.attention.masked import Masked
 from dit_accel.attention.online import Online
 from dit_accel.masks import orders
@@ -44,6 +43,13 @@ class Pattern:
     notes: Sequence[str] = ()  # what summaries and plans say of it
     causal_chunks: int | None = None  # frames of a chunk, of what chooses by content and sees none to come
     own_tail = False  # whether it says itself where there is a tail: then another is refused
+    trained: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # of a layer's projections, by distillation
+    pools = 0  # side of the patches of its pooled keys, which stand behind those of the tokens; 0: none
 
     @property
     def hides(self) -> bool:
@@ -225,12 +231,7 @@ class OnlinePattern(Pattern):
     online = True
 
     def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
-        online = self.layer(masks)
-        others = [head for head, pattern in enumerate(heads) if pattern != self]
-        if not others:
-            return online
-        mine = [head for head, pattern in enumerate(heads) if pattern == self]
-        return HeadGroups(((mine, online), (others, layer_attention([heads[h] for h in others], masks))))
+        return beside_others(self.layer(masks), self, heads, masks)
 
     def layer(self, masks: LayerMasks) -> LayerAttention:
         """What a layer computes all of whose heads follow it."""

@@ -54,6 +54,10 @@ class ChunkCausal(StaticPattern):
                 "`base` must be a static pattern, as what is chosen by content would be chosen among frames "
                 f"to come as well; got {shown(self.base)}"
             )
+        if self.base is not None and any(variant.pools for variant in self.base.variants):
+            raise ValueError(
+                f"`base` {self.base} has pooled keys, of frames to come as well; use downsample=None"
+            )
         if self.base is not None and self.base.own_tail:
             raise ValueError(
                 f"`base` {self.base} has a tail, which would let chunks see frames to come; calibrate with "

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 
-from dit_accel.arguments import positive
+from dit_accel.arguments import integer, positive
+from dit_accel.attention.layer_masks import beside_others
+from dit_accel.attention.pooled import Patches, Pooled, patch_rows
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.pair_rules import OffsetRule
 
-from .base import StaticPattern
+from .base import Pattern, StaticPattern
+
+if TYPE_CHECKING:
+    from dit_accel.attention.call import LayerAttention
+    from dit_accel.attention.layer_masks import LayerMasks
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,13 @@ class Clear(StaticPattern):
 
     Args:
         radius: radius of the disc in tokens; the paper uses 8, 16 and 32 (193, 793 and 3205 keys inside).
-        downsample: factor of the pooled keys of the paper's second form; not available in this version.
+        downsample: side of the patches whose pooled keys and values all visual tokens attend to as well, the
+            paper's second form (4 there, with a radius of 8 or 16): each the sum over a patch of a frame, of
+            weights 1 / downsample^2 unless an adapter brings learned ones. Patches at borders may be cut.
+            None: no pooled keys.
 
     Raises:
-        ValueError: a radius that is not positive.
+        ValueError: a radius that is not positive, or a `downsample` that is no integer of at least 2.
 
     Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", 2024.
     """
@@ -38,9 +49,21 @@ class Clear(StaticPattern):
     def __post_init__(self):
         object.__setattr__(self, "radius", positive("radius", self.radius))
         if self.downsample is not None:
-            raise ValueError(
-                f"`downsample` (pooled keys) is not available yet: use None, got {self.downsample}"
-            )
+            object.__setattr__(self, "downsample", integer("downsample", self.downsample, 2))
+
+    @property
+    def pools(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.downsample or 0
+
+    def pooled_keys(self, layout: TokenLayout) -> int:
+        return layout.grid[0] * math.prod(patch_rows(layout, self.downsample)) if self.downsample else 0
+
+    def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
+        if not self.downsample:
+            return super().layer_attention(heads, masks)
+        mask, patches = masks.of(self), Patches.of(masks.layout, self.downsample, masks.places, masks.device)
+        own = Pooled(mask, masks.from_calls(mask), patches=patches)
+        return beside_others(own, self, heads, masks)
 
     def rule(self, layout: TokenLayout) -> OffsetRule:
         most, dtype = self._most(layout), torch.int32 if _farthest(layout) < 2**31 else torch.int64

@@ -1,8 +1,13 @@
 import pytest
 import torch
 
+import dit_accel
 from dit_accel import TokenLayout
-from dit_accel.patterns import Clear
+from dit_accel.attention.arrangement import call_order
+from dit_accel.attention.call import AttentionCall
+from dit_accel.attention.functional import check_tail
+from dit_accel.attention.layer_masks import LayerMasks, layer_attention
+from dit_accel.patterns import ChunkCausal, Clear, Routed
 
 
 @pytest.mark.parametrize(("radius", "keys"), [(8, 193), (16, 793), (32, 3205)])
@@ -40,9 +45,111 @@ def test_bad_radius(radius):
         Clear(radius)
 
 
-def test_pooled_keys_are_not_pretended():
-    with pytest.raises(ValueError, match="`downsample`"):
-        Clear(8, downsample=4)
+# -- pooled keys ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("downsample", [0, 1, 2.5, "4", True])
+def test_bad_downsample(downsample):
+    with pytest.raises(ValueError, match="`downsample` must be an integer of at least 2"):
+        Clear(8, downsample=downsample)
+
+
+def test_visual_tokens_alone_see_pooled_keys():
+    layout, pattern = TokenLayout((2, 5, 6), 3, text_first=True), Clear(2, downsample=4)
+    mask = pattern.token_mask(layout)
+    assert mask.shape == (63, 63 + 8)  # 2 frames of 2 x 2 patches, of which most are cut
+    assert torch.equal(mask[:, :63], Clear(2).token_mask(layout))
+    assert mask[3:, 63:].all()
+    assert not mask[:3, 63:].any()
+    assert pattern.density(layout) == mask.double().mean().item()
+
+
+def pooled(x: torch.Tensor, layout: TokenLayout, weights: torch.Tensor) -> torch.Tensor:
+    """Patch by patch, as the paper has it; of a patch that is cut, by the weights of its tokens."""
+    (frames, height, width), f = layout.grid, len(weights)
+    grid, found = x[:, :, layout.visual_slice].unflatten(2, layout.grid), []
+    for t in range(frames):
+        for top in range(0, height, f):
+            for left in range(0, width, f):
+                patch = grid[:, :, t, top : top + f, left : left + f]
+                own = weights[: patch.shape[2], : patch.shape[3]]
+                found.append((patch * own[..., None]).sum((2, 3)) * weights.sum() / own.sum())
+    return torch.stack(found, 2)
+
+
+def dense(q, k, v, layout, pattern, weights, text_valid=None):
+    k, v = (torch.cat([x, pooled(x, layout, weights)], 2) for x in (k, v))
+    mask = pattern.token_mask(layout)[None]
+    if text_valid is not None:
+        hidden = torch.nn.functional.pad(layout.padding(text_valid), (0, pattern.pooled_keys(layout)))
+        mask = mask & ~hidden[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather", "native"])
+@pytest.mark.parametrize(
+    ("layout", "factor"),
+    [
+        (TokenLayout((1, 8, 12), 7, text_first=True), 4),
+        (TokenLayout((1, 7, 9), 3), 4),
+        (TokenLayout((2, 5, 6), 0), 3),
+        (TokenLayout((1, 3, 2), 130), 4),  # one patch, larger than the grid
+        (TokenLayout((1, 6, 6), 5, text_first=True, anchor=(1, 3, 3)), 2),
+    ],
+    ids=lambda x: f"{x.grid}-{x.text_len}" if isinstance(x, TokenLayout) else str(x),
+)
+def test_pooled_attention_is_the_dense_formula(layout, factor, backend):
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.float64 if backend == "reference" else torch.float32
+    q, k, v = (torch.randn(2, 2, layout.seq_len, 16, generator=generator).to(exact) for _ in range(3))
+    valid = torch.tensor([layout.text_len, layout.text_len // 2]) if layout.text_len else None
+    pattern, weights = (
+        Clear(2.5, downsample=factor),
+        torch.full((factor, factor), factor**-2.0, dtype=torch.float64),
+    )
+    own = dit_accel.attention(q, k, v, pattern, layout, text_valid=valid, backend=backend)
+    expected = dense(q.double(), k.double(), v.double(), layout, pattern, weights, valid)
+    plain = dense(q, k, v, layout, pattern, weights.to(exact), valid)
+    error, least = (own - expected).abs().max(), (plain - expected).abs().max()
+    assert error <= 2 * least + 16 * torch.finfo(exact).eps
+
+
+def test_learned_weights_and_their_gradients():
+    """In an order of calls that is not the model's own; the weights are those of the place in a patch."""
+    layout, pattern = TokenLayout((1, 6, 7), 3, text_first=True), Clear(2, downsample=4)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, layout.seq_len, 16, generator=generator) for _ in range(3))
+    weights = torch.rand(4, 4, generator=generator).requires_grad_()
+    places = torch.randperm(layout.visual_len, generator=generator)
+    order = call_order(layout, places)
+    layer = layer_attention([pattern] * 2, LayerMasks(layout, "tile", (16, 16), "cpu", places))
+    call = AttentionCall(*(x[:, :, order] for x in (q, k, v)), layout, dense=None, pooling=weights)
+    own = layer(call)[:, :, torch.argsort(order)]
+    assert torch.allclose(own, dense(q, k, v, layout, pattern, weights), atol=1e-5)
+    (found,) = torch.autograd.grad(own.square().sum(), weights)
+    (right,) = torch.autograd.grad(dense(q, k, v, layout, pattern, weights).square().sum(), weights)
+    assert torch.allclose(found, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", [Clear(3), Clear(2, downsample=2), Routed(top_k=0.3, block_size=(16, 16))])
+def test_heads_of_other_patterns_beside_it(other):
+    layout, mine = TokenLayout((1, 8, 8), 4), Clear(2, downsample=4)
+    q, k, v = (
+        torch.randn(1, 2, layout.seq_len, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)
+    )
+    masks = LayerMasks(layout, "raster", (16, 16), "cpu")
+    call = AttentionCall(q, k, v, layout, dense=None)
+    out = layer_attention([mine, other], masks)(call)
+    for head, pattern in enumerate((mine, other)):
+        alone = layer_attention([pattern], masks)(call.of_heads([head]))
+        assert torch.allclose(out[:, [head]], alone, atol=1e-6)
+
+
+def test_what_would_count_them_twice_is_refused():
+    with pytest.raises(ValueError, match="has pooled keys for what it leaves out, and a tail would count"):
+        check_tail("pooled", Clear(8, downsample=4))
+    with pytest.raises(ValueError, match="of frames to come as well"):
+        ChunkCausal(2, Clear(8, downsample=4))
 
 
 def test_order_saves_blocks_at_2048x4096():
