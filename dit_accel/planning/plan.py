@@ -26,6 +26,7 @@ from dit_accel.masks.block_mask import BlockMask
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
 from dit_accel.recipe.adapter import TRANSFORMERS, Adapter
+from dit_accel.recipe.adapter_parts import LowRank
 from dit_accel.recipe.layer_patterns import LayerPatterns
 from dit_accel.recipe.recipe import Recipe, resolve
 from dit_accel.runtime.adapted import Adapted
@@ -270,7 +271,7 @@ def _pixels(model_config: ModelConfig, size: tuple[int, int] | None, frames: int
 
 
 def _adapted(recipe: Recipe, model_config: ModelConfig, transformer: nn.Module) -> Adapted | None:
-    """The recipe's LoRA, checked against every transformer of the model, which are alike; one of them."""
+    """The recipe's adapter, checked against every transformer of the model, which are alike; one of them."""
     if not isinstance(recipe.adapter, Adapter):
         return None
     parts = recipe.adapter.parts_of(TRANSFORMERS[: model_config.transformers])
@@ -279,8 +280,10 @@ def _adapted(recipe: Recipe, model_config: ModelConfig, transformer: nn.Module) 
 
 
 def _with_lora(model_config: ModelConfig, transformer: nn.Module, grid: Size, adapted: Adapted) -> int:
-    """FLOPs of a call with the LoRA."""
-    layers = adapted.part.layers
+    """FLOPs of a call with the adapter."""
+    layers = {n: own for n, own in adapted.part.layers.items() if isinstance(own, LowRank)}
+    if not layers:  # whole weights are multiplied in the place of the model's own
+        return model_config.flops(transformer, grid).total
     meta = {
         name: (
             torch.empty(own.rank, own.inputs, device="meta"),
@@ -288,7 +291,7 @@ def _with_lora(model_config: ModelConfig, transformer: nn.Module, grid: Size, ad
         )
         for name, own in layers.items()
     }
-    adapted.attach(meta)
+    adapted.attach(meta, {})
     try:
         return model_config.count_flops(transformer, grid).total
     finally:

@@ -1,4 +1,4 @@
-"""Adapters: what is tuned to a pattern, as LoRA beside the base weights, read from files that are checked.
+"""Adapters: what is tuned to a pattern, LoRA or whole weights, beside the base weights, in checked files.
 
 A LoRA (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021) adds
 ``scale * B (A x)`` to the output of a linear layer, A (rank, in) and B (out, rank).
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,18 @@ from typing import Any
 import torch
 
 from dit_accel.arguments import is_integer, is_number, shown
-from dit_accel.files import digest
-from dit_accel.json_files import from_json, read_json
+from dit_accel.files import atomic, digest
+from dit_accel.json_files import from_json, read_json, write_json
+
+from .adapter_parts import DTYPES, POOLING, LowRank, Part, pooling_of, weights_part
 
 BUNDLED = Path(__file__).parent / "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+POOLING_WEIGHTS = "pooling.safetensors"  # beside LoRA, so that PEFT loads the folder as well
+KIND = "weights"  # in the configuration of a folder of whole weights, as its `kind`
 TRANSFORMERS = ("transformer", "transformer_2")  # as pipelines name them, and folders and keys of files
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _KEY = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
-_DTYPES = {"F16", "BF16", "F32"}
 # fields of PEFT's configuration that say nothing of what is computed: ranks are those of the tensors
 _ANY_VALUE = {
     *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "task_type"),
@@ -37,70 +40,17 @@ _ANY_VALUE = {
 }
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """LoRA of one linear layer as its file announces it: sizes, not the numbers."""
-
-    rank: int
-    inputs: int
-    outputs: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """The LoRA of one transformer.
-
-    Attributes:
-        file: safetensors.
-        keys: names of A and B in the file, by the name of the linear layer in the transformer.
-        layers: what the file announces, by the same names.
-    """
-
-    file: Path
-    keys: Mapping[str, tuple[str, str]]
-    layers: Mapping[str, LowRank]
-
-    def tensors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """A (rank, in) and B (out, rank) by layer, on the CPU, in the dtype of the file.
-
-        Raises:
-            ValueError: a file that changed since the recipe was made, or numbers that are not finite.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        found = {}
-        try:
-            with safe_open(str(self.file), "pt") as file:
-                for name, keys in self.keys.items():
-                    found[name] = file.get_tensor(keys[0]), file.get_tensor(keys[1])
-        except (SafetensorError, OSError, KeyError) as error:
-            raise ValueError(f"{self.file} has changed since the recipe was made: {error!s:.300}") from None
-        for name, (a, b) in found.items():
-            own = self.layers[name]
-            if (*a.shape, *b.shape) != (own.rank, own.inputs, own.outputs, own.rank):
-                raise ValueError(
-                    f"{self.file} has changed since the recipe was made: {name} has other shapes"
-                )
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise ValueError(f"{self.file} is damaged: the LoRA of {name} is not finite")
-        return found
-
-    @property
-    def ranks(self) -> str:
-        """Of its layers: `"8"`, or `"4 to 16"`."""
-        ranks = [own.rank for own in self.layers.values()]
-        return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-
-
 class Adapter:
-    """LoRA that a recipe loads with its attention. Its files are checked here; numbers are read when it acts.
+    """LoRA or whole weights that a recipe loads with its attention.
+
+    Files are checked here; numbers are read when it acts.
 
     Args:
-        path: the name of a bundled one; a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`); a
-            folder of such folders called `transformer` and `transformer_2`, for pipelines of two; or a
-            `.safetensors` file as diffusers saves LoRA, with keys that may begin with `transformer.` or
-            `transformer_2.`.
+        path: the name of a bundled one; a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`),
+            or one of whole weights as `dit_accel.distill` writes it; a folder of such folders called
+            `transformer` and `transformer_2`, for pipelines of two; or a `.safetensors` file: LoRA as
+            diffusers saves it, or weights of attention layers (published CLEAR checkpoints), with keys that
+            may begin with `transformer.` or `transformer_2.`.
         folder: what a relative path is relative to.
 
     Attributes:
@@ -109,8 +59,9 @@ class Adapter:
         parts: by the pipeline's name of the transformer; `""` where none is named.
 
     Raises:
-        ValueError: nothing there, pickled weights, a damaged file, keys that are no LoRA of linear layers,
-            or options of PEFT that compute something else than LoRA.
+        ValueError: nothing there, pickled weights, a damaged file, keys that are neither LoRA nor weights of
+            attention's linear layers nor pooling weights, or options of PEFT that compute something else than
+            LoRA.
     """
 
     def __init__(self, path: str | Path, folder: str | Path = "."):
@@ -130,7 +81,7 @@ class Adapter:
     def digest(self) -> str:
         """Of its contents, 16 hexadecimal digits."""
         found = {
-            name: (digest(part.file), [own.scale for own in part.layers.values()])
+            name: ("".join(map(digest, part.files)), [getattr(x, "scale", 1) for x in part.layers.values()])
             for name, part in self.parts.items()
         }
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -174,6 +125,7 @@ def write(
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     alpha: float,
     about: Mapping[str, Any] | None = None,
+    pooling: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Save LoRA of one rank as a PEFT folder, which PEFT and diffusers load as well.
 
@@ -182,24 +134,59 @@ def write(
         tensors: A (rank, in) and B (out, rank) by layer.
         alpha: the scale times the rank.
         about: what made it, plain data, for `made_by.json` in the folder.
+        pooling: pooling weights (factor, factor) by attention module, for a file of their own.
     """
-    from safetensors.torch import save_file
-
-    from dit_accel.files import atomic
-    from dit_accel.json_files import write_json
-
     rank = next(iter(tensors.values()))[0].shape[0]
     pairs = {
-        f"base_model.model.{name}.lora_{letter}.weight": x.detach().cpu().contiguous()
+        f"base_model.model.{name}.lora_{letter}.weight": x
         for name, pair in tensors.items()
         for letter, x in zip("AB", pair, strict=True)
     }
-    with atomic(folder / WEIGHTS) as temporary:
-        save_file(pairs, str(temporary), metadata={"format": "pt"})
+    _save(folder / WEIGHTS, pairs)
+    if pooling:
+        _save(folder / POOLING_WEIGHTS, _named(pooling))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(tensors)}
-    write_json(folder / CONFIG, {**config, "bias": "none", "inference_mode": True})
+    _describe(folder, {**config, "bias": "none", "inference_mode": True}, about)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, tuple[torch.Tensor, ...]],
+    about: Mapping[str, Any] | None = None,
+    pooling: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Save whole weights as a folder: weight (out, in) and, where there is one, bias (out,) by layer.
+
+    Args:
+        folder, about, pooling: as of `write`; pooling weights stand in the same file.
+        tensors: weight (out, in) and, where there is one, bias (out,) by layer.
+    """
+    named = {
+        f"{name}.{kind}": x
+        for name, own in tensors.items()
+        for kind, x in zip(("weight", "bias"), own, strict=False)
+    }
+    _save(folder / WEIGHTS, {**named, **_named(pooling or {})})
+    _describe(folder, {"kind": KIND}, about)
+
+
+def _named(pooling: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{POOLING}": x[None, None, None, :, None, :, None] for name, x in pooling.items()}
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        found = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(found, str(temporary), metadata={"format": "pt"})
+
+
+def _describe(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+    """Last, so that a folder that was not finished is none."""
     if about is not None:
         write_json(folder / "made_by.json", about)
+    write_json(folder / CONFIG, config)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -218,7 +205,7 @@ def _parts(path: Path) -> Iterator[tuple[str, Part]]:
 
 
 def _of_folder(folder: Path) -> Part:
-    """A PEFT folder."""
+    """A PEFT folder, or one of whole weights."""
     config, weights = folder / CONFIG, folder / WEIGHTS
     if not folder.is_dir():
         known = f"; the bundled ones are {', '.join(bundled())}" if bundled() else ""
@@ -229,13 +216,19 @@ def _of_folder(folder: Path) -> Part:
     if not config.is_file() or not weights.is_file():
         missing = CONFIG if not config.is_file() else WEIGHTS
         raise ValueError(f"`adapter` {folder} is no PEFT folder: it has no {missing}")
-    scale = _scale(read_json(config, "PEFT's configuration"), str(config))
+    said = read_json(config, "PEFT's configuration")
     keys, shapes, _ = _header(weights)
-    return _part(weights, keys, shapes, scale)
+    if said == {"kind": KIND}:
+        return weights_part(weights, keys, shapes)
+    part, pooling = _part(weights, keys, shapes, _scale(said, str(config))), folder / POOLING_WEIGHTS
+    if not pooling.is_file():
+        return part
+    keys, shapes, _ = _header(pooling)
+    return replace(part, pooling=pooling_of(pooling, keys, shapes), pooling_file=pooling)
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, Part]]:
-    """A file as diffusers saves LoRA."""
+    """A file as diffusers saves LoRA, or of whole weights."""
     if path.suffix in _PICKLES:
         raise ValueError(_refuses_pickles(path))
     keys, shapes, metadata = _header(path)
@@ -252,7 +245,10 @@ def _of_file(path: Path) -> Iterator[tuple[str, Part]]:
         prefix = f"{name}." if name else ""
         config = {key.removeprefix(prefix): v for key, v in said.items() if key.startswith(prefix)}
         scale = _scale({"peft_type": "LORA", "lora_alpha": None, **config}, f"metadata of {path}")
-        yield name, _part(path, own, shapes, scale, prefix)
+        if any(".lora" in key for key in own):
+            yield name, _part(path, own, shapes, scale, prefix)
+        else:
+            yield name, weights_part(path, own, shapes, prefix)
 
 
 def _refuses_pickles(path: Path) -> str:
@@ -313,7 +309,7 @@ def _part(
             raise ValueError(
                 f"{file}: the LoRA of {name} has the shapes {a} and {b}, not those of linear layers"
             )
-        if not {kind, other} <= _DTYPES:
+        if not {kind, other} <= DTYPES:
             raise ValueError(
                 f"{file}: the LoRA of {name} is in {kind} and {other}; save it in 16 or 32 bit floats"
             )

@@ -1,12 +1,14 @@
-"""An adapter's LoRA in the linear layers of a transformer, for as long as its recipe is enabled.
+"""An adapter in the linear layers of a transformer, for as long as its recipe is enabled.
 
-A layer becomes one of a subclass of its class whose call adds the LoRA's output. It stays the same module
-with the same parameters: what is saved, moved, quantized, offloaded or compiled, and LoRA of the user's own
-that PEFT puts around it, is as without. Compiled code asks for a module's class, and is compiled again.
+A layer becomes one of a subclass of its class: with LoRA one whose call adds the LoRA's output, with whole
+weights one that computes with these. It stays the same module with the same parameters: what is saved, moved,
+quantized, offloaded or compiled, and LoRA of the user's own that PEFT puts around it, is as without. Compiled
+code asks for a module's class, and is compiled again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,40 +18,65 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import UnavailableError
-from dit_accel.recipe.adapter import Part
+from dit_accel.recipe.adapter_parts import Part, Whole
 
-_PLACE = "_dit_accel_lora"
+_LORA, _OWN = "_dit_accel_lora", "_dit_accel_weights"
 
 
 @dataclass(eq=False)
-class Lora:
+class _Tensors:
+    """Some tensors as the calls need them.
+
+    Attributes:
+        tensors: as given; gradients reach those that require them.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    _cast: tuple[torch.Tensor, ...] | None = None  # as the latest call needed them
+
+    def like(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """In the dtype and on the device of x."""
+        if torch.compiler.is_compiling() or any(w.requires_grad for w in self.tensors):
+            return tuple(w.to(x.device, x.dtype) for w in self.tensors)
+        found = self._cast or self.tensors
+        if any((w.device, w.dtype) != (x.device, x.dtype) for w in found):
+            with torch.inference_mode(False):  # what stays must be usable under autograd later
+                found = self._cast = tuple(w.to(x.device, x.dtype) for w in self.tensors)
+        return found
+
+
+@dataclass(eq=False)
+class Lora(_Tensors):
     """``scale * B (A x)`` of a linear layer: A (rank, in), B (out, rank)."""
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    _cast: tuple[torch.Tensor, torch.Tensor] | None = None  # a and b as the latest call needed them
+    scale: float = 1.0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in the dtype and on the device of x."""
-        a, b = self.a, self.b
-        if torch.compiler.is_compiling():
-            a, b = (w.to(x.device, x.dtype) for w in (a, b))
-        elif (a.device, a.dtype) != (x.device, x.dtype) and not a.requires_grad:
-            a, b = self._cast or (a, b)
-            if (a.device, a.dtype) != (x.device, x.dtype):
-                with torch.inference_mode(False):  # what stays must be usable under autograd later
-                    self._cast = a, b = self.a.to(x.device, x.dtype), self.b.to(x.device, x.dtype)
+        a, b = self.like(x)
         return F.linear(F.linear(x, a), b) * self.scale
 
 
+@dataclass(eq=False)
+class Own(_Tensors):
+    """``W x + b`` of a linear layer: W (out, in) and, where there is one, b (out,)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out), in the dtype and on the device of x."""
+        return F.linear(x, *self.like(x))
+
+
 class Adapted:
-    """LoRA of one transformer, checked against its layers. Nothing is changed before `attach`.
+    """An adapter's part for one transformer, checked against its layers. Nothing is changed before `attach`.
 
     Args:
         transformer: any, on any device; the meta device is enough to check.
-        part: the LoRA.
+        part: the LoRA or whole weights.
         file: what the adapter is called.
+
+    Attributes:
+        modules: the linear layers by name.
+        pooling: while it is attached, pooling weights (factor, factor) by the name of an attention module.
 
     Raises:
         ValueError: layers that the transformer does not have, or that have other sizes.
@@ -58,7 +85,11 @@ class Adapted:
 
     def __init__(self, transformer: nn.Module, part: Part, file: str):
         self.part, self.file = part, file
-        self._loras: dict[str, Lora] | None = None  # as they are read, so that files may go meanwhile
+        self.pooling: dict[str, torch.Tensor] = {}
+        # as they are read, so that files may go meanwhile
+        self._own: dict[str, Lora | Own] | None = None
+        self._pooling: dict[str, torch.Tensor] | None = None
+        self._moved: dict[str, torch.Tensor] = {}  # pooling weights on the device of the latest call
         self._places: list[tuple[nn.Module, str]] = []  # of each layer, the module that holds it, and where
         self.modules: dict[str, nn.Module] = {}
         for name, own in part.layers.items():
@@ -68,48 +99,97 @@ class Adapted:
                 module = _inmost(holder._modules[last])
             except (AttributeError, KeyError):
                 raise ValueError(
-                    f"adapter {file} has LoRA of {name}, which this {type(transformer).__name__} does not "
-                    "have: it was made for another model"
+                    f"adapter {file} has {self.kind} of {name}, which this {type(transformer).__name__} does "
+                    "not have: it was made for another model"
                 ) from None
             sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
             if None in sizes:
                 raise UnavailableError(
-                    f"adapter {file}: {name} of this model is a {type(module).__name__}, and LoRA is of "
-                    "linear layers; enable before what replaced it, or use a model with linear layers there"
+                    f"adapter {file}: {name} of this model is a {type(module).__name__}, and {self.kind} is "
+                    "for linear layers; enable before what replaced it, or use a model with linear layers "
+                    "there"
                 )
             if sizes != (own.inputs, own.outputs):
                 raise ValueError(
                     f"adapter {file}: {name} has {own.inputs} inputs and {own.outputs} outputs there, and "
                     f"{sizes[0]} and {sizes[1]} in this model: it was made for another model"
                 )
+            if isinstance(own, Whole):
+                self._check_whole(name, module, own)
             self._places.append((holder, last))
             self.modules[name] = module
+        for name in part.pooling:
+            try:
+                transformer.get_submodule(name)
+            except AttributeError:
+                raise ValueError(
+                    f"adapter {file} has pooling weights of {name}, which this "
+                    f"{type(transformer).__name__} does not have: it was made for another model"
+                ) from None
         self._holders = list(dict.fromkeys(holder for holder, _ in self._places))
         self._check_fused()
 
     def describe(self) -> str:
         """In a line."""
-        return f"adapter {self.file}: LoRA of rank {self.part.ranks} in {len(self.modules)} linear layers"
+        return f"adapter {self.file}: {self.part.describe()}"
 
-    def attach(self, tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
-        """Put the LoRA into its layers: that of the file, or other A and B, such as those that are trained.
+    @property
+    def kind(self) -> str:
+        """What it has of a layer, in a word or two."""
+        return "a weight" if self.part.whole else "LoRA"
+
+    def attach(
+        self,
+        tensors: Mapping[str, tuple[torch.Tensor, ...]] | None = None,
+        pooling: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put it into its layers: what the file has, or other tensors, such as those that are trained.
 
         Raises:
             ValueError: a file that has changed, or is not finite.
         """
-        if tensors is not None or self._loras is None:
-            tensors = tensors or self.part.tensors()
-            layers = self.part.layers
-            self._loras = {name: Lora(*pair, layers[name].scale) for name, pair in tensors.items()}
+        if tensors is not None or self._own is None:
+            self._pooling = self.part.pooling_weights() if pooling is None else dict(pooling)
+            tensors = self.part.tensors() if tensors is None else tensors
+            layers = self.part.layers.items()
+            self._own = {
+                name: Own(tensors[name]) if isinstance(own, Whole) else Lora(tensors[name], scale=own.scale)
+                for name, own in layers
+            }
+        self.pooling = self._pooling or {}
         for name, module in self.modules.items():
-            module.__dict__[_PLACE] = self._loras[name]
-            module.__class__ = _adapted(type(module))
+            own = self._own[name]
+            module.__dict__[_OWN if isinstance(own, Own) else _LORA] = own
+            module.__class__ = _adapted(type(module), isinstance(own, Own))
 
     def detach(self) -> None:
         """Make the layers what they were, bit for bit."""
+        self.pooling = {}
         for module in self.modules.values():
-            if module.__dict__.pop(_PLACE, None) is not None:
+            found = [module.__dict__.pop(place, None) for place in (_LORA, _OWN)]
+            if any(own is not None for own in found):
                 module.__class__ = type(module).__mro__[1]
+
+    def pooling_on(self, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """`pooling` on a device; moved once."""
+        if not all(x.device == device for x in self.pooling.values()):
+            if not self._moved or next(iter(self._moved.values())).device != device:
+                self._moved = {name: x.to(device) for name, x in self.pooling.items()}
+            return self._moved
+        return self.pooling
+
+    def _check_whole(self, name: str, module: nn.Module, own: Whole) -> None:
+        if own.bias != (getattr(module, "bias", None) is not None):
+            there = ("no bias", "a bias")
+            raise ValueError(
+                f"adapter {self.file}: {name} has {there[own.bias]} there, and {there[not own.bias]} in this "
+                "model: it was made for another model"
+            )
+        if "forward" in vars(module):
+            raise UnavailableError(
+                f"adapter {self.file} has whole weights of {name}, whose `forward` something has replaced, "
+                "as offloading by layers does; enable first and offload after that, or offload whole models"
+            )
 
     def check(self) -> None:
         """Raises where something has taken the layers out since they were attached."""
@@ -140,19 +220,24 @@ def _inmost(module: nn.Module) -> nn.Module:
 
 
 @cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+def _adapted(kind: type[nn.Module], whole: bool) -> type[nn.Module]:
     def call(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = kind.__call__(self, x, *args, **kwargs)  # with whatever hooks and offloading do
         return out + self._dit_accel_lora(x)
 
-    def reduce(self: Any, protocol: int) -> tuple:
-        return _new, (kind,), self.__dict__
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        own = vars(self).get(_OWN)  # None: offloading has kept this function from when it was adapted
+        return kind.forward(self, x) if own is None else own(x)
 
-    body = {"__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
+    def reduce(self: Any, protocol: int) -> tuple:
+        return _new, (kind, whole), self.__dict__
+
+    body = {"forward": forward} if whole else {"__call__": call}
+    body |= {"__reduce_ex__": reduce, "__module__": __name__}
     return type(f"Adapted{kind.__name__}", (kind,), body)
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
+def _new(kind: type[nn.Module], whole: bool) -> nn.Module:
     """For copies and pickles."""
-    made = _adapted(kind)
+    made = _adapted(kind, whole)
     return made.__new__(made)

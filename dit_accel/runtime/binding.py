@@ -20,7 +20,7 @@ from dit_accel.guidance.branch import Branch
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.pipelines.families.base import Family
 from dit_accel.pipelines.families.processors import Accelerated, accelerated
-from dit_accel.recipe.adapter import Part
+from dit_accel.recipe.adapter_parts import Part
 from dit_accel.recipe.layer_patterns import Chunks, LayerPatterns, assign_patterns
 from dit_accel.recipe.recipe import Recipe
 
@@ -49,7 +49,7 @@ class Binding:
         name: the pipeline's name for the transformer.
         modules, layers: its attention layers, and what the recipe says of each.
         heads, head_dim: of its layers.
-        adapted: the recipe's LoRA in this transformer, or None.
+        adapted: the recipe's adapter in this transformer, or None.
         branch: of guidance, or None.
         paths: FreeSwim's two branches, or None.
         geometry, device, dtype: of the latest call, before one those that are expected.
@@ -82,6 +82,8 @@ class Binding:
         self.adapted: Adapted | None = None
         if recipe.adapter is not None and adapter is not None:
             self.adapted = Adapted(transformer, adapter, recipe.adapter.file())
+        places = {module: name for name, module in transformer.named_modules()}
+        self._places = {layer: places[module] for layer, module in self.modules.items()}
         self.branch: Branch | None = None
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads, owner=self)
@@ -147,6 +149,7 @@ class Binding:
 
     def _check(self) -> None:
         self._check_parallel()
+        self._check_pooling()
         for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
             if reason is not None:
@@ -165,6 +168,32 @@ class Binding:
                 raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
         if self.sparse_layers:
             self._check_break_even()
+
+    def _check_pooling(self) -> None:
+        """That the adapter's pooling weights are those of the layers that pool keys."""
+        pooling = {} if self.adapted is None else self.adapted.part.pooling
+        if not pooling:
+            return
+        pooled = {
+            layer.name: variant.pools
+            for layer in self.layers
+            for pattern in layer.patterns
+            for variant in pattern.variants
+            if variant.pools
+        }
+        if not pooled:
+            raise ValueError(
+                f"adapter {self.adapted.file} has pooling weights, and this recipe pools no keys; use "
+                f"`Clear(radius, downsample={next(iter(pooling.values()))[1]})`"
+            )
+        for layer, factor in pooled.items():
+            learned = pooling.get(self._places[layer], (None, None))[1]
+            if learned != factor:
+                there = "none" if learned is None else f"those of {learned} x {learned} tokens"
+                raise ValueError(
+                    f"layer {layer} pools {factor} x {factor} tokens, and adapter {self.adapted.file} has "
+                    f"pooling weights, but {there} for it: it was made for another pattern"
+                )
 
     def _check_break_even(self) -> None:
         if self.recipe.min_tokens == "auto" and not self.speed().break_even:
@@ -331,11 +360,20 @@ class Binding:
             memory=self._memory(tick),
             formats=geometry.formats,
             tails={layer.name: layer.tail for layer in self.layers if layer.tail},
+            poolings=self._poolings(),
             places=geometry.permutation if moved else None,
             geometry=geometry,
             any_length=not self.family.moves_tokens,
             moved=moved,
         )
+
+    def _poolings(self) -> dict[str, torch.Tensor]:
+        """Learned pooling weights by layer."""
+        if self.adapted is None or not self.adapted.pooling:
+            return {}
+        learned = self.adapted.pooling_on(self.device)
+        found = {layer: learned.get(place) for layer, place in self._places.items()}
+        return {layer: weights for layer, weights in found.items() if weights is not None}
 
     def _memory(self, tick: Tick) -> CallMemory | None:
         """What layers keep from step to step; nothing in training, where calls may have other samples."""

@@ -18,7 +18,8 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern
 from dit_accel.pipelines.families import family_of
 from dit_accel.pipelines.families.generic import Generic
-from dit_accel.recipe.adapter import TRANSFORMERS, Part
+from dit_accel.recipe.adapter import TRANSFORMERS
+from dit_accel.recipe.adapter_parts import Part
 from dit_accel.recipe.recipe import Recipe, resolve
 
 from .binding import Binding
