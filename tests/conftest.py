@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import video_pipelines
 from hypothesis import HealthCheck, settings
-
-TEXT_DIM = 16
+from video_pipelines import TEXT_DIM, MaskedProcessor, embeddings, padded_prompt, tell_norms_apart
 
 # A failing test is the change's doing, not luck's; `make fuzz` looks for new examples.
 # Neither does it fail for being slow: on a machine that does much else milliseconds become seconds.
@@ -86,13 +86,6 @@ def make_skyreels(seed: int = 0, pipeline: str = "SkyReelsV2Pipeline", **config)
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tell_norms_apart(transformer, name_part: str) -> None:
-    """Random weights for the norms with `name_part` in their names, so that none passes for another."""
-    for name, weight in transformer.named_parameters():
-        if name_part in name:
-            torch.nn.init.uniform_(weight, 0.5, 2)
 
 
 def make_hunyuan(seed: int = 0, **config):
@@ -191,17 +184,13 @@ def make_sd3(seed: int = 0, **config):
     return pipe
 
 
-def _embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
-    return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-
-
 def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
     dtype = pipe.transformer.dtype
-    embeds = _embeddings(batch, text_len, seed + 1).to(dtype)
+    embeds = embeddings(batch, text_len, seed + 1).to(dtype)
     kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
     if cfg > 1:
-        negative = _embeddings(batch, text_len, seed + 2).to(dtype)
+        negative = embeddings(batch, text_len, seed + 2).to(dtype)
         kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
     size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
     generator = torch.Generator().manual_seed(seed)
@@ -210,9 +199,9 @@ def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, 
 
 def run_wan(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, C, F, 2 H, 2 W) for a grid of tokens."""
-    kwargs |= {"prompt_embeds": _embeddings(batch, text_len, seed + 1)}
+    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
     if cfg > 1:
-        kwargs |= {"negative_prompt_embeds": _embeddings(batch, text_len, seed + 2)}
+        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
     size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
     generator = torch.Generator().manual_seed(seed)
     return pipe(
@@ -234,12 +223,8 @@ def run_hunyuan(
     """
 
     def prompt(text_len: int, seed: int) -> dict[str, torch.Tensor]:
-        embeds = _embeddings(batch, text_len, seed)
-        valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
-        mask = (torch.arange(text_len) < valid[:, None]).long()
-        return {
-            "prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0], "prompt_attention_mask": mask
-        }  # fmt: skip
+        given = padded_prompt(batch, text_len, seed)
+        return given | {"pooled_prompt_embeds": given["prompt_embeds"][:, 0]}
 
     kwargs |= prompt(text_len, seed + 1)
     if cfg > 1:
@@ -268,7 +253,7 @@ def run_hunyuan15(
     def prompt(text_len: int, seed: int) -> dict[str, torch.Tensor]:
         given = {}
         for suffix, length in (("", text_len - 6), ("_2", 3)):
-            given["prompt_embeds" + suffix] = _embeddings(batch, length, seed + len(suffix))
+            given["prompt_embeds" + suffix] = embeddings(batch, length, seed + len(suffix))
             places, last = torch.arange(length), length - torch.arange(batch)[:, None]
             given["prompt_embeds_mask" + suffix] = ((places > 0) & (places < last)).long()
         return given
@@ -290,9 +275,9 @@ def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, 
     dtype = pipe.transformer.dtype
     valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
     mask = (torch.arange(text_len) < valid[:, None]).long()
-    kwargs |= {"prompt_embeds": _embeddings(batch, text_len, seed + 1).to(dtype), "prompt_embeds_mask": mask}
+    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1).to(dtype), "prompt_embeds_mask": mask}
     if cfg > 1:
-        kwargs |= {"negative_prompt_embeds": _embeddings(batch, text_len, seed + 2).to(dtype)}
+        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2).to(dtype)}
         kwargs |= {"negative_prompt_embeds_mask": mask.flip(0)}
     size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
     generator = torch.Generator().manual_seed(seed)
@@ -302,7 +287,7 @@ def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, 
 def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer."""
     dtype = pipe.transformer.dtype
-    embeds, negative = (_embeddings(batch, text_len, seed + i).to(dtype) for i in (1, 2))
+    embeds, negative = (embeddings(batch, text_len, seed + i).to(dtype) for i in (1, 2))
     kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
     kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
     size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
@@ -319,48 +304,20 @@ def transformer_inputs(pipe, run) -> dict:
     return seen
 
 
-class MaskedProcessor:
-    """The oracle: the diffusers processor itself under a dense mask, in the model's own token order."""
-
-    def __init__(self, original, mask: torch.Tensor):
-        self.original, self.mask = original, mask
+class MaskedJointProcessor(MaskedProcessor):
+    """The same for the processors of SD3, which ignore masks and call PyTorch's function themselves."""
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
     ):
-        mask = self.mask
-        if attention_mask is not None:  # padded text, which stands last and may be shorter in this call
-            length = attention_mask.shape[-1]
-            mask = mask[..., :length, :length] & attention_mask
-        return self.original(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
-
-
-class MaskedJointProcessor(MaskedProcessor):
-    """The same for the processors of SD3, which ignore masks and call PyTorch's function themselves."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         attend = F.scaled_dot_product_attention
+        rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
 
         def masked(*qkv, attn_mask=None, **options):
             return attend(*qkv, attn_mask=self.mask, **options)
 
         with mock.patch.object(F, "scaled_dot_product_attention", masked):
-            return self.original(attn, hidden_states, encoder_hidden_states, **kwargs)
-
-
-class MaskedDispatchProcessor(MaskedProcessor):
-    """The same for processors that take masks in forms of their own, or none."""
-
-    def __call__(self, *args, **kwargs):
-        names = type(self.original).__call__.__globals__
-        dispatch = names["dispatch_attention_fn"]
-
-        def masked(*qkv, attn_mask=None, **options):
-            assert attn_mask is None
-            return dispatch(*qkv, attn_mask=self.mask, **options)
-
-        with mock.patch.dict(names, dispatch_attention_fn=masked):
-            return self.original(*args, **kwargs)
+            return self.original(attn, hidden_states, encoder_hidden_states, **rotary)
 
 
 class MaskedTwiceProcessor(MaskedProcessor):
@@ -403,8 +360,11 @@ class MaskedQwenProcessor(MaskedTwiceProcessor):
 MASKED = {
     "QwenDoubleStreamAttnProcessor2_0": MaskedQwenProcessor,
     "HunyuanVideo15AttnProcessor2_0": MaskedTwiceProcessor,
+    "CogVideoXAttnProcessor2_0": MaskedJointProcessor,
+    "FusedCogVideoXAttnProcessor2_0": MaskedJointProcessor,
     "JointAttnProcessor2_0": MaskedJointProcessor,
     "FusedJointAttnProcessor2_0": MaskedJointProcessor,
+    **video_pipelines.MASKED,
 }
 FAMILIES = {
     "flux": (make_flux, run_flux),
@@ -414,6 +374,7 @@ FAMILIES = {
     "qwen": (make_qwen, run_qwen),
     "sd3": (make_sd3, run_sd3),
     "skyreels": (make_skyreels, run_wan),
+    **video_pipelines.PIPELINES,
 }
 
 
@@ -461,6 +422,26 @@ def skyreels(families):
 
 
 @pytest.fixture
+def ltx(families):
+    return _with_pipeline(families["ltx"])
+
+
+@pytest.fixture
+def ltx2(families):
+    return _with_pipeline(families["ltx2"])
+
+
+@pytest.fixture
+def cogvideox(families):
+    return _with_pipeline(families["cogvideox"])
+
+
+@pytest.fixture
+def mochi(families):
+    return _with_pipeline(families["mochi"])
+
+
+@pytest.fixture
 def sd3(families):
     return _with_pipeline(families["sd3"])
 
@@ -469,10 +450,12 @@ def sd3(families):
 def masked():
     """Puts token masks (S, S) or (heads, S, S), given by layer, under a transformer's processors."""
 
+    from dit_accel.pipelines.families.processors import install
+
     def apply(modules: dict, masks: dict[str, torch.Tensor]) -> None:
         for name, mask in masks.items():
             original = modules[name].processor
             kind = MASKED.get(type(original).__name__, MaskedProcessor)
-            modules[name].set_processor(kind(original, mask[None] if mask.ndim == 3 else mask))
+            install(modules[name], kind(original, mask[None] if mask.ndim == 3 else mask))
 
     return apply

@@ -65,12 +65,12 @@ FAMILY = """
 import torch, dit_accel
 from dit_accel.patterns import Clear, Dense
 from dit_accel.pipelines import family_of
-from diffusers import ChronoEditTransformer3DModel
+from diffusers import AnyFlowTransformer3DModel
 sizes = dict(num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16)
 sizes |= dict(freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=32)
-model = ChronoEditTransformer3DModel(**sizes).eval()
-inputs = dict(hidden_states=torch.randn(1, 4, 3, 16, 24), encoder_hidden_states=torch.randn(1, 7, 16))
-inputs["timestep"] = torch.tensor([500])
+model = AnyFlowTransformer3DModel(**sizes).eval()
+inputs = dict(hidden_states=torch.randn(1, 3, 4, 16, 24), encoder_hidden_states=torch.randn(1, 7, 16))
+inputs |= dict(timestep=torch.tensor([[900.0, 500.0, 100.0]]), r_timestep=torch.zeros(1, 3))
 run = lambda: model(**inputs, return_dict=False)[0]
 with torch.no_grad():
     dense = run()
@@ -83,7 +83,7 @@ with torch.no_grad():
         assert torch.allclose(results[0], dense, atol=1e-5) is same
     dit_accel.disable(model)
     assert torch.equal(run(), dense)
-assert family_of(model).name == "chrono-edit"
+assert family_of(model).name == "anyflow"
 """
 BACKEND = """
 import torch
@@ -123,7 +123,7 @@ def enlist(text: str) -> str:
 CASES = {  # its file, what changes elsewhere, and a script that uses it
     "static pattern": ("dit_accel/patterns/staircase.py", STATIC),
     "online pattern": ("dit_accel/patterns/nearest_means.py", ONLINE),
-    "model family": ("pipelines/families/chrono_edit.py", FAMILY),
+    "model family": ("pipelines/families/anyflow.py", FAMILY),
     "kernel backend": ("kernels/block_sparse/dense.py", BACKEND),
     "numeric format": ("kernels/block_sparse/dense.py", FORMAT),
 }

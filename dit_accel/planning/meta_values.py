@@ -24,7 +24,10 @@ class EveryConditionHolds(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if function is _aten._local_scalar_dense.default:
             return True
-        if function is _aten.index.Tensor and args[1][0].dtype == torch.bool:
+        if function is _aten.nonzero.default:
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        first = args[1][0] if function is _aten.index.Tensor else None
+        if first is not None and first.dtype == torch.bool:
             tensor, (mask, *_) = args
             nothing = any(mask is negation for negation in self._negations)
             return tensor.new_empty(0 if nothing else mask.numel(), *tensor.shape[mask.ndim :])

@@ -101,7 +101,9 @@ class ModelConfig:
                 f"{diffusers.__version__} does not have; update it"
             )
         with torch.device("meta"):
-            return kind(**self.config).eval()
+            transformer = kind(**self.config).eval()
+        self.description.without_values(transformer)
+        return transformer
 
     def grid(self, transformer: nn.Module, size: Size) -> Size:
         """The token grid (F, H, W) of a size (frames, height, width) in pixels.
@@ -129,7 +131,7 @@ class ModelConfig:
                     f"try {tries}"
                 )
         return (
-            ((frames - 1) // temporal + 1) // patch[0],
+            -(-((frames - 1) // temporal + 1) // patch[0]),  # CogVideoX 1.5 fills its last patch up
             height // (spatial * patch[1]),
             width // (spatial * patch[2]),
         )
@@ -291,6 +293,8 @@ def _of_folder(
 def _shift(path: Path) -> float | tuple[int, int, float, float] | None:
     """`ModelConfig.shift` by the configuration of a scheduler; None where it is no flow's, or not there."""
     config = read_json(path) if path.is_file() else {}
+    if config.get("shift_terminal") or config.get("invert_sigmas"):  # LTX stretches levels, Mochi has its own
+        return None
     if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") == "exponential":
         lengths = config["base_image_seq_len"], config["max_image_seq_len"]
         return (*lengths, config["base_shift"], config["max_shift"])

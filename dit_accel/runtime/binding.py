@@ -19,7 +19,7 @@ from dit_accel.errors import UnavailableError
 from dit_accel.guidance.branch import Branch
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.pipelines.families.base import Family
-from dit_accel.pipelines.families.processors import Accelerated, accelerated
+from dit_accel.pipelines.families.processors import Accelerated, accelerated, install
 from dit_accel.recipe.adapter_parts import Part
 from dit_accel.recipe.layer_patterns import Chunks, LayerPatterns, assign_patterns
 from dit_accel.recipe.recipe import Recipe
@@ -72,7 +72,7 @@ class Binding:
         self.modules = family.found_layers(transformer)
         for module in self.modules.values():
             if isinstance(module.processor, Accelerated):  # of an earlier binding, put back by another
-                module.set_processor(module.processor.original)
+                install(module, module.processor.original)
         self.heads = transformer.config.num_attention_heads
         self.head_dim = transformer.config.attention_head_dim
         for pattern in recipe.patterns:
@@ -256,7 +256,7 @@ class Binding:
         for name in self.patched_layers:
             module = self.modules[name]
             self._processors[name] = accelerated(module.processor, self, name, self.family.processor)
-            module.set_processor(self._processors[name])
+            install(module, self._processors[name])
         self._hooks.append(self.transformer.register_forward_pre_hook(self._before, with_kwargs=True))
         after = self.transformer.register_forward_hook(
             self._after, prepend=True, with_kwargs=True, always_call=True
@@ -279,7 +279,7 @@ class Binding:
         for name, processor in self._processors.items():
             processor.owner = None  # SD3's `unfuse_qkv_projections` puts back what it saw when it fused
             if self.modules[name].processor is processor:
-                self.modules[name].set_processor(processor.original)
+                install(self.modules[name], processor.original)
         for hook in self._hooks:
             hook.remove()
         self._moves.detach()
@@ -481,7 +481,9 @@ class Binding:
             self._leave_alone(other, call.geometry.layout.seq_len)
         if not call.moved and not doubled and sample is own:
             return None
-        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+        if isinstance(output, tuple):
+            return (sample, *output[1:])
+        return type(output)(**{**output, "sample": sample})  # LTX-2's has audio beside it
 
 
 def hidden_config() -> ModuleType:

@@ -136,6 +136,8 @@ def _noise_levels(scheduler: Any) -> list[float] | None:
     if sigmas is None or len(sigmas) < len(scheduler.timesteps):
         return None
     levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").tolist()
+    if getattr(getattr(scheduler, "config", None), "invert_sigmas", False):  # Mochi's, 1 without noise
+        levels = [1 - level for level in levels]
     # float32's rounding must not decide on which side of a round number a level is
     return [round(level, 6) for level in levels] if 0 <= min(levels) <= max(levels) <= 1 else None
 

@@ -97,17 +97,19 @@ class StepTracker:
             return run.noise_level
         if pure_noise is None:
             raise UnavailableError(
-                "a recipe by noise level needs to know what the timesteps of a transformer mean, and this is "
-                "one of no known family; enable it on its pipeline, whose scheduler tells, or name steps by "
-                "number, such as `dense_steps=2`"
+                "a recipe by noise level needs to know what the timesteps of a transformer mean, and "
+                "those of this one are not known; enable it on its pipeline, whose scheduler tells, or name "
+                "steps by number, such as `dense_steps=2`"
             )
         if run is None or run.value is None:
             raise RuntimeError("this thread has made no call of the transformer yet")
-        level = round(run.value / pure_noise, 6)
+        rises = pure_noise == 0
+        level = round(1 - run.value / 1000 if rises else run.value / pure_noise, 6)
         if not 0 <= level <= 1:
+            ends = "0, which is pure noise, to 1000" if rises else f"0 to {pure_noise:g}, which is pure noise"
             raise ValueError(
-                f"timestep {run.value:g} is no noise level of a flow: this transformer takes timesteps from "
-                f"0 to {pure_noise:g}, which is pure noise"
+                f"timestep {run.value:g} is no noise level of a flow: this transformer takes timesteps "
+                f"from {ends}"
             )
         return level
 

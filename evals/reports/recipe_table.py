@@ -67,9 +67,20 @@ HUNYUAN = [Model("hunyuan-video", "HunyuanVideo", (1280, 720), 129)]
 HUNYUAN15 = [Model("hunyuan-video-1.5", "HunyuanVideo 1.5", (1280, 720), 121)]
 SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
 QWEN = [Model("qwen-image", "Qwen-Image", (side, side)) for side in (1328, 2656)]
+LTX = [
+    Model("ltx-video-2b", "LTX-Video 2B", (1216, 704), 257),
+    Model("ltx-video-13b", "LTX-Video 13B", (1216, 704), 257),
+]
+LTX2 = [Model("ltx-2-19b", "LTX-2 19B", (1536, 1024), 241)]
+COGVIDEOX = [
+    Model("cogvideox-5b", "CogVideoX 5B", (720, 480), 49),
+    Model("cogvideox1.5-5b", "CogVideoX 1.5 5B", (1360, 768), 81),
+]
+MOCHI = [Model("mochi-1", "Mochi 1", (848, 480), 163)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
-    "skyreels-v2": SKYREELS, "qwen-image": QWEN,
+    "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
+    "qwen-image": QWEN,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(

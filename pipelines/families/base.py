@@ -17,7 +17,7 @@ from dit_accel.json_files import read_json
 from dit_accel.masks.layout import TokenLayout
 
 from .processors import Accelerated, not_reusable
-from .tokens import Permute
+from .tokens import Permute, move_part
 
 Fill = Callable[..., torch.Tensor]  # (*shape) -> a tensor of this shape
 
@@ -59,8 +59,8 @@ class Family:
             as our masks take the place of what it makes of the real ones.
         beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
             attended densely.
-        pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; None:
-            not known.
+        pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; 0
+            where they rise from it to 1000; None: not known.
     """
 
     name: str
@@ -177,7 +177,8 @@ class Family:
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
         """Modules inside whose output must be permuted as well, such as tables of the rotary embedding.
 
-        Each with the dimension of the visual tokens in its output, a tensor or a tuple of tensors.
+        Each with the dimension of the visual tokens in its output, a tensor or a tuple of tensors. Those hold
+        the visual tokens alone, or all tokens of the layout.
         """
         return {}
 
@@ -185,9 +186,12 @@ class Family:
         self, output: Any, dim: int, layout: TokenLayout, permute: Permute
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The output of such a module with its visual tokens permuted along `dim`."""
-        if isinstance(output, torch.Tensor):
-            return permute(output, dim)
-        return tuple(permute(tensor, dim) for tensor in output)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            alone = tensor.shape[dim] == layout.visual_len  # without the other tokens of the layout
+            return permute(tensor, dim) if alone else move_part(tensor, dim, layout.visual_slice, permute)
+
+        return moved(output) if isinstance(output, torch.Tensor) else tuple(map(moved, output))
 
     def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""
@@ -256,6 +260,9 @@ class Family:
     def reference_grid(self, pipeline: str) -> tuple[int, int, int] | None:
         """Token grid of the reference image that a pipeline of this class usually takes; None: of none."""
         return None
+
+    def without_values(self, transformer: Any) -> None:
+        """Changes in a transformer on the meta device what cannot run there."""
 
     def vae_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Frames and pixels (along a side) per latent, from an autoencoder's config as pipelines read it."""

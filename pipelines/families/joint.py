@@ -14,7 +14,23 @@ from dit_accel.attention.call import AttentionCall, ModelAttention
 from .processors import Accelerated
 
 
-class JointProcessor(Accelerated):
+class PlainProcessor(Accelerated):
+    """Attends by PyTorch's function in layers that stay dense."""
+
+    def models_own(self) -> bool:
+        """Whether the layer is dense in this call, as far as can be told outside of compiled code."""
+        if torch.compiler.is_compiling():
+            return False
+        call = transformer_call.current(self.owner)
+        return call is not None and isinstance(call.attention(self.layer), ModelAttention)
+
+    def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden = call.hidden_keys()
+        mask = None if hidden is None else ~hidden[:, None, None]
+        return F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, scale=call.scale)
+
+
+class JointProcessor(PlainProcessor):
     """Projects, normalises and rotates as diffusers does, through the layer's own modules.
 
     Attributes:
@@ -39,9 +55,7 @@ class JointProcessor(Accelerated):
         q, k, v = self._projected(attn, visual, ("to_q", "to_k", "to_v"), "to_qkv")
         q, k = _norm(attn.norm_q, q), _norm(attn.norm_k, k)
         if image_rotary_emb is not None:
-            from diffusers.models.embeddings import apply_rotary_emb
-
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+            q, k = self.rotated(q, image_rotary_emb), self.rotated(k, image_rotary_emb)
         if text is not None:
             names = ("add_q_proj", "add_k_proj", "add_v_proj")
             text_q, text_k, text_v = self._projected(attn, text, names, "to_added_qkv")
@@ -54,7 +68,14 @@ class JointProcessor(Accelerated):
         if text is None:
             return visual
         text = out[:, length:].contiguous()
-        return visual, text if attn.to_add_out is None else attn.to_add_out(text)
+        to_add_out = getattr(attn, "to_add_out", None)
+        return visual, text if to_add_out is None else to_add_out(text)
+
+    def rotated(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Queries or keys of the visual tokens (B, S, H, D) with the rotary embedding."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        return apply_rotary_emb(x, rotary, sequence_dim=1)
 
     def _projected(self, attn: nn.Module, x: torch.Tensor, names: tuple[str, ...], fused: str):
         """q, k and v of one stream (B, S, C), each (B, S, H, D)."""
@@ -63,18 +84,6 @@ class JointProcessor(Accelerated):
         else:
             parts = [getattr(attn, name)(x) for name in names]
         return [part.unflatten(-1, (attn.heads, -1)) for part in parts]
-
-    def models_own(self) -> bool:
-        """Whether the layer is dense in this call, as far as can be told outside of compiled code."""
-        if torch.compiler.is_compiling():
-            return False
-        call = transformer_call.current(self.owner)
-        return call is not None and isinstance(call.attention(self.layer), ModelAttention)
-
-    def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
-        hidden = call.hidden_keys()
-        mask = None if hidden is None else ~hidden[:, None, None]
-        return F.scaled_dot_product_attention(call.q, call.k, call.v, attn_mask=mask, scale=call.scale)
 
 
 def _norm(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:

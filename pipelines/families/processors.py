@@ -123,6 +123,14 @@ class Accelerated:
         self.original._parallel_config = value
 
 
+def install(module: Any, processor: Any) -> None:
+    """Gives an attention module its processor; Mochi's modules have no `set_processor`."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
 def accelerated(original: Any, owner: Any, layer: str, kind: type[Accelerated] | None = None) -> Accelerated:
     """A processor that stands in for `original`; of `kind`, or a copy of the original's own code where None.
 

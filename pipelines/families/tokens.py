@@ -36,10 +36,7 @@ def move_patches(
 
 def move_image(x: torch.Tensor, dim: int, layout: TokenLayout, move: Permute) -> torch.Tensor:
     """x with the picture's tokens moved; those of the layout's anchor, which stand behind, stay in place."""
-    if layout.anchor is None:
-        return move(x, dim)
-    image, beside = x.split([layout.visual_len, layout.anchor_len], dim=dim)
-    return torch.cat([move(image, dim), beside], dim=dim)
+    return move_part(x, dim, slice(0, layout.visual_len), move)
 
 
 def anchor_of(grids: Sequence[Grid]) -> Grid | None:
@@ -52,6 +49,14 @@ def anchor_of(grids: Sequence[Grid]) -> Grid | None:
         return None
     frames, sides = sum(grid[0] for grid in grids), {grid[1:] for grid in grids}
     return (frames, *sides.pop()) if len(sides) == 1 else (1, 1, sum(map(math.prod, grids)))
+
+
+def move_part(x: torch.Tensor, dim: int, part: slice, move: Permute) -> torch.Tensor:
+    """x with the tokens of one part moved, and those before and behind it left in place."""
+    if part.start == 0 and part.stop == x.shape[dim]:
+        return move(x, dim)
+    before, tokens, behind = x.tensor_split((part.start, part.stop), dim=dim)
+    return torch.cat([before, move(tokens, dim), behind], dim=dim)
 
 
 def grid_positions(

@@ -319,7 +319,7 @@ def test_noise_level_of_a_bare_transformer_is_its_timestep(unit, timesteps):
 def test_no_noise_level():
     tracker = StepTracker()
     tracker.tick(1000.0)
-    with pytest.raises(UnavailableError, match="one of no known family; enable it on its pipeline"):
+    with pytest.raises(UnavailableError, match="those of this one are not known; enable it on its pipeline"):
         tracker.noise_level(None)
     with pytest.raises(ValueError, match=r"timestep 1000 is no noise level of a flow: .* 0 to 1, which"):
         tracker.noise_level(1.0)

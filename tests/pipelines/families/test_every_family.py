@@ -1,0 +1,55 @@
+"""What holds for every family alike, on tiny random pipelines of the real classes."""
+
+import pytest
+import torch
+
+from dit_accel.patterns import Clear
+from dit_accel.pipelines import families as known
+from dit_accel.pipelines import family_of
+from dit_accel.recipe.recipe import Recipe, presets
+from dit_accel.runtime.switching import accelerated
+from dit_accel.summary import summary
+
+PIPELINES = (
+    "cogvideox",
+    "flux",
+    "hunyuan",
+    "hunyuan15",
+    "ltx",
+    "ltx2",
+    "mochi",
+    "qwen",
+    "sd3",
+    "skyreels",
+    "wan",
+)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pattern_that_covers_all_is_stock_and_disable_restores(families, name):
+    """In another token order, in batches under guidance, with padded text where the family has it."""
+    tools = families[name]
+    pipe = tools.make()
+    run = {"batch": 2, "cfg": 3.0, "steps": 2}
+    family, stock = family_of(pipe.transformer), tools.run(pipe, **run)
+    processors = {m: m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")}
+    with accelerated(pipe, Recipe(Clear(60), order="hilbert")) as handle:
+        found = tools.run(pipe, **run)
+        layers = set(family.layers(pipe.transformer).values())
+        changed = {module for module, own in processors.items() if module.processor is not own}
+        text = str(summary(pipe))
+        assert handle.run_density == 1
+        assert (handle.token_order() is not None) is family.moves_tokens
+    assert changed == layers
+    assert family.stays_dense
+    assert f"dense under every recipe: {family.stays_dense}" in text
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tools.run(pipe, **run), stock)
+    assert all(module.processor is own for module, own in processors.items())
+
+
+def test_every_family_is_in_the_table(families):
+    assert set(PIPELINES) == set(families)
+    tried = {family_of(tools.make().transformer).name for tools in families.values()}
+    assert tried == {family.name for family in known()}
+    assert all(presets(name) for name in tried)
