@@ -115,7 +115,7 @@ def grid_of_coordinates(coords: torch.Tensor) -> tuple[Grid, int]:
     times = time[-whole:].view(-1, area)
     # backwards through the video, whose first frame is the earliest; conditions before it are of later ones
     alike = (frames == frame[:, None]).all(0).all(1) & (times == times[:, :1]).all(1)
-    earlier = torch.cat([times[:-1, 0] < times[1:, 0], torch.tensor([True])])
+    earlier = torch.cat([times[:-1, 0] < times[1:, 0], torch.tensor([True], dtype=torch.bool, device="cpu")])
     count = _trailing(alike & earlier)
     rows = frame.unflatten(1, (-1, width)) if area % width == 0 else None
     conditions = len(time) - count * area
