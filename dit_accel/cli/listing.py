@@ -156,9 +156,12 @@ def env(json: JsonOption = False) -> None:
     print_table("Environment", ("", ""), rows)
     merged: dict[tuple[str, str, str], list[str]] = {}
     for row in answer["backends"]:
-        merged.setdefault((row["backend"], row["device"], row["status"]), []).append(row["dtype"])
-    backends = [(*key[:2], ", ".join(dtypes), key[2]) for key, dtypes in merged.items()]
-    print_table("Attention backends", ("backend", "device", "dtypes", "runs here"), backends)
+        gradients = row["gradients"] if row["status"] == "yes" else ""
+        key = row["backend"], row["device"], row["status"], gradients
+        merged.setdefault(key, []).append(row["dtype"])
+    backends = [(*key[:2], ", ".join(dtypes), *key[2:]) for key, dtypes in merged.items()]
+    headings = ("backend", "device", "dtypes", "runs here", "gradients")
+    print_table("Attention backends", headings, backends)
     return None
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from dit_accel.kernels.block_sparse import triton_configs
 from dit_accel.kernels.block_sparse.formats import FORMATS, Format, key_group
 from dit_accel.kernels.block_sparse.quantized import Quantized
 from dit_accel.masks.block_mask import BlockMask
@@ -60,12 +61,19 @@ PRODUCTS = {  # of what numbers, in PTX
     "s8": r"mma\S*\.s8\.s8|tcgen05\.mma\S*kind::i8",
     "e4m3": r"mma\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4",
 }
+PARTS = ("forward", "dq", "dkv")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compiled configuration; `text` is a launch with a text length per sample, `format` is quantized."""
+    """One compiled configuration.
+
+    Attributes:
+        text: a launch with a text length per sample.
+        format: quantized.
+        part: of attention: the forward pass, or what gives dQ, or dK and dV.
+    """
 
     chip: str
     head_dim: int
@@ -73,6 +81,7 @@ class Case:
     block_size: tuple[int, int] = (128, 64)
     text: bool = False
     format: str | None = None
+    part: str = "forward"
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -80,6 +89,12 @@ class Case:
         if self.format is None:
             return ()
         return ("s8", "e4m3") if self.format == "int8-fp8" else ("s8",)
+
+
+def _backward(chip: str, head_dims: tuple[int, ...], *options: Any, text: bool = False) -> Iterator[Case]:
+    """A chip's cases of the backward pass."""
+    for head_dim in head_dims:
+        yield from (Case(chip, head_dim, *options, text=text, part=part) for part in PARTS[1:])
 
 
 def _quantized(chip: str, head_dims: tuple[int, ...], **options: Any) -> Iterator[Case]:
@@ -97,7 +112,11 @@ GATE = tuple(
 ) + tuple(
     case
     for chip in CHIPS
-    for case in (*(Case(chip, d, "fp32") for d in GATED_HEAD_DIMS), *_quantized(chip, GATED_HEAD_DIMS))
+    for case in (
+        *(Case(chip, d, "fp32") for d in GATED_HEAD_DIMS),
+        *_quantized(chip, GATED_HEAD_DIMS),
+        *_backward(chip, GATED_HEAD_DIMS, "bf16", text=True),
+    )
 )
 ALL = GATE + tuple(
     case
@@ -111,6 +130,10 @@ ALL = GATE + tuple(
         *_quantized(chip, (72, 256)),
         *_quantized(chip, (128,), text=True),
         *_quantized(chip, (128,), block_size=(64, 32)),
+        *_backward(chip, (72, 256), "bf16"),
+        *_backward(chip, (128,), "fp16"),
+        *_backward(chip, (64, 128, 256), "fp32"),
+        *(case for size in ((64, 32), (128, 128)) for case in _backward(chip, (128,), "bf16", size)),
     )
 )
 
@@ -144,9 +167,12 @@ class Row:
         found = []
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory, {case.chip} has {chip.shared}")
+        # the newer instructions take 64 rows of the left operand
+        held = self.options["TK" if case.part == "dkv" else "TQ"]
+        instruction = chip.instruction if held >= 64 else "mma.sync"
         # fp32 is computed in IEEE fp32, without tensor cores
-        if case.dtype != "fp32" and chip.instruction not in self.instructions:
-            found.append(f"no {chip.instruction} in the machine code")
+        if case.dtype != "fp32" and instruction not in self.instructions:
+            found.append(f"no {instruction} in the machine code")
         found += [f"no products of {kind}" for kind in case.products if kind not in self.products]
         found += self.overwritten
         if self.waits[0] != self.waits[1]:
@@ -159,25 +185,18 @@ class Row:
 
 
 def compile_case(case: Case) -> Row:
-    """Compile the kernel as a launch on these inputs would on this chip."""
-    from dit_accel.kernels.block_sparse import triton_forward as kernel
+    """Compile a kernel as a launch on these inputs would on this chip."""
+    from dit_accel.kernels.block_sparse.triton_forward import LAUNCH_OPTIONS
 
     chip = CHIPS[case.chip]
     mask = BlockMask.from_token_mask(torch.ones(300, 300, dtype=torch.bool), case.block_size)
     q = torch.empty(2, 300, 3, case.head_dim, dtype=DTYPES[case.dtype]).transpose(1, 2)
+    lse = torch.empty(2, 3, 300)
     text_valid = torch.zeros(2, dtype=torch.int32) if case.text else None
-    if case.format is None:
-        config, codes = kernel.config(case.head_dim, q.dtype, case.block_size, chip.capability), ()
-    else:
-        format = FORMATS[case.format]
-        config = kernel.quantized_config(case.head_dim, q.dtype, format, case.block_size, chip.capability)
-        codes = (_codes(q, format, case.block_size[1], kernel.padded_head_dim(case.head_dim)), format.weights)
-    grid, args, options = kernel.launch_arguments(
-        q, q, q, q, torch.empty(2, 3, 300), kernel.mask_arguments(mask, 2, 3), text_valid,
-        case.head_dim**-0.5, case.block_size, mask.text, config, *codes,
-    )  # fmt: skip
+    launch = _forward if case.part == "forward" else _gradients
+    kernel, grid, args, options = launch(case, q, lse, mask, text_valid)
     with pretend_gpu(chip.capability):
-        compiled = kernel._forward.warmup(*args, grid=grid, **options, **kernel.LAUNCH_OPTIONS)
+        compiled = kernel.warmup(*args, grid=grid, **options, **LAUNCH_OPTIONS)
     usage, sass = _inspect(compiled.asm["cubin"])
     used = dict(re.findall(r"(\w+):(\d+)", usage))
     registers, stack = int(used["REG"]), int(used["STACK"])
@@ -194,6 +213,35 @@ def compile_case(case: Case) -> Row:
         (waits_asked_for(compiled.asm["ptx"]), waits(code)),
         tuple(name for name, pattern in PRODUCTS.items() if re.search(pattern, compiled.asm["ptx"])),
     )
+
+
+def _forward(case: Case, q, lse, mask: BlockMask, text_valid) -> tuple[Any, ...]:
+    """The kernel of the forward pass, and its grid, positional and keyword arguments."""
+    from dit_accel.kernels.block_sparse import triton_forward as forward
+
+    capability = CHIPS[case.chip].capability
+    if case.format is None:
+        config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, capability), ()
+    else:
+        format = FORMATS[case.format]
+        config = triton_configs.quantized_config(case.head_dim, q.dtype, format, case.block_size, capability)
+        dim = triton_configs.padded_head_dim(case.head_dim)
+        codes = _codes(q, format, case.block_size[1], dim), format.weights
+    return forward._forward, *forward.launch_arguments(
+        q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
+        case.block_size, mask.text, config, *codes,
+    )  # fmt: skip
+
+
+def _gradients(case: Case, q, lse, mask: BlockMask, text_valid) -> tuple[Any, ...]:
+    """The same of a kernel of the backward pass."""
+    from dit_accel.kernels.block_sparse import triton_backward as backward
+
+    _, dq, dkv = backward.launches(
+        q, q, q, q, lse, q, None, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid,
+        CHIPS[case.chip].capability,
+    )  # fmt: skip
+    return dq if case.part == "dq" else dkv
 
 
 def _codes(x: torch.Tensor, format: Format, block_keys: int, dim: int) -> Quantized:
@@ -256,8 +304,8 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
 
 
 HEADER = (
-    "chip    dtype head_dim  block   text  format     rows x keys warps stages  registers stack shared "
-    "waits  instructions"
+    "chip    dtype head_dim  block   text  format     part    rows x keys warps stages  registers stack "
+    "shared waits  instructions"
 )
 
 
@@ -268,7 +316,8 @@ def line(row: Row) -> str:
     remarks = " ".join([*row.instructions, *row.products, *(f"<- {problem}" for problem in row.problems())])
     text = "yes" if case.text else "no"
     what = (
-        f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} {tile:11}"
+        f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} "
+        f"{case.part:7} {tile:11}"
     )
     launch = f"{options['num_warps']:5} {options['num_stages']:6}"
     return f"{what} {launch}  {row.registers:9} {row.stack:5} {row.shared:6} {row.waits[1]:5}  {remarks}"
@@ -295,16 +344,17 @@ def main(arguments: list[str] | None = None) -> int:
         description="Compile the Triton kernels without a GPU; report registers, stack and shared memory.",
     )
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), help="chips (default: all)")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="passes (default: all)")
     parser.add_argument("--gate", action="store_true", help="only what the stack limits apply to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report to this file")
     options = parser.parse_args(arguments)
     try:
-        from dit_accel.kernels.block_sparse import triton_forward as kernel
+        from dit_accel.kernels.block_sparse.triton_forward import INTERPRETED
     except ImportError as error:
         print(f"Triton could not be imported ({error}); pip install triton", file=sys.stderr)
         return 3
-    if kernel.INTERPRETED:
+    if INTERPRETED:
         print("kernels are interpreted, not compiled: unset TRITON_INTERPRET", file=sys.stderr)
         return 3
     import triton
@@ -313,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {version}\n{HEADER}", flush=True)
     rows = []
     for case in GATE if options.gate else ALL:
-        if case.chip in options.arch:
+        if case.chip in options.arch and case.part in options.part:
             rows.append(compile_case(case))
             print(line(rows[-1]), flush=True)
     if options.json:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dit_accel.kernels.block_sparse import tuned
+from dit_accel.kernels.block_sparse import triton_configs, tuned
 from dit_accel.kernels.block_sparse.tuned import Launch
 
 from ..benchmarks.table import append
@@ -130,10 +130,8 @@ class Bench:
     def _defaults(self, capability: list[int]) -> dict[int, Launch]:
         if self.device == "cpu":
             return dict.fromkeys(schedule.tuning_cases("cpu"), launches.REHEARSAL_GRID[0])
-        from dit_accel.kernels.block_sparse import triton_forward
-
         cases, dtype, (major, minor) = schedule.tuning_cases(self.device), dtype_on(self.device), capability
-        return {dim: triton_forward.untuned(dim, dtype, (major, minor)) for dim in cases}
+        return {dim: triton_configs.untuned(dim, dtype, (major, minor)) for dim in cases}
 
     def _profile(self) -> None:
         deadline, most = self.budget.deadline("profile"), schedule.SECONDS[self.device]["profile"]

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 
 from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels.block_sparse.triton_configs import launch_options
 from dit_accel.kernels.block_sparse.tuned import Launch
 from dit_accel.masks.block_mask import BlockMask
 
@@ -46,7 +47,7 @@ def attend(
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, arguments, options = forward.launch_arguments(
         q, k, v, out, lse, forward.mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
-        mask.block_size, mask.text, forward.launch_options(launch, mask.block_size),
+        mask.block_size, mask.text, launch_options(launch, mask.block_size),
     )  # fmt: skip
     forward._forward[grid](*arguments, **options, **forward.LAUNCH_OPTIONS)
     return out, lse

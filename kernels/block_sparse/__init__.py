@@ -78,7 +78,7 @@ def block_sparse_attention(
     attend, compiling = chosen.compute, torch.compiler.is_compiling()
     if backend == "auto" and not compiling:
         log_choice(chosen.name, q.device.type, q.dtype, reasons[0] if reasons else None)
-    recomputed = problem.requires_grad and chosen.recomputed
+    recomputed = chosen.recomputes(problem)
     if compiling and not chosen.is_looked_into(problem) and (recomputed or not problem.requires_grad):
         attend = partial(opaque.attend, chosen.name)  # otherwise the graph breaks
     elif recomputed:

@@ -127,15 +127,20 @@ def default_block_size(device: torch.device | str) -> tuple[int, int]:
 
 
 def support_table(head_dim: int = 64, block_size: tuple[int, int] | None = None) -> list[dict[str, str]]:
-    """What runs on this machine: per backend, device and dtype a `status`, "yes" or the reason why not."""
+    """What runs on this machine: per backend, device and dtype a `status`, "yes" or the reason why not.
+
+    `gradients` says the same of calls that need them.
+    """
     rows = []
     for backend in BACKENDS:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 size = block_size or default_block_size(device)
-                reason = backend.reason(Problem(device, dtype, head_dim, size))
                 row = {"backend": backend.name, "device": device, "dtype": str(dtype).removeprefix("torch.")}
-                rows.append(row | {"status": reason or "yes"})
+                for name, needed in (("status", False), ("gradients", True)):
+                    problem = Problem(device, dtype, head_dim, size, requires_grad=needed)
+                    row[name] = backend.reason(problem) or "yes"
+                rows.append(row)
     return rows
 
 

@@ -31,7 +31,7 @@ from .tail import Tail, pooled_rows
 
 
 class WithGradients(torch.autograd.Function):
-    """What a backend without gradients of its own computes, out and lse, with those of `gradients`."""
+    """What a backend computes, out and lse, with the gradients that it says, `gradients` or others."""
 
     @staticmethod
     def forward(
@@ -47,14 +47,14 @@ class WithGradients(torch.autograd.Function):
         problem = replace(problem, requires_grad=False, return_lse=True)
         out, lse = backend.compute(q, k, v, mask, problem, **options)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.tail, ctx.options = mask, problem.tail, options
+        ctx.gradients, ctx.mask, ctx.options = backend.gradients, mask, options | {"tail": problem.tail}
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         q, k, v, out, lse = ctx.saved_tensors
-        return *gradients(q, k, v, ctx.mask, out, lse, *grads, tail=ctx.tail, **ctx.options), *[None] * 4
+        return *ctx.gradients(q, k, v, ctx.mask, out, lse, *grads, **ctx.options), *[None] * 4
 
 
 def gradients(
@@ -88,7 +88,7 @@ def gradients(
     computed = mask if pooled is None else pooled.whole or mask
     found = _of_blocks(q, k, v, computed, lse, dout, delta, **options)
     if pooled is not None:
-        more = _of_tail(q, k, v, mask, pooled, lse, dout, delta, **options)
+        more = of_tail(q, k, v, mask, pooled, lse, dout, delta, **options)
         found = tuple(a + b for a, b in zip(found, more, strict=True))
     dq, dk, dv = found
     return dq.to(given), dk.to(given), dv.to(given)
@@ -145,7 +145,7 @@ def _of_blocks(
     return tuple(x.view(batch, heads, padded, dim)[:, :, :length] for x, padded, length in found)
 
 
-def _of_tail(
+def of_tail(
     q: Tensor,
     k: Tensor,
     v: Tensor,

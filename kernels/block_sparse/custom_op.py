@@ -16,7 +16,6 @@ from dit_accel.masks.block_lists import BlockLists
 from dit_accel.masks.block_mask import BlockMask
 
 from .backends import named
-from .backward import gradients
 from .problem import Problem
 
 # Of the first tensor of a mask, the others and its launch data, which compiled calls share: masks of a
@@ -35,7 +34,7 @@ def attend(
     scale: float,
     text_valid: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the backend of that name returns; gradients are those of `backward.py`."""
+    """What the backend of that name returns, with the gradients that it says."""
     return_lse = problem.return_lse or problem.requires_grad
     full, partial = mask.full, mask.partial
     out, lse = _attend(
@@ -136,10 +135,13 @@ def _gradients(
     text_stop: int,
     scale: float,
     tail: str | None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = _mask(q, k, lists, tiles, head_groups, (block_q, block_k), (text_start, text_stop))
-    found = gradients(q, k, v, mask, out, lse, dout, dlse, scale=scale, text_valid=text_valid, tail=tail)
-    dq, dk, dv = (x.contiguous() for x in found)
+    gradients, options = named(backend).gradients, {"scale": scale, "text_valid": text_valid, "tail": tail}
+    if gradients is None:
+        raise RuntimeError(f"{backend} has no gradients from out and lse")
+    dq, dk, dv = (x.contiguous() for x in gradients(q, k, v, mask, out, lse, dout, dlse, **options))
     return dq, dk, dv
 
 
@@ -150,7 +152,7 @@ def _(q, k, v, *others):
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:13], *output)
-    ctx.numbers = *inputs[13:18], inputs[20]  # sizes, scale, tail
+    ctx.numbers = *inputs[13:18], inputs[20], inputs[22]  # sizes, scale, tail, backend
     ctx.has_lse = inputs[18]
 
 

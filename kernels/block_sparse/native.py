@@ -15,6 +15,7 @@ from dit_accel.errors import UnavailableError
 from dit_accel.masks.block_mask import BlockMask
 
 from . import cpp_library
+from .backward import gradients
 from .formats import key_group
 from .problem import Backend, Lengths, Problem
 from .quantized import LOG2_E
@@ -192,7 +193,7 @@ BACKEND = Backend(
     automatic_on=("cpu",),
     formats=("int8",),
     backward=True,
-    recomputed=True,
+    gradients=gradients,
     own_tail=True,
     skips_values=True,
 )

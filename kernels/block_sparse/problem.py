@@ -72,6 +72,7 @@ def valid_keys(mask: BlockMask, text_valid: Lengths) -> torch.Tensor:
 
 
 Attend = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
+Gradients = Callable[..., "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Backend:
         automatic_on: device types on which `"auto"` considers it, None for all.
         formats: values of `quantization` that it computes, beside None.
         backward: whether it has gradients.
-        recomputed: whether they are those of `backward.py`, from out and lse, and not autograd's.
+        gradients: what gives them from out and lse, as `backward.gradients` does; None: autograd, or nothing.
         traceable: whether `torch.compile` looks into it; if not, compiled code calls it as one operator.
         own_tail: whether `attend` computes the tail; if not, and always where numbers are quantized or values
             skipped, it is computed beside it, of the numbers as given, and merged.
@@ -105,7 +106,7 @@ class Backend:
     automatic_on: tuple[str, ...] | None = ()
     formats: tuple[str, ...] = ()
     backward: bool = False
-    recomputed: bool = False
+    gradients: Gradients | None = None
     traceable: bool = False
     own_tail: bool = False
     skips_values: bool = False
@@ -124,8 +125,16 @@ class Backend:
         return problem.tail is not None and not (self.own_tail and plain)
 
     def is_looked_into(self, problem: Problem) -> bool:
-        """Whether `torch.compile` looks into it; quantized attention it calls as one operator."""
-        return self.traceable and problem.quantization is None and not self.merges_tail(problem)
+        """Whether `torch.compile` looks into it.
+
+        It calls quantized attention, and one whose gradients are not autograd's, as one operator.
+        """
+        plain = problem.quantization is None and not self.merges_tail(problem)
+        return self.traceable and plain and not self.recomputes(problem)
+
+    def recomputes(self, problem: Problem) -> bool:
+        """Whether the problem needs gradients, and they come from out and lse."""
+        return problem.requires_grad and self.gradients is not None
 
     def reason(self, problem: Problem) -> str | None:
         """Why it cannot compute the problem, or None if it can."""
@@ -141,7 +150,7 @@ class Backend:
             return f"{self.name} supports {names}, got {problem.dtype}"
         if problem.requires_grad and not self.backward:
             return f"{self.name} has no backward pass; use backend='auto'"
-        if problem.requires_grad and self.recomputed and problem.pv_threshold is not None:
+        if self.recomputes(problem) and problem.pv_threshold is not None:
             return f"{self.name} has no gradients where it skips values; use pv_threshold=None"
         if problem.requires_grad and problem.quantization is not None:
             return "numbers rounded to a few bits have no gradient; use quantization=None where one is needed"

@@ -1,6 +1,8 @@
-"""Block-sparse attention by `triton_forward`: where it can run, known without Triton."""
+"""Block-sparse attention by the kernels in Triton: where they can run, known without Triton."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,22 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_sparse_attention` by the kernel of `triton_forward`."""
-    from . import triton_forward
+    from . import triton_forward, triton_quantized
 
+    options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
     if problem.quantization is not None:
         format = FORMATS[problem.quantization]
-        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
-        return triton_forward.quantized_attention(q, k, v, mask, format, **options)
-    options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
+        return triton_quantized.quantized_attention(q, k, v, mask, format, **options)
     return triton_forward.attention(q, k, v, mask, **options)
+
+
+def gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *given: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`backward.gradients` by the kernels of `triton_backward`."""
+    from . import triton_backward
+
+    return triton_backward.gradients(q, k, v, mask, *given, **options)
 
 
 def condition(problem: Problem) -> str | None:
@@ -63,6 +73,8 @@ BACKEND = Backend(
     block_sizes=lambda device: {(128, 64): 1.0},
     automatic_on=("cuda",),
     formats=tuple(FORMATS),
+    backward=True,
+    gradients=gradients,
     traceable=True,
     skips_values=True,
 )

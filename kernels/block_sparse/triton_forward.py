@@ -31,98 +31,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from dit_accel.masks.block_mask import BlockMask
 
-from . import tuned
-from .formats import Format, key_group
-from .triton_quantize import quantize
-
-# (chip, bytes per element, largest padded head_dim): query rows and keys per step, warps, stages. Chosen by
-# the registers, spills and shared memory that `python -m dit_accel.evals.benchmarks.compile_report` prints. A
-# key block comes through two dependent loads (its index, itself), so 5 stages fetch two blocks ahead and 3
-# stages one.
-CONFIGS = {
-    ("sm_80", 2, 64): (128, 64, 4, 5),
-    ("sm_80", 2, 128): (128, 64, 8, 5),
-    ("sm_80", 2, 256): (64, 32, 8, 5),
-    ("sm_90", 2, 64): (128, 64, 8, 5),
-    ("sm_90", 2, 128): (128, 64, 8, 5),
-    ("sm_90", 2, 256): (128, 32, 8, 5),
-    ("sm_100", 2, 64): (128, 64, 8, 5),
-    ("sm_100", 2, 128): (128, 64, 8, 5),
-    ("sm_100", 2, 256): (128, 32, 8, 5),
-    ("sm_120", 2, 64): (128, 64, 8, 3),
-    ("sm_120", 2, 128): (128, 64, 8, 3),
-    ("sm_120", 2, 256): (64, 32, 8, 3),
-    ("any", 4, 64): (64, 32, 8, 2),
-    ("any", 4, 128): (32, 32, 8, 1),
-    ("any", 4, 256): (32, 32, 8, 1),
-}
-
-QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P and V have eight bits
-    ("sm_80", 64): (128, 64, 4, 4),
-    ("sm_80", 128): (128, 64, 8, 4),
-    ("sm_80", 256): (64, 64, 8, 3),
-    ("sm_90", 64): (128, 64, 8, 5),
-    ("sm_90", 128): (128, 64, 8, 5),
-    ("sm_90", 256): (128, 64, 8, 3),
-    ("sm_100", 64): (128, 64, 8, 5),
-    ("sm_100", 128): (128, 64, 8, 5),
-    ("sm_100", 256): (128, 64, 8, 3),
-    ("sm_120", 64): (128, 64, 8, 3),
-    ("sm_120", 128): (64, 64, 8, 3),
-    ("sm_120", 256): (64, 64, 8, 2),
-}
-
-
-def chip(capability: tuple[int, int]) -> str:
-    """The row of `CONFIGS` for a compute capability; 8.6 and 8.9 have as little shared memory as 12.0."""
-    major, minor = capability
-    if major == 8:
-        return "sm_80" if minor in (0, 7) else "sm_120"
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
-
-
-def config(
-    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], capability: tuple[int, int]
-) -> dict[str, int]:
-    """Tile and launch options of the kernel, as measured on this GPU (`tuned`), else those of `CONFIGS`."""
-    launch = tuned.find(capability, dtype.itemsize, max(padded_head_dim(head_dim), 64))
-    return launch_options(launch or untuned(head_dim, dtype, capability), block_size)
-
-
-def quantized_config(
-    head_dim: int,
-    dtype: torch.dtype,
-    format: Format,
-    block_size: tuple[int, int],
-    capability: tuple[int, int],
-) -> dict[str, int]:
-    """The same in a numeric format; where P is rounded, a step takes the keys of a group."""
-    largest = max(padded_head_dim(head_dim), 64)
-    if format.weights is None:
-        launch = untuned(head_dim, dtype, capability)
-        return launch_options(launch, (block_size[0], key_group(block_size[1])))
-    launch = tuned.Launch(*QUANTIZED_CONFIGS[chip(capability), largest])
-    options = launch_options(launch, block_size)
-    return options | {"TK": key_group(block_size[1])}
-
-
-def untuned(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuned.Launch:
-    """The launch that `CONFIGS` has for a GPU on which nothing was measured."""
-    row = "any" if dtype.itemsize == 4 else chip(capability)
-    return tuned.Launch(*CONFIGS[row, dtype.itemsize, max(padded_head_dim(head_dim), 64)])
-
-
-def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[str, int]:
-    """`TQ`, `TK`, `num_warps` and `num_stages` of a launch on a mask's blocks, which may be smaller."""
-    rows, keys, warps, stages = launch
-    tq, tk = min(rows, block_size[0]), min(keys, block_size[1])
-    return {"TQ": tq, "TK": tk, "num_warps": max(4, warps * tq // rows), "num_stages": stages}
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """head_dim as the kernel holds it: a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
-
+from .triton_configs import config, padded_head_dim
 
 # -- kernel --------------------------------------------------------------------------------------------------
 
@@ -140,6 +49,17 @@ def _bits(first, stop):
     below_first = (one << tl.minimum(tl.maximum(first, 0), 32)) - 1
     below_stop = (one << tl.minimum(tl.maximum(stop, 0), 32)) - 1
     return (below_stop & ~below_first).to(tl.int32)
+
+
+@triton.jit
+def shown(words, hidden_start, hidden_stop, TK: tl.constexpr):
+    """Bits of some queries, from `words` [TQ] on, on `TK` keys of which a range is hidden: [TQ, TK]."""
+    cols = tl.arange(0, TK)
+    word = (tl.load(words) & ~_bits(hidden_start, hidden_stop))[:, None]  # [TQ, 1]
+    for j in tl.static_range(32, TK, 32):  # pyright: ignore[reportGeneralTypeIssues]
+        right = tl.load(words + j // 32) & ~_bits(hidden_start - j, hidden_stop - j)
+        word = tl.where(cols[None, :] < j, word, right[:, None])  # [TQ, TK]
+    return (word & (1 << (cols % 32))[None, :]) != 0
 
 
 @triton.jit
@@ -196,11 +116,7 @@ def _stream(
         if PARTIAL:
             tile = tl.load(tile_ptr + i // SPLIT).to(tl.int64)
             words = words_ptr + tile * TILE_WORDS + i % SPLIT * (TK // 32)
-            word = (tl.load(words) & ~_bits(hidden_start - start, hidden_stop - start))[:, None]  # [TQ, 1]
-            for j in tl.static_range(32, TK, 32):  # pyright: ignore[reportGeneralTypeIssues]
-                right = tl.load(words + j // 32) & ~_bits(hidden_start - start - j, hidden_stop - start - j)
-                word = tl.where(cols[None, :] < j, word, right[:, None])  # [TQ, TK]
-            s = tl.where((word & (1 << (cols % 32))[None, :]) != 0, s, float("-inf"))
+            s = tl.where(shown(words, hidden_start - start, hidden_stop - start, TK), s, float("-inf"))
 
         top = tl.max(s, 1) * factor  # [TQ]
         m_new = tl.maximum(m, top)
@@ -351,9 +267,13 @@ class LaunchOrder:
     @classmethod
     def of(cls, mask: BlockMask, batch: int, heads: int) -> "LaunchOrder":
         groups = mask.group_of_heads(batch, heads)
-        octave = (mask.full.count + mask.partial.count + 1).double().log2().floor()  # (G, R)
-        order = octave[groups.long()].flatten(1).argsort(dim=1, descending=True, stable=True)
-        return cls(order.int(), groups)
+        return cls(longest_first(mask.full.count + mask.partial.count, groups), groups)
+
+
+def longest_first(count: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """`LaunchOrder.rows` for lists of these lengths, (G, R)."""
+    octave = (count + 1).double().log2().floor()
+    return octave[groups.long()].flatten(1).argsort(dim=1, descending=True, stable=True).int()
 
 
 def attention(
@@ -377,7 +297,7 @@ def attention(
         out, lse = attention(q.float(), k.float(), v.float(), mask, **options)
         return out.to(q.dtype), lse
     return _block_sparse_attention(
-        _addressable(q), _addressable(k), _addressable(v), *mask_arguments(mask, *q.shape[:2]), text_valid,
+        addressable(q), addressable(k), addressable(v), *mask_arguments(mask, *q.shape[:2]), text_valid,
         scale, pv_threshold, *mask.block_size, *mask.text,
     )  # fmt: skip
 
@@ -392,7 +312,7 @@ def mask_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tenso
     )  # fmt: skip
 
 
-def _addressable(x: torch.Tensor) -> torch.Tensor:
+def addressable(x: torch.Tensor) -> torch.Tensor:
     """x itself where the kernel can address it: last dimension contiguous, 32-bit offsets inside a block."""
     return x if x.stride(3) == 1 and x.stride(2) < 2**24 else x.contiguous()
 
@@ -424,45 +344,17 @@ def launch_arguments(
     return (order.shape[1] * (bq // options["TQ"]), batch), args, options | sizes
 
 
-def quantized_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BlockMask,
-    format: Format,
-    *,
-    scale: float,
-    text_valid: torch.Tensor | None,
-    pv_threshold: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` in a numeric format."""
-    if INTERPRETED and q.dtype == torch.bfloat16:  # which the interpreter does not know
-        wide = (x.float() for x in (q, k, v))
-        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold}
-        out, lse = quantized_attention(*wide, mask, format, **options)
-        return out.to(q.dtype), lse
-    q, k, v = _addressable(q), _addressable(k), _addressable(v)
-    capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
-    group = key_group(mask.block_size[1])
-    given = quantize(
-        q, k, v, format, group=group, dim=padded_head_dim(q.shape[3]), scale=scale,
-        text=mask.text, text_valid=text_valid,
-    )  # fmt: skip
-    out, lse = _outputs(q)
-    grid, args, options = launch_arguments(
-        q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
-        quantized_config(q.shape[3], q.dtype, format, mask.block_size, capability), given, format.weights,
-        pv_threshold,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        _forward[grid](*args, **options, **({} if INTERPRETED else LAUNCH_OPTIONS))
-    return out, lse
+def outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for an output and a log-sum-exp."""
+    return empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(q)
-    out = out if out.stride(3) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Room for a result of the shape of x, in its layout where the kernel can write it."""
+    empty = torch.empty_like(x, dtype=dtype)
+    if empty.stride(3) == 1:
+        return empty
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _block_sparse_attention(
@@ -487,7 +379,7 @@ def _block_sparse_attention(
     text_start: int,
     text_stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _outputs(q)
+    out, lse = outputs(q)
     capability = (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
     options = config(q.shape[3], q.dtype, (block_q, block_k), capability)
     mask = (
@@ -515,4 +407,4 @@ _block_sparse_attention = (custom_op if INTERPRETED else triton_op)(
 
 @_block_sparse_attention.register_fake
 def _(q, *_args, **_kwargs):
-    return _outputs(q)
+    return outputs(q)

@@ -6,8 +6,8 @@ import pytest
 
 from dit_accel.evals.benchmarks import compile_report, machine_code
 from dit_accel.evals.benchmarks.machine_code import overwritten_operands, parse, waits
+from dit_accel.kernels.block_sparse import triton_configs
 
-FORWARD = "dit_accel.kernels.block_sparse.triton_forward"
 USE = "HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR4].tnspB, R24"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
@@ -146,8 +146,8 @@ def test_every_multiplication_of_probabilities_and_values_is_looked_at(compiled)
 def test_serialised_multiplications_are_told_apart(kernel, compiled, monkeypatch):
     """Too few registers make ptxas wait after each multiplication."""
     assert compiled[1].waits == (4, 4)
-    plain = kernel.config
-    monkeypatch.setattr(kernel, "config", lambda *inputs: plain(*inputs) | {"maxnreg": 128})
+    plain = triton_configs.config
+    monkeypatch.setattr(triton_configs, "config", lambda *inputs: plain(*inputs) | {"maxnreg": 128})
     row = compile_report.compile_case(compile_report.Case("sm_90", 128, "bf16"))
     assert row.waits[0] == 4
     assert row.waits[1] > 4

@@ -3,10 +3,11 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from dit_accel.evals.gpu_bench import cases, launches, schedule, steps, worker
 from dit_accel.evals.gpu_bench.peers import PROVIDERS
-from dit_accel.kernels.block_sparse import tuned
+from dit_accel.kernels.block_sparse import triton_configs, tuned
 from dit_accel.patterns import Dense
 from dit_accel.recipe.recipe import presets
 
@@ -69,12 +70,9 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
 
 
 def test_the_kernels_own_launches_are_among_those_tried():
-    kernel = pytest.importorskip("dit_accel.kernels.block_sparse.triton_forward")
-    import torch
-
     for head_dim in cases.TUNING:
         for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
-            assert kernel.untuned(head_dim, torch.bfloat16, capability) in launches.GRID
+            assert triton_configs.untuned(head_dim, torch.bfloat16, capability) in launches.GRID
     assert all(case.head_dim == head_dim for head_dim, chosen in cases.TUNING.items() for case in chosen)
 
 

@@ -5,10 +5,6 @@ child that had the variable from its start serves every case here, whatever this
 """
 
 import dataclasses
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ import torch
 from dit_accel import BlockMask
 from dit_accel.kernels import can_run
 
-triton_version = pytest.importorskip("triton", reason="Triton is not installed").__version__
+pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernel = pytest.importorskip("dit_accel.kernels.block_sparse.triton_forward")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -313,26 +309,6 @@ def check_compiled():
             assert torch.equal(a, b), "compiled and eager results differ"
 
 
-@pytest.fixture(scope="module")
-def interpreter():
-    """Calls a function of this file, by name, in a process whose Triton interprets."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(exec, "import dit_accel, torch; torch.set_num_threads(1)").result()
-
-    def call(function, *args):
-        code = f"import runpy; runpy.run_path({__file__!r})[{function!r}](*{args!r})"
-        return pool.submit(exec, code).result()
-
-    with pool:
-        try:
-            call("check", next(iter(CASES)))
-        except Exception as error:
-            if "only 0-dimensional arrays can be converted" in str(error):
-                pytest.skip(f"the interpreter of Triton {triton_version} needs numpy < 2.4")
-        yield call
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(interpreter, name):
     interpreter("check", name)
@@ -415,10 +391,11 @@ def test_a_launch_asks_for_fused_multiply_add(monkeypatch):
         ({"head_dim": 512}, False, "head_dim must be between 1 and 256, got 512"),
         ({"block_size": (128, 16)}, True, "got (128, 16)"),
         ({"block_size": (256, 64)}, True, "got (256, 64)"),
-        ({"requires_grad": True}, True, "no backward pass; use backend='auto'"),
+        ({"requires_grad": True, "quantization": "int8"}, True, "a few bits have no gradient"),
+        ({"requires_grad": True, "pv_threshold": 50.0}, True, "no gradients where it skips values"),
         ({"block_size": (64, 16)}, False, "set TRITON_INTERPRET=1 before Python starts"),
     ],
-    ids=["dtype", "head_dim", "key-block", "query-block", "gradients", "cpu"],
+    ids=["dtype", "head_dim", "key-block", "query-block", "quantized-gradients", "skipping-gradients", "cpu"],
 )
 def test_unavailable_says_why(change, interpreted, words, monkeypatch):
     monkeypatch.setattr(triton_kernel, "INTERPRETED", interpreted)

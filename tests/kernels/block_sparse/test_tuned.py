@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 
-from dit_accel.kernels.block_sparse import triton, tuned
+from dit_accel.kernels.block_sparse import triton, triton_configs, tuned
 
-FORWARD = "dit_accel.kernels.block_sparse.triton_forward"
 ENTRY = tuned.Entry(
     "9.0", 2, 128, 64, 32, 4, 3,
     gain=1.25, gpu="a GPU", torch="2.11.0", triton="3.6.0", cuda="12.8", commit="abc",
@@ -52,28 +51,23 @@ def test_an_entry_holds_for_its_capability_bytes_and_head_dim_alone(table):
 
 
 def test_the_kernel_launches_as_measured(table):
-    kernel = pytest.importorskip(
-        "dit_accel.kernels.block_sparse.triton_forward", reason="Triton is not installed"
-    )
-    plain = kernel.config(128, torch.bfloat16, (128, 64), (9, 0))
+    plain = triton_configs.config(128, torch.bfloat16, (128, 64), (9, 0))
     tuned.save(table, [ENTRY])
     tuned._read.cache_clear()
     measured = {"TQ": 64, "TK": 32, "num_warps": 4, "num_stages": 3}
     for head_dim in (65, 72, 128):
         for dtype in (torch.bfloat16, torch.float16):
-            assert kernel.config(head_dim, dtype, (128, 64), (9, 0)) == measured
-    assert kernel.config(128, torch.bfloat16, (128, 64), (10, 0)) == plain  # another chip, the kernel's table
-    assert kernel.config(128, torch.float32, (128, 64), (9, 0))["TQ"] == 32
+            assert triton_configs.config(head_dim, dtype, (128, 64), (9, 0)) == measured
+    other_chip = triton_configs.config(128, torch.bfloat16, (128, 64), (10, 0))
+    assert other_chip == plain  # the kernel's table
+    assert triton_configs.config(128, torch.float32, (128, 64), (9, 0))["TQ"] == 32
 
 
 @pytest.mark.parametrize("launch", [(128, 128, 8, 2), (64, 32, 4, 8), (32, 64, 8, 1)], ids=str)
 def test_every_launch_of_a_table_fits_every_mask(launch):
-    kernel = pytest.importorskip(
-        "dit_accel.kernels.block_sparse.triton_forward", reason="Triton is not installed"
-    )
     for bq in triton.QUERY_BLOCKS:
         for bk in triton.KEY_BLOCKS:
-            options = kernel.launch_options(tuned.Launch(*launch), (bq, bk))
+            options = triton_configs.launch_options(tuned.Launch(*launch), (bq, bk))
             assert bq % options["TQ"] == bk % options["TK"] == 0
 
 

@@ -1,0 +1,158 @@
+"""Gradients by Triton's kernels: autograd's of the specification in float64, interpreted or on a GPU."""
+
+import pytest
+import torch
+from attention_cases import Case
+
+from dit_accel import BlockMask
+from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse import reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+triton_kernels = pytest.importorskip("dit_accel.kernels.block_sparse.triton_backward")
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CASES = {
+    str(case): case
+    for case in (
+        Case(63, dim=16, heads=1, block_size=(64, 32)),
+        Case(130, HALF, batch=2, heads=1, dim=24, block_size=(64, 64), strided=True),
+        Case(127, BRAIN, dim=32, per_head=True, text=40, text_valid=(5,), block_size=(128, 64)),
+        Case(100, batch=2, dim=16, per_head=True, per_sample=True, extra_keys=50, block_size=(64, 128)),
+        Case(130, batch=2, dim=20, heads=1, text=70, text_valid=(0, 33), block_size=(64, 32), strided=True),
+        Case(70, HALF, dim=256, heads=1, block_size=(64, 64)),
+        Case(1, BRAIN, dim=128, heads=1, block_size=(128, 128)),
+    )
+}
+WITH_TAIL = [str(case) for case in CASES.values() if case.text or case.per_sample]
+
+
+def gradients(inputs, mask, valid, dout, dlse, **options):
+    """Of a loss that the output and the log-sum-exp, where it is finite, have a part in."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out, lse = block_sparse_attention(*inputs, mask, text_valid=valid, scale=0.3, return_lse=True, **options)
+    lse = torch.where(lse.isfinite(), lse, 0.0)
+    loss = (out * dout.to(out.dtype)).sum() + (lse * dlse.to(lse.dtype)).sum()
+    return torch.autograd.grad(loss, inputs)
+
+
+def compare(inputs, mask, valid, tail=None):
+    """Error at most twice that of the specification in the inputs' dtype, plus eps of the largest value.
+
+    What the kernels leave unwritten is NaN.
+    """
+    q, generator = inputs[0], torch.Generator().manual_seed(3)
+    dout, dlse = (torch.randn(shape, generator=generator).to(q) for shape in (q.shape, q.shape[:3]))
+    given = mask, valid, dout, dlse
+    expected = gradients([x.double() for x in inputs], *given, backend="reference", tail=tail)
+    plain = gradients(inputs, *given, backend="reference", tail=tail)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, device=q.device).isnan().all(), "results are not poisoned"
+        found = gradients(inputs, *given, backend="triton", tail=tail)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    eps = torch.finfo(q.dtype).eps
+    for name, one, other, truth in zip("qkv", found, plain, expected, strict=True):
+        assert one.dtype == q.dtype
+        assert one.shape == truth.shape
+        error, allowed = ((x - truth).abs().max().item() for x in (one, other))
+        allowed = 2 * allowed + eps * truth.abs().max().item()
+        assert error <= allowed, f"d{name}: error {error:.3g}, allowed {allowed:.3g}"
+    nothing = ~reference.dense_mask(mask, *q.shape[:2], valid).any(-1).expand(q.shape[:3])
+    if tail is None:
+        assert (found[0][nothing] == 0).all(), "a query that attends nothing has a gradient"
+
+
+def check(name, tail=None, device="cpu"):
+    case = CASES[name]
+    valid = None if case.text_valid is None else case.valid().to(device)
+    compare([x.to(device) for x in case.inputs()], case.mask().to(device), valid, tail)
+
+
+def check_text_first():
+    """Text before what is seen, and queries of a block that is full but for the end of the sequence."""
+    allowed = torch.ones(150, 150, dtype=torch.bool).tril(20)
+    mask = BlockMask.from_token_mask(allowed, (64, 32), (0, 45))
+    assert mask.num_full
+    compare(list(torch.randn(3, 2, 1, 150, 16)), mask, torch.tensor([45, 9]))
+
+
+def check_layouts():
+    """A gradient that is one number seen everywhere, and inputs that share memory or lie crosswise."""
+    mask = BlockMask.from_token_mask(torch.rand(70, 70) < 0.5, (64, 32))
+    q = torch.randn(2, 2, 16, 70).transpose(2, 3)
+    kv = torch.randn(1, 2, 70, 16).expand(2, -1, -1, -1)
+    found = []
+    for backend in ("triton", "reference"):
+        inputs = [x.detach().requires_grad_() for x in (q, kv, kv)]
+        out = block_sparse_attention(*inputs, mask, backend=backend, scale=-0.3)
+        found.append(torch.autograd.grad(out.sum(), inputs))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def check_compiled():
+    """One graph by torch.compile, and calls made again in the backward pass: the same gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    case = Case(70, dim=16, heads=1, text=10, text_valid=(4,), block_size=(64, 32))
+    mask, valid = case.mask(), case.valid()
+
+    def attend(*qkv):
+        return block_sparse_attention(*qkv, mask, text_valid=valid, backend="triton").square()
+
+    def again(*qkv):
+        return checkpoint(attend, *qkv, use_reentrant=False)
+
+    answers = []
+    for function in (attend, again, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        inputs = [x.requires_grad_() for x in case.inputs()]
+        answers.append(torch.autograd.grad(function(*inputs).sum(), inputs))
+    for other in answers[1:]:
+        assert all(map(torch.equal, answers[0], other))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(interpreter, name):
+    interpreter("check", name)
+
+
+@pytest.mark.parametrize("name", WITH_TAIL)
+def test_gradients_with_a_tail(interpreter, name):
+    interpreter("check", name, "pooled")
+
+
+@pytest.mark.parametrize("check", ["check_text_first", "check_layouts"])
+def test_other_masks_and_inputs(interpreter, check):
+    interpreter(check)
+
+
+def test_compiled_and_checkpointed(interpreter):
+    interpreter("check_compiled")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tail", [None, "pooled"])
+@pytest.mark.parametrize("name", CASES)
+def test_gpu(name, tail):
+    check(name, tail, "cuda")
+
+
+def test_says_that_it_has_gradients(monkeypatch):
+    from dit_accel.kernels.block_sparse import triton_forward
+
+    monkeypatch.setattr(triton_forward, "INTERPRETED", True)
+    asked = {"device": "cpu", "dtype": BRAIN, "head_dim": 64, "block_size": (128, 64), "requires_grad": True}
+    assert can_run("triton", **asked) is None
+    assert can_run("triton", **asked, tail="pooled") is None
+
+
+def test_keys_that_many_attend_to_go_first():
+    allowed = torch.eye(4, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    allowed[:, 128:192] = True
+    mask = BlockMask.from_token_mask(torch.stack([allowed, allowed.flip(1)]), (64, 64))
+    rows, groups, _, count, *_ = triton_kernels.transposed_arguments(mask, batch=3, heads=2)
+    assert rows.tolist()[0][:2] == [2, 5]
+    assert groups.tolist() == [[0, 1]]
+    assert count.tolist() == [[1, 1, 4, 1], [1, 4, 1, 1]]
+    assert triton_kernels.transposed_arguments(mask, batch=3, heads=2)[0] is rows
