@@ -4,5 +4,5 @@
 
 Runs from a bare checkout with torch and triton alone. `schedule` says what is done and in which order,
 `driver` does it within the time, `process` and `worker` are the two ends of the processes that touch the GPU,
-and each of `checks`, `attention`, `launches`, `steps` and `profile` is one kind of work.
+and each of `checks`, `attention`, `backward`, `launches`, `steps` and `profile` is one kind of work.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from .launches import attend
 from .peers import PROVIDERS, kernel
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Problem = tuple[BlockMask, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
 BATCH, HEADS = 2, 2  # strides divide by 16 as those of models do, so that timings find what was compiled here
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,18 +54,23 @@ def text_lengths(mask: BlockMask, device: str) -> torch.Tensor | None:
     return torch.tensor([[n, length] for n in lengths], dtype=torch.int32, device=device)[:, 0]
 
 
-def check(run: Attend, geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Row:
-    """Errors of output and log-sum-exp as multiples of what is allowed, and whether it repeats to the bit.
-
-    Allowed is twice the error of dense attention under the same mask in the same dtype, plus eps.
-    """
+def problem(geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Problem:
+    """A mask, text lengths, and q, k and v."""
     mask = geometry.pattern.block_mask(geometry.layout, BLOCK_SIZE, device=device)
     generator = torch.Generator(device).manual_seed(0)
     shape = (BATCH, mask.seq_len, HEADS, head_dim)
     q, k, v = (
         torch.randn(shape, device=device, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)
     )
-    lengths = text_lengths(mask, device)
+    return mask, text_lengths(mask, device), q, k, v
+
+
+def check(run: Attend, geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Row:
+    """Errors of output and log-sum-exp as multiples of what is allowed, and whether it repeats to the bit.
+
+    Allowed is twice the error of dense attention under the same mask in the same dtype, plus eps.
+    """
+    mask, lengths, q, k, v = problem(geometry, head_dim, dtype, device)
     scale = head_dim**-0.5
     exact, exact_lse = reference.attention(
         q.double(), k.double(), v.double(), mask, scale=scale, text_valid=lengths
@@ -84,6 +91,50 @@ def check(run: Attend, geometry: Geometry, head_dim: int, dtype: torch.dtype, de
         "dtype": str(dtype).removeprefix("torch."), "error": float(error), "lse_error": float(lse_error),
         "repeats": repeats, "right": bool(error <= 1 and lse_error <= 1 and repeats),
     }  # fmt: skip
+
+
+@torch.enable_grad()
+def check_gradients(run: Attend, geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Row:
+    """The largest error of dQ, dK and dV as a multiple of what is allowed, and whether they repeat.
+
+    Of gradients of the output and of the log-sum-exp. Allowed is twice the error of autograd through the
+    specification in the same dtype, plus eps of the largest gradient.
+    """
+    mask, lengths, *inputs = problem(geometry, head_dim, dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    dout, dlse = (
+        torch.randn(shape, device=device, generator=generator)
+        for shape in (inputs[0].shape, inputs[0].shape[:3])
+    )
+
+    def gradients(attend: Attend, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
+        out, lse = attend(*leaves, mask, text_valid=lengths)
+        loss = (out * dout.to(out.dtype)).sum() + (lse * dlse.to(lse.dtype)).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    specification = partial(block_sparse_attention, backend="reference", return_lse=True)
+    exact, plain = gradients(specification, torch.float64), gradients(specification, dtype)
+    found, again = gradients(run, dtype), gradients(run, dtype)
+    eps, error = torch.finfo(dtype).eps, 0.0
+    for one, other, truth in zip(found, plain, exact, strict=True):
+        allowed = 2 * (other - truth).abs().max() + eps * truth.abs().max()
+        worst = float((one - truth).abs().max() / allowed)
+        error = max(error, worst if math.isfinite(worst) else math.inf)
+    repeats = all(map(torch.equal, found, again))
+    return {
+        "kind": "check", "geometry": geometry.name, "head_dim": head_dim,
+        "dtype": str(dtype).removeprefix("torch."), "error": error, "repeats": repeats,
+        "right": bool(error <= 1 and repeats),
+    }  # fmt: skip
+
+
+def run_gradients(device: str, dtype: str, head_dims: list[int]) -> Iterator[Row]:
+    """Those of the kernel through the public function."""
+    run = partial(block_sparse_attention, backend=PROVIDERS[kernel(device)].name, return_lse=True)
+    for head_dim in head_dims:
+        for geometry in GEOMETRIES if device == "cuda" else REHEARSAL:
+            yield {"launch": None, **check_gradients(run, geometry, head_dim, DTYPES[dtype], device)}
 
 
 def run(device: str, dtype: str, head_dims: list[int]) -> Iterator[Row]:

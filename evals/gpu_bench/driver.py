@@ -82,6 +82,7 @@ class Bench:
         with self._worker() as worker:
             self._one_by_one("rate", phases.rate, worker)
             self._one_by_one("shapes", phases.shapes, worker)
+            self._one_by_one("backward", phases.backward, worker)
             self._grid(worker)
             self._one_by_one("steps", phases.steps, worker)
         self._profile()

@@ -74,10 +74,14 @@ def csv_rows(measured: Row, yardsticks: Yardsticks, here: dict, device: str) -> 
         yield write("step", provider, "ms", shape, _quantiles(measured))
         for metric in ("density", "block_density") if measured["recipe"] else ():
             yield write("step", provider, metric, shape, measured[metric])
-    if measured["kind"] != "time":
+    if measured["kind"] not in ("time", "backward"):
         return
     case, provider = BY_NAME[tuple(measured["case"])], measured["provider"]
     shape = f"B1-H{case.heads}-N{case.layout.seq_len}-D{case.head_dim}-{measured['dtype']} {case.title}"
+    if measured["kind"] == "backward":
+        yield write("block_sparse_backward", provider, "ms", shape, _quantiles(measured))
+        yield write("block_sparse_backward", provider, "tflops", shape, measured["tflops"])
+        return
     yield write("block_sparse", provider, "ms", shape, _quantiles(measured))
     yield write("block_sparse", provider, "tflops", shape, measured["tflops"])
     if measured["sparse"]:
@@ -113,6 +117,8 @@ def page(rows: list[Row], entries: list[Entry], device: str) -> str:
         parts.append("Wrong:\n\n" + _list(map(line, bad)))
     if "time" in of:
         parts.append("## Attention\n\n" + _attention_table(of["time"], of.get("matmul", [])))
+    if "backward" in of:
+        parts.append("## Backward pass\n\n" + _backward_table(of["backward"], of.get("time", [])))
     if "step" in of:
         parts.append("## One step, random weights\n\n" + _step_table(of["step"]))
     if "launch" in of:
@@ -145,6 +151,20 @@ def _attention_table(times: list[Row], ceiling: list[Row]) -> str:
             case.name, case.pattern_name if measured["sparse"] else "all pairs", f"{share:.4f}",
             measured["provider"], f"{measured['ms']:.3f}", f"{measured['tflops']:.3g}",
             "" if speedup is None else f"{speedup:.2f}", "" if speedup is None else f"{speedup * share:.2f}",
+        ])  # fmt: skip
+    return markdown(headings, cells)
+
+
+def _backward_table(rows: list[Row], times: list[Row]) -> str:
+    forward = {(*row["case"], row["provider"]): row["ms"] for row in times}
+    headings = ("shape", "pattern", "block density", "provider", "ms", "TFLOP/s", "times its forward")
+    cells = []
+    for row in rows:
+        case, own = BY_NAME[tuple(row["case"])], forward.get((*row["case"], row["provider"]))
+        cells.append([
+            case.name, case.pattern_name if row["sparse"] else "all pairs",
+            f"{row['block_density'] if row['sparse'] else 1.0:.4f}", row["provider"], f"{row['ms']:.3f}",
+            f"{row['tflops']:.3g}", "" if own is None else f"{row['ms'] / own:.2f}",
         ])  # fmt: skip
     return markdown(headings, cells)
 

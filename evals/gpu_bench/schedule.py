@@ -12,14 +12,14 @@ from .cases import Case
 from .job import Job
 from .peers import ERRORS, PROVIDERS, kernel
 
-PHASES = ("check", "rate", "shapes", "grid", "steps", "profile")
+PHASES = ("check", "rate", "shapes", "backward", "grid", "steps", "profile")
 SHARES = {  # of the time left when a phase begins, against those that follow it
-    "cuda": dict(zip(PHASES, (20, 12, 28, 22, 12, 6), strict=True)),
-    "cpu": dict(zip(PHASES, (50, 10, 10, 10, 18, 2), strict=True)),
+    "cuda": dict(zip(PHASES, (20, 11, 24, 11, 18, 10, 6), strict=True)),
+    "cpu": dict(zip(PHASES, (48, 9, 9, 6, 9, 17, 2), strict=True)),
 }
 SECONDS = {  # that a job may take before its process is ended
-    "cuda": dict(zip(PHASES, (100, 60, 60, 30, 90, 40), strict=True)),
-    "cpu": dict(zip(PHASES, (120, 60, 60, 60, 120, 30), strict=True)),  # which may have other work to do
+    "cuda": dict(zip(PHASES, (100, 60, 60, 60, 30, 90, 40), strict=True)),
+    "cpu": dict(zip(PHASES, (120, 60, 60, 60, 60, 120, 30), strict=True)),  # which may have other work to do
 }
 HANG = 6  # seconds for a job that is there to hang
 YARDSTICKS = {"cuda": ("sdpa-cudnn", "sdpa-flash"), "cpu": ("sdpa-flash", "sdpa-math")}
@@ -29,6 +29,7 @@ PEERS = {  # on a CPU FlexAttention would compile for half a minute
 }
 QUANTIZED = {"cuda": tuple(ERRORS), "cpu": ("int8",)}  # formats of ours, where there are peers too
 SHAPES_WITH_PEERS = 3  # the first ones; FlexAttention compiles anew for each
+BACKWARD_PEERS = {"cuda": ("flex",), "cpu": ()}  # beside the yardsticks
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,21 @@ class Phases:
     checks: list[Job]
     rate: list[Job]
     shapes: list[Job]
+    backward: list[Job]
     steps: list[Job]
 
 
 def of(device: str) -> Phases:
     """What is done on a device; on a CPU, a rehearsal with what it must survive."""
     if device == "cpu":
-        checks = [*faults(), _check("fp32", [64]), _check("bf16", [16])]
+        checks = [*faults(), _check("fp32", [64]), _check("bf16", [16]), _check_gradients("fp32", [64])]
         checks += [_check_launch(launch, "fp32", [64]) for launch in launches.REHEARSAL_GRID]
         rate, shapes, models = cases.REHEARSAL["rate"], cases.REHEARSAL["shapes"], steps.REHEARSAL
     else:
         checks = [_check("bf16", [64, 128, 72]), _check("fp16", [64, 128]), _check("fp32", [64, 128])]
         checks += [_check("bf16", [16, 256])]
+        checks += [_check_gradients("bf16", [64, 128, 256]), _check_gradients("fp16", [72, 128])]
+        checks += [_check_gradients("fp32", [64, 128])]
         checks += [_check_launch(launch, "bf16", [64, 128]) for launch in launches.GRID]
         rate, shapes, models = cases.RATE, cases.SHAPES, steps.STEPS
     again = _attention(rate[0], YARDSTICKS[device][0])  # throttling would show
@@ -57,6 +61,7 @@ def of(device: str) -> Phases:
         checks,
         [Job("matmul", "matmul"), *_timed(rate, device, len(rate)), again],
         _timed(shapes, device, SHAPES_WITH_PEERS),
+        _backward([*rate, *shapes[:SHAPES_WITH_PEERS]], device),
         [Job("step", step.name, {"step": step.name}) for step in models],
     )
 
@@ -81,6 +86,11 @@ def _check(dtype: str, head_dims: list[int]) -> Job:
     return Job("check", name, {"dtype": dtype, "head_dims": head_dims})
 
 
+def _check_gradients(dtype: str, head_dims: list[int]) -> Job:
+    name = f"check gradients {dtype}, head_dim {', '.join(map(str, head_dims))}"
+    return Job("check gradients", name, {"dtype": dtype, "head_dims": head_dims})
+
+
 def _check_launch(launch: Launch, dtype: str, head_dims: list[int]) -> Job:
     arguments = {"launch": list(launch), "dtype": dtype, "head_dims": head_dims}
     return Job("check launch", f"check {launches.describe(launch)}", arguments)
@@ -94,6 +104,17 @@ def _timed(chosen: Iterable[Case], device: str, with_peers: int) -> list[Job]:
         _attention(case, name)
         for number, case in enumerate(chosen)
         for name in (*YARDSTICKS[device], kernel(device), *(peers if number < with_peers else ()))
+    ]
+
+
+def _backward(chosen: Iterable[Case], device: str) -> list[Job]:
+    """On each case the backward passes of the yardsticks, of ours, and of peers that compute a mask."""
+    return [
+        Job(
+            "backward", f"{case.title}: {name} backward", {"case": [case.name, case.preset], "provider": name}
+        )
+        for case in chosen
+        for name in (*YARDSTICKS[device], kernel(device), *BACKWARD_PEERS[device])
     ]
 
 
@@ -138,6 +159,7 @@ def describe() -> str:
         ("check against float64", phases.checks),
         ("time full blocks", phases.rate),
         ("time real shapes", phases.shapes),
+        ("time backward passes", phases.backward),
         ("time one step of whole transformers, dense and under each recipe", phases.steps),
     ):
         lines += [f"{name}:", *(f"  {job.name}" for job in jobs)]

@@ -21,7 +21,7 @@ import torch
 
 from dit_accel.environment import environment
 
-from . import attention, checks, launches, steps
+from . import attention, backward, checks, launches, steps
 from .job import Job, Row
 
 READY, DONE = "ready", "done"  # what a worker says beside its rows
@@ -50,8 +50,10 @@ KINDS: dict[str, Callable[..., Iterator[Row]]] = {
     "fault": fault,
     "check": checks.run,
     "check launch": checks.run_launch,
+    "check gradients": checks.run_gradients,
     "matmul": attention.run_matmul,
     "attention": attention.run,
+    "backward": backward.run,
     "launch": launches.run,
     "step": steps.run,
 }

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 
 from dit_accel import BlockMask, TokenLayout, UnavailableError
-from dit_accel.evals.gpu_bench import attention, cases, peers, timing
+from dit_accel.evals.gpu_bench import attention, backward, cases, peers, timing
 from dit_accel.evals.gpu_bench.peers import PROVIDERS, block_sparse, sdpa
 from dit_accel.kernels import quantizations
 from dit_accel.patterns import Clear
@@ -100,6 +100,28 @@ def test_the_stand_in_is_for_a_rehearsal_alone():
     assert {name for name, provider in ours.items() if not provider.exact} == {
         f"{name}-{format}" for name in ("triton", "gather") for format in quantizations()
     }
+
+
+def backward_rows(provider, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, provider.name, provider)
+    return list(backward.run("cpu", KEY, provider.name))
+
+
+def test_a_backward_pass_by_hand(monkeypatch):
+    monkeypatch.setattr(backward, "measure", lambda call, device: (call(), timing.Timed(1.0, 2.0, 3.0, 4))[1])
+    (row,) = backward_rows(PROVIDERS["gather"], monkeypatch)
+    mask = CASE.pattern.block_mask(CASE.layout, (128, 64))
+    pairs = (24 * 24 + 9) ** 2 * mask.block_density
+    assert row["kind"] == "backward"
+    assert row["tflops"] == pytest.approx(2.5 * 4 * 3 * 16 * pairs / 2e-3 / 1e12)
+    (dense,) = backward_rows(sdpa("dense", SDPBackend.MATH), monkeypatch)
+    assert dense["tflops"] == pytest.approx(row["tflops"] / mask.block_density)
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch):
+    (row,) = backward_rows(wrapped(PROVIDERS["gather"], lambda out: out * 1.01), monkeypatch)
+    assert row["kind"] == "wrong"
+    assert "gradients: error" in row["reason"]
 
 
 @pytest.mark.parametrize("format", quantizations())

@@ -82,6 +82,22 @@ def test_lengths_of_text_are_asked_for_and_lie_apart_in_memory():
     assert len(seen[0].unique()) == 2
 
 
+def with_wrong_gradients(*inputs, **options):
+    """Right but for what goes back to the key before the text."""
+    q, k, v, mask = inputs
+    key, v = mask.text[0] - 1, v.clone()
+    v[:, :, key] = v[:, :, key].detach()
+    return RIGHT(q, k, v, mask, **options)
+
+
+def test_gradients_that_are_right_pass_and_others_do_not():
+    half, single = torch.bfloat16, torch.float32
+    for run, dtype in ((RIGHT, half), (RIGHT, single), (with_wrong_gradients, single)):
+        row = checks.check_gradients(run, checks.GEOMETRIES[0], 16, dtype, "cpu")
+        assert row["right"] == (run is RIGHT), row
+        assert row["repeats"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [(64, 32, 4, 2), (128, 64, 8, 3)], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -58,7 +58,8 @@ def test_what_does_not_fit_is_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.budget, "_now", lambda: bench.budget._begin + 5 * next(ticks))
     assert not bench.run(), "nothing was checked"
     phases = schedule.of("cpu")
-    jobs = {job.name for job in (*phases.checks, *phases.rate, *phases.shapes, *phases.steps)}
+    every = (*phases.checks, *phases.rate, *phases.shapes, *phases.backward, *phases.steps)
+    jobs = {job.name for job in every}
     reasons = {row["job"]: row["reason"] for row in bench.rows if row["kind"] == "left out"}
     assert jobs <= set(reasons)
     assert "no time left in its phase" in reasons.values()

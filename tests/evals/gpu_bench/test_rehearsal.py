@@ -100,9 +100,11 @@ def test_it_ends_in_its_time(rows):
 
 def test_every_phase_did_its_work(rows):
     kinds = {row["kind"] for row in rows}
-    assert kinds == {"machine", "fault", "check", "matmul", "time", "launch", "left out"}
+    assert kinds == {"machine", "fault", "check", "matmul", "time", "backward", "launch", "left out"}
     timed = {row["provider"] for row in rows if row["kind"] == "time"}
     assert timed == {"sdpa-flash", "sdpa-math", "gather", "gather-int8"}
+    backward = {row["provider"] for row in rows if row["kind"] == "backward"}
+    assert backward == {"sdpa-flash", "sdpa-math", "gather"}
     assert all(row["right"] and row["repeats"] for row in rows if row["kind"] == "check")
     measured = {(tuple(row["case"]), tuple(row["launch"])) for row in rows if row["kind"] == "launch"}
     first = schedule.tuning_cases("cpu")[64][0]
@@ -113,7 +115,7 @@ def test_every_phase_did_its_work(rows):
 
 def test_every_job_left_a_row(rows):
     phases = schedule.of("cpu")
-    jobs = [*phases.checks, *phases.rate, *phases.shapes, *phases.steps]
+    jobs = [*phases.checks, *phases.rate, *phases.shapes, *phases.backward, *phases.steps]
     assert {job.name for job in jobs} <= {row["job"] for row in rows}
 
 
@@ -158,7 +160,7 @@ def test_measurements_are_kept_in_every_form(rehearsal, rows):
     with (out / "bench_cpu.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == COLUMNS
-    timed = [row for row in rows if row["kind"] == "time"]
+    timed = [row for row in rows if row["kind"] in ("time", "backward")]
     assert sum(line["metric"] == "ms" for line in lines) == len(timed)
     assert {line["commit"] for line in lines} == {"abc123"}
     page = (out / "bench_cpu.md").read_text()

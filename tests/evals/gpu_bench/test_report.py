@@ -60,6 +60,16 @@ def test_plans_read_our_kernel_alone(tmp_path):
     assert "a GPU" in rates.source
 
 
+def test_backward_passes_beside_their_forward():
+    backward = timed("triton", 7.0, sparse=True) | {"kind": "backward"}
+    rows = list(report.csv_rows(backward, report.Yardsticks(), HERE, "cuda"))
+    assert [(row["kernel"], row["metric"]) for row in rows] == [
+        ("block_sparse_backward", "ms"), ("block_sparse_backward", "tflops"),
+    ]  # fmt: skip
+    page = report.page([MACHINE, *ROWS, backward], [], "cuda")
+    assert "| flux-2048 | flux-clear-r16 | 0.2000 | triton | 7.000 | 100 | 3.50 |" in page
+
+
 def test_without_a_yardstick_there_is_no_speed_up():
     rows = list(report.csv_rows(ROWS[3], report.Yardsticks(), HERE, "cuda"))
     assert {row["metric"] for row in rows} == {"ms", "tflops", "density", "block_density"}

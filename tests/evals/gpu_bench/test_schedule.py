@@ -39,11 +39,11 @@ def test_every_case_has_a_name_of_its_own():
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_jobs_can_be_done_and_are_told_apart(device):
     phases = schedule.of(device)
-    for jobs in (phases.checks, phases.shapes, phases.steps):
+    for jobs in (phases.checks, phases.shapes, phases.backward, phases.steps):
         assert max(Counter(job.name for job in jobs).values()) == 1
-    for job in (*phases.checks, *phases.rate, *phases.shapes, *phases.steps):
+    for job in (*phases.checks, *phases.rate, *phases.shapes, *phases.backward, *phases.steps):
         assert job.kind in worker.KINDS
-        if job.kind == "attention":
+        if job.kind in ("attention", "backward"):
             assert tuple(job.arguments["case"]) in cases.BY_NAME
             assert job.arguments["provider"] in PROVIDERS
         if job.kind == "step":
@@ -57,6 +57,17 @@ def test_dense_yardsticks_come_before_ours_on_every_case():
             assert tuple(names[number - 2 : number]) == ("sdpa-cudnn", "sdpa-flash")
     assert names.count("triton") == len(cases.SHAPES)
     assert names.count("flex") == schedule.SHAPES_WITH_PEERS
+
+
+def test_backward_passes_are_checked_and_timed_beside_flex():
+    phases = schedule.of("cuda")
+    checked = [job.arguments for job in phases.checks if job.kind == "check gradients"]
+    assert {(each["dtype"], dim) for each in checked for dim in each["head_dims"]} >= {
+        ("bf16", 128), ("fp16", 128), ("fp32", 128),
+    }  # fmt: skip
+    names = [job.arguments["provider"] for job in phases.backward]
+    assert names[:4] == ["sdpa-cudnn", "sdpa-flash", "triton", "flex"]
+    assert names.count("triton") == len(cases.RATE) + schedule.SHAPES_WITH_PEERS
 
 
 def test_every_launch_is_checked_and_one_that_a_table_may_name():
