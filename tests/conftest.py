@@ -7,11 +7,13 @@ from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
+import image_pipelines
 import pytest
 import torch
 import torch.nn.functional as F
 import video_pipelines
 from hypothesis import HealthCheck, settings
+from image_pipelines import MaskedTwiceProcessor
 from video_pipelines import TEXT_DIM, MaskedProcessor, embeddings, padded_prompt, tell_norms_apart
 
 # A failing test is the change's doing, not luck's; `make fuzz` looks for new examples.
@@ -141,27 +143,6 @@ def make_hunyuan15(seed: int = 0, **config):
     return pipe
 
 
-def make_qwen(seed: int = 0, **config):
-    """A QwenImagePipeline of 3 blocks, 2 heads of 16, for embeddings in and latents out."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-
-    sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 16}
-    sizes |= {"out_channels": 4, "joint_attention_dim": TEXT_DIM, "axes_dims_rope": (4, 6, 6)}
-    torch.manual_seed(seed)
-    transformer = QwenImageTransformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def make_sd3(seed: int = 0, **config):
     """A StableDiffusion3Pipeline of 3 blocks, 2 heads of 16, without what SD3.5 adds unless configured."""
     from diffusers import (
@@ -267,23 +248,6 @@ def run_hunyuan15(
     return pipe(**size, num_inference_steps=steps, generator=generator, output_type="latent", **kwargs).frames
 
 
-def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
-    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
-
-    The first prompt ends in 2 padded places, the next in 5, and so on.
-    """
-    dtype = pipe.transformer.dtype
-    valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
-    mask = (torch.arange(text_len) < valid[:, None]).long()
-    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1).to(dtype), "prompt_embeds_mask": mask}
-    if cfg > 1:
-        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2).to(dtype)}
-        kwargs |= {"negative_prompt_embeds_mask": mask.flip(0)}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
-
-
 def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer."""
     dtype = pipe.transformer.dtype
@@ -320,60 +284,23 @@ class MaskedJointProcessor(MaskedProcessor):
             return self.original(attn, hidden_states, encoder_hidden_states, **rotary)
 
 
-class MaskedTwiceProcessor(MaskedProcessor):
-    """The same for the processor of HunyuanVideo 1.5, which makes a mask of padded text itself."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ):
-        return self.masked_twice(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=image_rotary_emb
-        )
-
-    def masked_twice(self, *args, **kwargs):
-        names = type(self.original).__call__.__globals__
-        dispatch = names["dispatch_attention_fn"]
-
-        def masked_twice(query, key, value, attn_mask=None, **options):
-            length = key.shape[1]
-            mask = self.mask[..., :length, :length]
-            mask = mask if attn_mask is None else mask & attn_mask
-            return dispatch(query, key, value, attn_mask=mask, **options)
-
-        with mock.patch.dict(names, dispatch_attention_fn=masked_twice):
-            return self.original(*args, **kwargs)
-
-
-class MaskedQwenProcessor(MaskedTwiceProcessor):
-    """The same for that of Qwen-Image, which takes the text's mask under another name."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-        attention_mask=None, image_rotary_emb=None,
-    ):  # fmt: skip
-        return self.masked_twice(
-            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask,
-            image_rotary_emb=image_rotary_emb,
-        )  # fmt: skip
-
-
 MASKED = {
-    "QwenDoubleStreamAttnProcessor2_0": MaskedQwenProcessor,
     "HunyuanVideo15AttnProcessor2_0": MaskedTwiceProcessor,
     "CogVideoXAttnProcessor2_0": MaskedJointProcessor,
     "FusedCogVideoXAttnProcessor2_0": MaskedJointProcessor,
     "JointAttnProcessor2_0": MaskedJointProcessor,
     "FusedJointAttnProcessor2_0": MaskedJointProcessor,
     **video_pipelines.MASKED,
+    **image_pipelines.MASKED,
 }
 FAMILIES = {
     "flux": (make_flux, run_flux),
     "wan": (make_wan, run_wan),
     "hunyuan": (make_hunyuan, run_hunyuan),
     "hunyuan15": (make_hunyuan15, run_hunyuan15),
-    "qwen": (make_qwen, run_qwen),
     "sd3": (make_sd3, run_sd3),
     "skyreels": (make_skyreels, run_wan),
+    **image_pipelines.PIPELINES,
     **video_pipelines.PIPELINES,
 }
 
@@ -394,6 +321,11 @@ def _with_pipeline(tools: SimpleNamespace) -> SimpleNamespace:
 @pytest.fixture
 def flux(families):
     return _with_pipeline(families["flux"])
+
+
+@pytest.fixture
+def flux2(families):
+    return _with_pipeline(families["flux2"])
 
 
 @pytest.fixture

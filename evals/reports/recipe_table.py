@@ -66,6 +66,7 @@ BY_PREFIX = {"wan22-": WAN22, "wan-distilled-": DISTILLED, "flux-schnell-": SCHN
 HUNYUAN = [Model("hunyuan-video", "HunyuanVideo", (1280, 720), 129)]
 HUNYUAN15 = [Model("hunyuan-video-1.5", "HunyuanVideo 1.5", (1280, 720), 121)]
 SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
+FLUX2 = [Model("flux.2-dev", "FLUX.2-dev", (side, side)) for side in (1024, 2048, 4096)]
 QWEN = [Model("qwen-image", "Qwen-Image", (side, side)) for side in (1328, 2656)]
 LTX = [
     Model("ltx-video-2b", "LTX-Video 2B", (1216, 704), 257),
@@ -80,7 +81,7 @@ MOCHI = [Model("mochi-1", "Mochi 1", (848, 480), 163)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
     "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
-    "qwen-image": QWEN,
+    "qwen-image": QWEN, "flux2": FLUX2,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(
@@ -92,10 +93,15 @@ FRONT = [  # what the README shows: recipe, model, and what is known of the qual
     ("wan22-radial", WAN22[0], "as published, training-free, there at 77 frames"),
     ("hunyuan-video-radial", HUNYUAN[0], "as published, training-free, there at 117 frames of 768p"),
     ("hunyuan-video-1.5-radial", HUNYUAN15[0], "HunyuanVideo's settings, not published for 1.5"),
+    ("flux2-neighborhood", FLUX2[2], "as published for FLUX.1, untried on this model"),
     ("qwen-image-neighborhood", QWEN[1], "window, stride and dense steps are ours, untried on this model"),
 ]
 EXTRA = {  # models beside those of the presets, of which shares are told
     "wan": WAN22,
+    "flux2": [
+        Model("flux.2-dev-edit", "FLUX.2-dev, one reference image", (1024, 1024)),
+        Model("flux.2-klein-9b", "FLUX.2-klein-9B", (1024, 1024)),
+    ],
     "qwen-image": [Model("qwen-image-edit", "Qwen-Image-Edit, one image given", (1024, 1024))],
 }
 FRONT_HEAD = (

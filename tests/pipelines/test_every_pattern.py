@@ -51,6 +51,7 @@ from dit_accel.runtime.switching import accelerated
 
 MODELS = {  # family, configuration, what it makes
     "flux": ("flux", {}, "image"),
+    "flux2": ("flux2", {}, "image"),
     "sd3": ("sd3", {}, "image"),
     "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
     "qwen": ("qwen", {}, "image"),
@@ -98,7 +99,7 @@ BOTH = {
     "by-noise": ByNoise({0.5: InwardWindow((1, 2)), 0: Dense()}),
 }
 ADAPTIVE = SparseVideoGen(0.5, block_size=8)
-ROUTED = Routed(top_p=0.4, crossing=True, similarity=0.1, block_size=(16, 16))
+ROUTED = Routed(top_p=0.4, crossing=True, similarity=0.05, block_size=(16, 16))
 CHOSEN = {
     "routed": ROUTED,
     "routed-antidiagonal": Routed(top_k=0.3, score="antidiagonal", stride=4, block_size=(16, 16)),

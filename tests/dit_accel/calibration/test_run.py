@@ -17,8 +17,8 @@ from dit_accel.kernels import block_sparse_attention
 from dit_accel.patterns import Calibrated, Clear, Neighborhood
 from dit_accel.patterns.calibration import REORDERED
 
-IMAGES = ("flux", "sd3", "qwen")
-FAMILIES = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "skyreels", "qwen")
+IMAGES = ("flux", "flux2", "sd3", "qwen")
+FAMILIES = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "skyreels", "qwen", "flux2")
 SMALL = {"density": 0.4, "block_size": 16}
 
 

@@ -45,7 +45,8 @@ def test_planned_geometry_is_what_the_family_reads_from_a_call(name):
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("flux.1-dev", 11.9), ("qwen-image", 20.4),
+        ("flux.1-dev", 11.9), ("flux.2-dev", 32.2), ("flux.2-klein-4b", 3.88), ("flux.2-klein-9b", 9.08),
+        ("qwen-image", 20.4),
         ("sd3-medium", 2.03), ("sd3.5-medium", 2.24), ("sd3.5-large", 8.06),
         ("hunyuan-video", 12.8), ("hunyuan-video-1.5", 8.3),
         ("wan2.1-14b", 14.3), ("wan2.1-1.3b", 1.42), ("wan2.2-5b", 5.0),

@@ -24,9 +24,9 @@ from dit_accel.runtime.switching import accelerated
 TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
 TITLES = {
     "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
-    "skyreels": "SkyReels-V2", "qwen": "Qwen-Image",
+    "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "flux2": "FLUX.2",
 }  # fmt: skip
-IMAGES, TEXT_FIRST = ("flux", "sd3", "qwen"), ("flux", "qwen")
+IMAGES, TEXT_FIRST = ("flux", "flux2", "sd3", "qwen"), ("flux", "flux2", "qwen")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()

@@ -15,7 +15,7 @@ from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"steps": 6, "cfg": 2.0}
-CACHING = ("flux", "wan", "hunyuan", "qwen")
+CACHING = ("flux", "flux2", "wan", "hunyuan", "qwen")
 
 
 def cache(config):
@@ -53,6 +53,11 @@ def test_first_block_cache(case, cell):
         with pytest.raises(ValueError, match=rf"{unregistered[case.family]}.* not registered"):
             case.untouched(first_block)
         cell.no_such_thing("its blocks are not registered in diffusers")
+        return
+    if case.family == "flux2":
+        with pytest.raises(TypeError, match="unsupported operand type"):
+            case.run(case.untouched(first_block), **RUN)
+        cell.no_such_thing("diffusers' hook fails on its blocks")
         return
     works(case, first_block)
 

@@ -10,6 +10,7 @@ TARGETS = {
     "sd3": ["to_q", "to_k", "to_v", "add_k_proj", "to_add_out", "to_out.0", "pos_embed.proj", "proj_out"],
     "wan": ["to_q", "to_v", "to_out.0", "proj_out", "net.0.proj"],
     "hunyuan": ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "x_embedder.proj", "proj_out"],
+    "flux2": ["to_q", "to_k", "to_v", "add_k_proj", "to_qkv_mlp_proj", "to_out.0", "x_embedder", "proj_out"],
     "qwen": ["to_q", "to_k", "to_v", "add_k_proj", "to_add_out", "to_out.0", "img_in", "proj_out"],
 }
 TARGETS["skyreels"] = TARGETS["wan"]

@@ -73,6 +73,19 @@ def test_given_images(case):
     works(case, inputs | {"hidden_states": hidden, "img_shapes": shapes}, layout)
 
 
+@pytest.mark.feature("Reference images of FLUX.2", families=("flux2",))
+def test_reference_images(case):
+    """Several of other sizes than the picture's."""
+    inputs = case.inputs()
+    ids = [torch.cartesian_prod(*map(torch.arange, (1, *grid, 1))) for grid in ((5, 7), (3, 4))]
+    for i, rows in enumerate(ids, start=1):
+        rows[:, 0] = 10 * i
+    inputs["img_ids"] = torch.cat([inputs["img_ids"], torch.cat(ids)[None]], dim=1)
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], random(1, 47, 16)], dim=1)
+    layout = TokenLayout((1, 8, 12), 7, text_first=True, anchor=(1, 1, 47))
+    works(case, inputs, layout)
+
+
 @pytest.mark.feature("A timestep per token (Wan 2.2 5B)", families=("wan",))
 def test_timestep_per_token(case):
     """With image conditioning, tokens of the first frame have another timestep."""

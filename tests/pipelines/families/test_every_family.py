@@ -13,6 +13,7 @@ from dit_accel.summary import summary
 PIPELINES = (
     "cogvideox",
     "flux",
+    "flux2",
     "hunyuan",
     "hunyuan15",
     "ltx",
