@@ -143,7 +143,7 @@ def _layers(model: str) -> tuple[tuple[str, ...], int]:
     with IMPORTS:
         transformer: Any = config.transformer()
     names = [name for name in config.description.layers(transformer) if not name.endswith(".attn2")]
-    return tuple(names), transformer.config.num_attention_heads
+    return tuple(names), config.description.heads(transformer)[0]
 
 
 def build(studio: Studio) -> None:

@@ -364,6 +364,26 @@ def ltx2(families):
 
 
 @pytest.fixture
+def kandinsky5(families):
+    return _with_pipeline(families["kandinsky5"])
+
+
+@pytest.fixture
+def animate(families):
+    return _with_pipeline(families["animate"])
+
+
+@pytest.fixture
+def chrono(families):
+    return _with_pipeline(families["chrono"])
+
+
+@pytest.fixture
+def helios(families):
+    return _with_pipeline(families["helios"])
+
+
+@pytest.fixture
 def cogvideox(families):
     return _with_pipeline(families["cogvideox"])
 

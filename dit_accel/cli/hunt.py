@@ -227,9 +227,10 @@ def _heads(pipe: DiffusionPipeline, only: str) -> list[tuple[int, int]]:
     from dit_accel.recipe import selectors
 
     transformer = transformers(pipe)[0]
-    names = list(family_of(transformer).layers(transformer))
+    family = family_of(transformer)
+    names = list(family.layers(transformer))
     flat = flat_indices(names)
-    chosen = selectors.select(only, names, transformer.config.num_attention_heads)
+    chosen = selectors.select(only, names, family.heads(transformer)[0])
     return sorted({(flat[place], head) for place, heads in chosen for head in heads})
 
 

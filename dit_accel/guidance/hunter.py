@@ -161,7 +161,7 @@ class HeadHunter:
                 raise ValueError(f"the minimum of {name} in `floors` must be a finite number, got {minimum}")
         family = family_of(pipe.transformer)
         self._names = list(family.layers(pipe.transformer))
-        self._count = pipe.transformer.config.num_attention_heads
+        self._count = family.heads(pipe.transformer)[0]
         self.options = {"scale": family.head_search.scale, **(perturbation or {})}
         self.heads = self._searched(heads)
         self.perturbation(self.heads[:1])  # refuses bad options before anything runs

@@ -61,7 +61,7 @@ def in_all_layers(
         changes: other fields of the recipe.
     """
     transformer = next(iter(transformers_of(target).values()))
-    heads = int(transformer.config.num_attention_heads)
+    heads = family_of(transformer).heads(transformer)[0]
     layers = assign_patterns(recipe, list(family_of(transformer).found_layers(transformer)), heads)
     attention = {layer.name: make(layer.heads or (Dense(),) * heads) for layer in layers}
     return replace(recipe, attention=attention, **{**METHODS_OWN, **changes})

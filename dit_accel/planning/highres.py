@@ -277,9 +277,9 @@ class _Planner:
 
     def _kept(self, size: Size) -> int:
         """Bytes of an output of every layer with its log-sum-exps."""
-        description, config = self.config.description, self.transformer.config
+        description = self.config.description
         layers = len(description.text_layers(self.transformer) or description.layers(self.transformer))
-        heads, dim = int(config.num_attention_heads), int(config.attention_head_dim)
+        heads, dim = description.heads(self.transformer)
         return layers * self.native.tokens(size) * heads * (dim * self.dtype.itemsize + 4)
 
     def _vae_seconds(self, flops: int) -> float | None:

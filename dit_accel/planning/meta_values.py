@@ -10,8 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 
 
+class _Autocast(torch.autocast):
+    """PyTorch's, of which the meta device has none."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+        if device_type == "meta":
+            device_type, args, kwargs = "cpu", (), {"enabled": False}
+        super().__init__(device_type, *args, **kwargs)
+
+
 class EveryConditionHolds(TorchDispatchMode):
-    """Within it, forwards on the meta device may branch on values and select by masks.
+    """Within it, forwards on the meta device may branch on values, select by masks and enter autocasts.
 
     A condition is true, a mask selects everything, and its negation nothing: so does a call whose text is
     not padded.
@@ -20,6 +29,14 @@ class EveryConditionHolds(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._negations: list[torch.Tensor] = []
+
+    def __enter__(self) -> EveryConditionHolds:
+        torch.autocast = _Autocast
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.autocast = _Autocast.__mro__[1]
+        super().__exit__(*raised)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if function is _aten._local_scalar_dense.default:

@@ -101,9 +101,7 @@ class ModelConfig:
                 f"{diffusers.__version__} does not have; update it"
             )
         with torch.device("meta"):
-            transformer = kind(**self.config).eval()
-        self.description.without_values(transformer)
-        return transformer
+            return kind(**self.config).eval()
 
     def grid(self, transformer: nn.Module, size: Size) -> Size:
         """The token grid (F, H, W) of a size (frames, height, width) in pixels.

@@ -186,7 +186,7 @@ def plan(
     # masks are built here, whatever they are for, and any backend will do for that
     blocks = None if device == "cpu" else default_block_size(device)
     built = dataclasses.replace(recipe, block_size=recipe.block_size or blocks, backend="auto")
-    head_dim, number = transformer.config.attention_head_dim, str(dtype).removeprefix("torch.")
+    head_dim, number = model_config.description.heads(transformer)[1], str(dtype).removeprefix("torch.")
     rates = rates or measured_speed(device, number, head_dim, model_config.name)
     # on a CPU what runs here; another device is taken to run what is meant for it
     elsewhere = recipe.backend == "auto" and device != "cpu"

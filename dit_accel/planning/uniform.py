@@ -41,7 +41,7 @@ def uniform_speedups(
         ValueError: a grid that the transformer refuses.
     """
     transformer, flops = _counted(model, grid)
-    rates = measured_speed(device, dtype, transformer.config.attention_head_dim, model.name)
+    rates = measured_speed(device, dtype, model.description.heads(transformer)[1], model.name)
     binding = Binding(
         transformer, model.description, Recipe(pattern), StepTracker(), torch.device("cpu"), rates
     )

@@ -73,8 +73,7 @@ class Binding:
         for module in self.modules.values():
             if isinstance(module.processor, Accelerated):  # of an earlier binding, put back by another
                 install(module, module.processor.original)
-        self.heads = transformer.config.num_attention_heads
-        self.head_dim = transformer.config.attention_head_dim
+        self.heads, self.head_dim = family.heads(transformer)
         for pattern in recipe.patterns:
             pattern.check_model(family.name, list(self.modules), self.heads, self.head_dim)
         self.layers = assign_patterns(recipe, list(self.modules), self.heads)
@@ -464,7 +463,10 @@ class Binding:
         doubled = call.rows is not None and call.rows.full
 
         def restored(output: Any) -> torch.Tensor:
-            sample = output[0] if isinstance(output, tuple) else output.sample
+            if isinstance(output, torch.Tensor):  # Kandinsky's, without `return_dict`
+                sample = output
+            else:
+                sample = output[0] if isinstance(output, tuple) else output.sample
             sample = self._moves.leave(sample, call.geometry) if call.moved else sample
             return sample[: call.rows.batch] if doubled else sample
 
@@ -481,6 +483,8 @@ class Binding:
             self._leave_alone(other, call.geometry.layout.seq_len)
         if not call.moved and not doubled and sample is own:
             return None
+        if isinstance(output, torch.Tensor):
+            return sample
         if isinstance(output, tuple):
             return (sample, *output[1:])
         return type(output)(**{**output, "sample": sample})  # LTX-2's has audio beside it

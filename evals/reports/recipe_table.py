@@ -78,9 +78,17 @@ COGVIDEOX = [
     Model("cogvideox1.5-5b", "CogVideoX 1.5 5B", (1360, 768), 81),
 ]
 MOCHI = [Model("mochi-1", "Mochi 1", (848, 480), 163)]
+KANDINSKY = [
+    Model("kandinsky-5-lite", "Kandinsky 5 lite", (768, 512), 121),
+    Model("kandinsky-5-pro", "Kandinsky 5 pro", (1280, 768), 121),
+]
+ANIMATE = [Model("wan2.2-animate-14b", "Wan 2.2 Animate 14B", (1280, 720), 77)]
+CHRONO = [Model("chrono-edit-14b", "ChronoEdit 14B", (1280, 720), 29)]
+HELIOS = [Model("helios-14b", "Helios 14B", (640, 384), 33)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
     "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
+    "kandinsky-5": KANDINSKY, "wan-animate": ANIMATE, "chrono-edit": CHRONO, "helios": HELIOS,
     "qwen-image": QWEN, "flux2": FLUX2,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here

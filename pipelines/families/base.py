@@ -43,6 +43,7 @@ class Family:
     Attributes:
         name: as in presets and selectors' documentation.
         transformer: class name of the transformers it describes.
+        variants: of other classes that are the same to it.
         originals: class names of the attention processors that accelerated ones can stand in for.
         processor: of accelerated layers; None: a copy of the original's own code.
         accelerates_dense: whether a layer under `Dense()` is accelerated as well, where diffusers' own
@@ -65,6 +66,7 @@ class Family:
 
     name: str
     transformer: str
+    variants: tuple[str, ...] = ()
     originals: tuple[str, ...]
     processor: type[Accelerated] | None = None
     accelerates_dense: bool = False
@@ -76,7 +78,12 @@ class Family:
     pure_noise: float | None = 1000.0
 
     def matches(self, transformer: Any) -> bool:
-        return any(cls.__name__ == self.transformer for cls in type(transformer).__mro__)
+        named = (self.transformer, *self.variants)
+        return any(cls.__name__ in named for cls in type(transformer).__mro__)
+
+    def heads(self, transformer: Any) -> tuple[int, int]:
+        """The number of heads of its layers, and their dimension."""
+        return int(transformer.config.num_attention_heads), int(transformer.config.attention_head_dim)
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         """Attention modules by layer name, in flat order."""
@@ -174,20 +181,23 @@ class Family:
         """The transformer's output back in its own order."""
         raise NotImplementedError
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         """Modules inside whose output must be permuted as well, such as tables of the rotary embedding.
 
         Each with the dimension of the visual tokens in its output, a tensor or a tuple of tensors. Those hold
-        the visual tokens alone, or all tokens of the layout.
+        the visual tokens alone, or all tokens of the layout. Where frames, rows and columns are dimensions of
+        their own: the first and the last of them.
         """
         return {}
 
     def move_placed(
-        self, output: Any, dim: int, layout: TokenLayout, permute: Permute
+        self, output: Any, dim: int | tuple[int, int], layout: TokenLayout, permute: Permute
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The output of such a module with its visual tokens permuted along `dim`."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(dim, tuple):
+                return permute(tensor.flatten(*dim), dim[0]).view(tensor.shape)
             alone = tensor.shape[dim] == layout.visual_len  # without the other tokens of the layout
             return permute(tensor, dim) if alone else move_part(tensor, dim, layout.visual_slice, permute)
 
@@ -260,9 +270,6 @@ class Family:
     def reference_grid(self, pipeline: str) -> tuple[int, int, int] | None:
         """Token grid of the reference image that a pipeline of this class usually takes; None: of none."""
         return None
-
-    def without_values(self, transformer: Any) -> None:
-        """Changes in a transformer on the meta device what cannot run there."""
 
     def vae_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Frames and pixels (along a side) per latent, from an autoencoder's config as pipelines read it."""

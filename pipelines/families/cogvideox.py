@@ -93,7 +93,7 @@ class CogVideoX(Family):
         frames_last = sample.transpose(1, 2)  # (B, C, F, H, W)
         return move_patches(frames_last, layout.grid, self.patch(transformer.config), restore).transpose(1, 2)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.patch_embed: 1}
 
     # -- what is known before a run --------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class HunyuanVideo(Family):
     ) -> torch.Tensor:
         return move_patches(sample, layout.grid, _patch(transformer), restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 0}
 
     # -- what is known before a run --------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class LTX2(LTXVideo):
             moved["video_keyframes_mask"] = move_part(keyframes, 1, layout.visual_slice, permute)
         return moved
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         dim = 2 if transformer.config.rope_type == "split" else 1
         return {transformer.rope: dim, transformer.cross_attn_rope: dim}
 

@@ -62,7 +62,7 @@ class LTXVideo(Family):
     ) -> torch.Tensor:
         return move_part(sample, 1, layout.visual_slice, restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 1}
 
     # -- what is known before a run --------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Mochi(Family):
     ) -> torch.Tensor:
         return move_patches(sample, layout.grid, self.patch(transformer.config), restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 0}
 
     # -- what is known before a run --------------------------------------------------------------------------
@@ -102,10 +102,6 @@ class Mochi(Family):
             "timestep": fill(1).fill_(500),
         }
 
-    def without_values(self, transformer: Any) -> None:
-        """Its rotary embedding enters an autocast, of which the meta device has none."""
-        transformer.rope.__class__ = _plain(type(transformer.rope))
-
     def vae_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         expansions = (
             config.get("temporal_expansions", (1, 2, 3)),
@@ -115,13 +111,3 @@ class Mochi(Family):
 
     def prompt_tokens(self, folder: Path, longest: int | None) -> int:
         return longest or 256
-
-
-def _plain(rope: type[nn.Module]) -> type[nn.Module]:
-    """The class of Mochi's rotary embedding without its autocast to what its inputs are anyway."""
-
-    def create(self: Any, freqs: torch.Tensor, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = torch.einsum("nd,dhf->nhf", pos.float(), freqs.float())
-        return angles.cos(), angles.sin()
-
-    return type(rope.__name__, (rope,), {"_create_rope": create})

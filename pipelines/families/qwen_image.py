@@ -70,10 +70,12 @@ class QwenImage(Family):
     ) -> torch.Tensor:
         return move_image(sample, 1, layout, restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.pos_embed: 0}
 
-    def move_placed(self, output: Any, dim: int, layout: TokenLayout, permute: Permute) -> Any:
+    def move_placed(
+        self, output: Any, dim: int | tuple[int, int], layout: TokenLayout, permute: Permute
+    ) -> Any:
         """Its table of the image's places stands before that of the text's."""
         image, text = output
         return move_image(image, dim, layout, permute), text

@@ -77,7 +77,7 @@ class SD3(Family):
         patch = transformer.config.patch_size
         return move_patches(sample, layout.grid, (1, patch, patch), restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.pos_embed: 1}
 
     def refusal(self, module: nn.Module) -> str | None:

@@ -24,12 +24,10 @@ class SkyReelsV2(Wan):
 
     name = "skyreels-v2"
     transformer = "SkyReelsV2Transformer3DModel"
+    variants = ()
     originals = ("SkyReelsV2AttnProcessor",)
     accelerates_dense = True
     hidden_config = MappingProxyType({"num_frame_per_block": 1})
-
-    def matches(self, transformer: Any) -> bool:
-        return any(cls.__name__ == self.transformer for cls in type(transformer).__mro__)
 
     def enter(self, transformer: Any, inputs: dict[str, Any], layout: TokenLayout, permute: Permute) -> dict:
         moved = move_patches(inputs["hidden_states"], layout.grid, transformer.config.patch_size, permute)

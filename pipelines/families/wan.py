@@ -24,6 +24,7 @@ class Wan(Family):
 
     name = "wan"
     transformer = "WanTransformer3DModel"
+    variants: tuple[str, ...] = ("WanVACETransformer3DModel",)
     originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
     stays_dense = "cross-attention to text and to a given image"
 
@@ -46,9 +47,6 @@ class Wan(Family):
     def rotary_axes(self, transformer: Any, args: tuple) -> list[tuple[torch.Tensor, int]]:
         rope = transformer.rope
         return grid_positions(args[0], rope.patch_size, (rope.t_dim, rope.h_dim, rope.w_dim))
-
-    def matches(self, transformer: Any) -> bool:
-        return super().matches(transformer) or type(transformer).__name__ == "WanVACETransformer3DModel"
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         shape, patch = inputs["hidden_states"].shape[2:], transformer.config.patch_size
@@ -74,7 +72,7 @@ class Wan(Family):
     ) -> torch.Tensor:
         return move_patches(sample, layout.grid, transformer.config.patch_size, restore)
 
-    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int]:
+    def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 1}
 
     # -- what is known before a run --------------------------------------------------------------------------

@@ -22,13 +22,20 @@ class Loop(DiffusionPipeline):
     def __call__(
         self, latents: torch.Tensor, cond: dict, uncond: dict, steps: int, cfg: float, batched: bool
     ) -> torch.Tensor:
-        """The latents, like those given; the inputs beside latents and timestep are `cond` and `uncond`."""
+        """The latents, like those given; the inputs beside latents and timestep are `cond` and `uncond`.
+
+        What of them is called `conditions` are channels of the transformer's latents that stay as they are.
+        """
         self.scheduler.set_timesteps(steps)
         self.do_classifier_free_guidance = cfg > 1
 
         def predicted(latents: torch.Tensor, given: dict) -> torch.Tensor:
-            timestep = t.expand(len(latents))
-            return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **given)[0]
+            timestep, given = t.expand(len(latents)), dict(given)
+            if (conditions := given.pop("conditions", None)) is not None:
+                latents = torch.cat([latents, conditions], dim=1)
+            return self.transformer(
+                hidden_states=latents, timestep=timestep, return_dict=True, **given
+            ).sample
 
         for t in self.scheduler.timesteps:
             if cfg > 1 and batched:

@@ -81,6 +81,54 @@ def make_ltx2(seed: int = 0, **config):
     return Loop(transformer, FlowMatchEulerDiscreteScheduler())
 
 
+def make_kandinsky5(seed: int = 0, **config):
+    """A loop around Kandinsky 5's transformer of 3 blocks, 2 heads of 16; its gates are zero as made."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
+    from loops import Loop
+
+    sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": TEXT_DIM, "in_text_dim2": TEXT_DIM}
+    sizes |= {"time_dim": 16, "model_dim": 32, "ff_dim": 48, "num_text_blocks": 1, "num_visual_blocks": 3}
+    torch.manual_seed(seed)
+    transformer = Kandinsky5Transformer3DModel(**{**sizes, "axes_dims": (4, 6, 6), **config}).eval()
+    for name, weight in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    tell_norms_apart(transformer, "_norm.weight")
+    return Loop(transformer, FlowMatchEulerDiscreteScheduler())
+
+
+def _wan_like(kind: str, seed: int, **config):
+    """A loop around a transformer of 3 blocks, 2 heads of 16, of one of Wan's relatives."""
+    import diffusers
+    from loops import Loop
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
+    torch.manual_seed(seed)
+    transformer = getattr(diffusers, kind)(**{**sizes, **config}).eval()
+    return Loop(transformer, diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def make_animate(seed: int = 0, **config):
+    """Wan Animate with a motion encoder for faces of 16 x 16 pixels."""
+    sizes = {"in_channels": 12, "latent_channels": 4, "image_dim": None, "inject_face_latents_blocks": 3}
+    sizes |= {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16}
+    sizes |= {"motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16}
+    sizes |= {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
+    return _wan_like("WanAnimateTransformer3DModel", seed, **{**sizes, **config})
+
+
+def make_chrono(seed: int = 0, **config):
+    """ChronoEdit."""
+    return _wan_like("ChronoEditTransformer3DModel", seed, **config)
+
+
+def make_helios(seed: int = 0, **config):
+    """Helios, which amplifies the keys of its history."""
+    sizes = {"rope_dim": (4, 6, 6), "is_amplify_history": True}
+    return _wan_like("HeliosTransformer3DModel", seed, **{**sizes, **config})
+
+
 def embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
 
@@ -123,6 +171,43 @@ def run_ltx2(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, grid[0] * grid[1] * grid[2], 4, generator=generator)
     return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=True)
+
+
+def run_kandinsky5(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, F, 2 H, 2 W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice."""
+    places = {"visual_rope_pos": [torch.arange(n) for n in grid], "text_rope_pos": torch.arange(text_len)}
+
+    def given(seed: int) -> dict:
+        text = embeddings(batch, text_len, seed)
+        return {"encoder_hidden_states": text, "pooled_projections": text[:, 0], **places, **kwargs}
+
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, grid[0], 2 * grid[1], 2 * grid[2], 4, generator=generator)
+    return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
+
+
+def run_wan_like(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice.
+
+    Of Wan Animate latents have channels of conditions, which stay, and poses and faces beside them.
+    """
+    generator, config = torch.Generator().manual_seed(seed), pipe.transformer.config
+    frames, rows, columns = grid[0], 2 * grid[1], 2 * grid[2]
+    latents = torch.randn(batch, config.out_channels, frames, rows, columns, generator=generator)
+    if "motion_encoder_size" in config:
+        kwargs["pose_hidden_states"] = latents[:, :, 1:].flip(-1)
+        faces = torch.randn(batch, 3, 4 * (frames - 1), 16, 16, generator=generator)
+        conditions = torch.randn(batch, 8, frames, rows, columns, generator=generator)
+        kwargs |= {"face_pixel_values": faces, "conditions": conditions}
+
+    def given(seed: int) -> dict:
+        return {"encoder_hidden_states": embeddings(batch, text_len, seed), **kwargs}
+
+    return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
 
 
 def run_cogvideox(
@@ -218,9 +303,15 @@ PIPELINES = {
     "ltx2": (make_ltx2, run_ltx2),
     "cogvideox": (make_cogvideox, run_cogvideox),
     "mochi": (make_mochi, run_mochi),
+    "kandinsky5": (make_kandinsky5, run_kandinsky5),
+    "animate": (make_animate, run_wan_like),
+    "chrono": (make_chrono, run_wan_like),
+    "helios": (make_helios, run_wan_like),
 }
 MASKED = {
     "LTXVideoAttnProcessor": masked_dispatch,
+    "HeliosAttnProcessor": masked_dispatch,
+    "Kandinsky5AttnProcessor": masked_dispatch,
     "LTX2AudioVideoAttnProcessor": masked_dispatch,
     "LTX2PerturbedAttnProcessor": masked_dispatch,
     "MochiAttnProcessor2_0": MaskedMochiProcessor,

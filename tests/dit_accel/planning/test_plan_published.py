@@ -49,6 +49,9 @@ def test_planned_geometry_is_what_the_family_reads_from_a_call(name):
         ("qwen-image", 20.4),
         ("sd3-medium", 2.03), ("sd3.5-medium", 2.24), ("sd3.5-large", 8.06),
         ("hunyuan-video", 12.8), ("hunyuan-video-1.5", 8.3),
+        ("ltx-video-2b", 1.92), ("ltx-video-13b", 13.0), ("ltx-2-19b", 18.9), ("mochi-1", 10.0),
+        ("cogvideox-5b", 5.57), ("cogvideox-2b", 1.69), ("kandinsky-5-lite", 2.0), ("kandinsky-5-pro", 19.3),
+        ("wan2.2-animate-14b", 17.3),
         ("wan2.1-14b", 14.3), ("wan2.1-1.3b", 1.42), ("wan2.2-5b", 5.0),
     ],
 )  # fmt: skip

@@ -11,11 +11,15 @@ from dit_accel.runtime.switching import accelerated
 from dit_accel.summary import summary
 
 PIPELINES = (
+    "animate",
+    "chrono",
     "cogvideox",
     "flux",
     "flux2",
+    "helios",
     "hunyuan",
     "hunyuan15",
+    "kandinsky5",
     "ltx",
     "ltx2",
     "mochi",
@@ -44,7 +48,9 @@ def test_a_pattern_that_covers_all_is_stock_and_disable_restores(families, name)
     assert changed == layers
     assert family.stays_dense
     assert f"dense under every recipe: {family.stays_dense}" in text
-    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-5)
+    # Kandinsky 5 rounds queries and keys to bf16 in every dtype, where fp32's last bit may decide
+    rtol, atol = (1e-3, 1e-3) if name == "kandinsky5" else (1e-4, 1e-5)
+    torch.testing.assert_close(found, stock, rtol=rtol, atol=atol)
     assert torch.equal(tools.run(pipe, **run), stock)
     assert all(module.processor is own for module, own in processors.items())
 

@@ -7,6 +7,19 @@ from dit_accel.errors import UnavailableError
 from dit_accel.patterns import ChunkCausal
 
 
+def test_linear_attention_of_videos():
+    import diffusers
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
+    sizes |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24}
+    transformer = diffusers.SanaVideoTransformer3DModel(**sizes, num_layers=1, caption_channels=8)
+    reason = r"SanaVideoTransformer3DModel is not supported: the attention over its tokens is linear already"
+    with pytest.raises(TypeError, match=reason):
+        enable(transformer, ChunkCausal(3))
+    with pytest.raises(UnavailableError, match=reason):
+        enable(transformer, ChunkCausal(3), layout=TokenLayout((3, 4, 4)))
+
+
 def test_a_cache_of_keys():
     """Its calls dispatch their attention as others do: `layout` would take them for what they are not."""
     import diffusers
