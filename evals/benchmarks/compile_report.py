@@ -188,14 +188,10 @@ def compile_case(case: Case) -> Row:
     """Compile a kernel as a launch on these inputs would on this chip."""
     from dit_accel.kernels.block_sparse.triton_forward import LAUNCH_OPTIONS
 
-    chip = CHIPS[case.chip]
-    mask = BlockMask.from_token_mask(torch.ones(300, 300, dtype=torch.bool), case.block_size)
-    q = torch.empty(2, 300, 3, case.head_dim, dtype=DTYPES[case.dtype]).transpose(1, 2)
-    lse = torch.empty(2, 3, 300)
-    text_valid = torch.zeros(2, dtype=torch.int32) if case.text else None
-    launch = _forward if case.part == "forward" else _gradients
-    kernel, grid, args, options = launch(case, q, lse, mask, text_valid)
-    with pretend_gpu(chip.capability):
+    gpu = CHIPS[case.chip].capability
+    launch = forward_launch if case.part == "forward" else gradients_launch
+    kernel, grid, args, options = launch(case, *inputs_of(case), gpu)
+    with pretend_gpu(gpu):
         compiled = kernel.warmup(*args, grid=grid, **options, **LAUNCH_OPTIONS)
     usage, sass = _inspect(compiled.asm["cubin"])
     used = dict(re.findall(r"(\w+):(\d+)", usage))
@@ -215,16 +211,22 @@ def compile_case(case: Case) -> Row:
     )
 
 
-def _forward(case: Case, q, lse, mask: BlockMask, text_valid) -> tuple[Any, ...]:
+def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, BlockMask, torch.Tensor | None]:
+    """q, which k and v are like, a log-sum-exp, a mask and text lengths."""
+    mask = BlockMask.from_token_mask(torch.ones(300, 300, dtype=torch.bool), case.block_size)
+    q = torch.empty(2, 300, 3, case.head_dim, dtype=DTYPES[case.dtype]).transpose(1, 2)
+    return q, torch.empty(2, 3, 300), mask, torch.zeros(2, dtype=torch.int32) if case.text else None
+
+
+def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_configs.Gpu) -> tuple:
     """The kernel of the forward pass, and its grid, positional and keyword arguments."""
     from dit_accel.kernels.block_sparse import triton_forward as forward
 
-    capability = CHIPS[case.chip].capability
     if case.format is None:
-        config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, capability), ()
+        config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, gpu), ()
     else:
         format = FORMATS[case.format]
-        config = triton_configs.quantized_config(case.head_dim, q.dtype, format, case.block_size, capability)
+        config = triton_configs.quantized_config(case.head_dim, q.dtype, format, case.block_size, gpu)
         dim = triton_configs.padded_head_dim(case.head_dim)
         codes = _codes(q, format, case.block_size[1], dim), format.weights
     return forward._forward, *forward.launch_arguments(
@@ -233,13 +235,12 @@ def _forward(case: Case, q, lse, mask: BlockMask, text_valid) -> tuple[Any, ...]
     )  # fmt: skip
 
 
-def _gradients(case: Case, q, lse, mask: BlockMask, text_valid) -> tuple[Any, ...]:
+def gradients_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_configs.Gpu) -> tuple:
     """The same of a kernel of the backward pass."""
     from dit_accel.kernels.block_sparse import triton_backward as backward
 
     _, dq, dkv = backward.launches(
-        q, q, q, q, lse, q, None, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid,
-        CHIPS[case.chip].capability,
+        q, q, q, q, lse, q, None, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid, gpu
     )  # fmt: skip
     return dq if case.part == "dq" else dkv
 
@@ -260,22 +261,25 @@ def _codes(x: torch.Tensor, format: Format, block_keys: int, dim: int) -> Quanti
 
 
 @contextmanager
-def pretend_gpu(capability: tuple[int, int]) -> Iterator[None]:
-    """Triton compiles for this compute capability, whatever the machine has; launching is not possible."""
+def pretend_gpu(gpu: triton_configs.Gpu, threads: int = 32) -> Iterator[None]:
+    """Triton compiles for this GPU, with so many threads in step, whatever the machine has.
+
+    Launching is not possible.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    number = capability[0] * 10 + capability[1]
+    number = gpu if isinstance(gpu, str) else gpu[0] * 10 + gpu[1]
 
     class PretendedDriver:
         def get_current_device(self):
-            return f"pretended sm_{number}"  # Triton's caches are per device
+            return f"pretended {number}"  # Triton's caches are per device
 
         def get_current_stream(self, device):
             return 0
 
         def get_current_target(self):
-            return GPUTarget("cuda", number, 32)
+            return GPUTarget("hip" if isinstance(gpu, str) else "cuda", number, threads)
 
     driver.set_active(PretendedDriver())
     try:

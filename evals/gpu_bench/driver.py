@@ -26,8 +26,8 @@ MOST_PROCESSES = 12
 
 
 def available(device: str) -> bool:
-    """Whether a run can be made on a device of this type."""
-    return device == "cpu" or torch.cuda.is_available()
+    """Whether a run can be made on a device of this type; its launches are of NVIDIA's GPUs."""
+    return device == "cpu" or (torch.cuda.is_available() and torch.version.hip is None)
 
 
 class Budget:

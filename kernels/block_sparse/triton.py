@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_accel.masks.block_mask import BlockMask
 
+from . import triton_configs
 from .formats import FORMATS
 from .problem import Backend, Lengths, Problem
 
@@ -39,29 +40,44 @@ def gradients(
 
 
 def condition(problem: Problem) -> str | None:
-    """Why the kernel cannot run, or None: it needs Triton, a GPU of 2020 or later and blocks it knows."""
+    """Why the kernels cannot run, or None: they need Triton, a GPU and blocks that they know."""
     try:
         from . import triton_forward
     except ImportError as error:
         return f"Triton could not be imported ({error}); install it with `pip install triton`"
     if not triton_forward.INTERPRETED:
-        if problem.device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        if problem.device.type != "cuda" or not torch.cuda.is_available():
             return (
-                "the triton backend needs an NVIDIA GPU that PyTorch can use, got device "
+                "the triton backend needs a GPU that PyTorch can use, got device "
                 f"{str(problem.device)!r}; to interpret the kernel on a CPU (slow, for tests), set "
                 "TRITON_INTERPRET=1 before Python starts"
             )
-        major, minor = torch.cuda.get_device_capability(problem.device)
-        least = (8, 9) if problem.quantization == "int8-fp8" else (8, 0)
-        if (major, minor) < least:
-            named = "quantization='int8-fp8'" if least[1] else "the triton backend"
-            return f"{named} needs compute capability {least[0]}.{least[1]} or newer, got {major}.{minor}"
+        reason = _reason(problem, triton_configs.gpu(problem.device))
+        if reason is not None:
+            return reason
     queries, keys = problem.block_size
     if queries not in QUERY_BLOCKS or keys not in KEY_BLOCKS:
         return (
             f"the triton backend needs a block size of {QUERY_BLOCKS} queries by {KEY_BLOCKS} keys, "
             f"got {problem.block_size}; build the mask with block_size=(128, 64)"
         )
+    return None
+
+
+def _reason(problem: Problem, gpu: triton_configs.Gpu) -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    if not isinstance(gpu, str):
+        least = (8, 9) if problem.quantization == "int8-fp8" else (8, 0)
+        if gpu >= least:
+            return None
+        named = "quantization='int8-fp8'" if least[1] else "the triton backend"
+        return f"{named} needs compute capability {least[0]}.{least[1]} or newer, got {gpu[0]}.{gpu[1]}"
+    if not gpu.startswith(triton_configs.AMD):
+        return f"the triton backend was compiled for AMD's gfx942, gfx110x and gfx120x, got {gpu}"
+    if problem.quantization is not None:
+        return f"the triton backend quantizes on NVIDIA GPUs only, got {gpu}; use quantization=None"
+    if problem.requires_grad and not gpu.startswith(triton_configs.AMD_WITH_GRADIENTS):
+        return f"the triton backend's backward pass does not fit the registers of {gpu}; use backend='auto'"
     return None
 
 

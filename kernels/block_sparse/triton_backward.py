@@ -33,7 +33,7 @@ from dit_accel.masks.block_mask import BlockMask
 from .backward import of_tail
 from .problem import Lengths
 from .tail import Tail
-from .triton_configs import backward_configs, padded_head_dim
+from .triton_configs import backward_configs, gpu, padded_head_dim
 from .triton_forward import (
     INTERPRETED,
     LAUNCH_OPTIONS,
@@ -332,7 +332,7 @@ def gradients(
     with torch.cuda.device_of(q):
         for kernel, grid, args, options in launches(
             q, k, v, out, lse, dout, dlse, *found, top, delta, computed, scale, text_valid,
-            (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device),
+            (8, 0) if INTERPRETED else gpu(q.device),
         ):  # fmt: skip
             kernel[grid](*args, **options, **LAUNCH_OPTIONS)
     if pooled is not None:
@@ -346,11 +346,11 @@ def gradients(
 
 
 def launches(
-    q, k, v, out, lse, dout, dlse, dq, dk, dv, top, delta, mask, scale, text_valid, capability
+    q, k, v, out, lse, dout, dlse, dq, dk, dv, top, delta, mask, scale, text_valid, device
 ):  # fmt: skip
     """Each kernel with its grid, positional and keyword arguments, in the order in which they have to run."""
     (batch, heads, seq_len, head_dim), (bq, bk) = q.shape, mask.block_size
-    of_queries, of_keys = backward_configs(head_dim, q.dtype, mask.block_size, capability)
+    of_queries, of_keys = backward_configs(head_dim, q.dtype, mask.block_size, device)
     rows = mask_arguments(mask, batch, heads)
     columns = transposed_arguments(mask, batch, heads)
     sizes = {"D": head_dim, "DP": padded_head_dim(head_dim)}

@@ -7,6 +7,10 @@ import torch
 from . import tuned
 from .formats import Format, key_group
 
+Gpu = tuple[int, int] | str  # an NVIDIA GPU's compute capability, the name of an AMD GPU's architecture
+AMD = ("gfx942", "gfx110", "gfx120")  # families that the kernels were compiled for
+AMD_WITH_GRADIENTS = ("gfx942",)  # in whose registers those of the backward pass fit
+
 # (chip, bytes per element, largest padded head_dim): query rows and keys per step, warps, stages. Chosen by
 # the registers, spills and shared memory that `python -m dit_accel.evals.benchmarks.compile_report` prints. A
 # key block comes through two dependent loads (its index, itself), so 5 stages fetch two blocks ahead and 3
@@ -24,6 +28,15 @@ CONFIGS = {
     ("sm_120", 2, 64): (128, 64, 8, 3),
     ("sm_120", 2, 128): (128, 64, 8, 3),
     ("sm_120", 2, 256): (64, 32, 8, 3),
+    ("gfx942", 2, 64): (128, 64, 4, 1),
+    ("gfx942", 2, 128): (128, 64, 8, 1),
+    ("gfx942", 2, 256): (64, 32, 4, 1),
+    ("gfx110", 2, 64): (64, 64, 4, 1),
+    ("gfx110", 2, 128): (32, 32, 8, 1),
+    ("gfx110", 2, 256): (32, 32, 8, 1),
+    ("gfx120", 2, 64): (64, 64, 4, 1),
+    ("gfx120", 2, 128): (64, 64, 4, 1),
+    ("gfx120", 2, 256): (32, 32, 8, 1),
     ("any", 4, 64): (64, 32, 8, 2),
     ("any", 4, 128): (32, 32, 8, 1),
     ("any", 4, 256): (32, 32, 8, 1),
@@ -60,26 +73,38 @@ BACKWARD_CONFIGS = {
     ("sm_120", 2, 64): ((128, 64, 8, 2), (64, 64, 4, 2)),
     ("sm_120", 2, 128): ((64, 64, 8, 2), (32, 64, 8, 2)),
     ("sm_120", 2, 256): ((64, 32, 8, 1), (32, 32, 8, 1)),
+    ("gfx942", 2, 64): ((64, 64, 4, 1), (64, 64, 4, 1)),
+    ("gfx942", 2, 128): ((64, 64, 4, 1), (64, 64, 4, 1)),
+    ("gfx942", 2, 256): ((64, 32, 4, 1), (32, 32, 4, 1)),
     ("any", 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2)),
     ("any", 4, 128): ((32, 32, 8, 1), (32, 32, 8, 1)),
     ("any", 4, 256): ((32, 32, 8, 1), (32, 32, 8, 1)),
 }
 
 
-def chip(capability: tuple[int, int]) -> str:
-    """The row of `CONFIGS` for a compute capability; 8.6 and 8.9 have as little shared memory as 12.0."""
-    major, minor = capability
+def gpu(device: torch.device) -> Gpu:
+    """What a device is."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return torch.cuda.get_device_capability(device)
+
+
+def chip(gpu: Gpu) -> str:
+    """The row of `CONFIGS` for a GPU; 8.6 and 8.9 have as little shared memory as 12.0."""
+    if isinstance(gpu, str):
+        return next(family for family in AMD if gpu.startswith(family))
+    major, minor = gpu
     if major == 8:
         return "sm_80" if minor in (0, 7) else "sm_120"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
 
 
-def config(
-    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], capability: tuple[int, int]
-) -> dict[str, int]:
+def config(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
     """Tile and launch options of the kernel, as measured on this GPU (`tuned`), else those of `CONFIGS`."""
-    launch = tuned.find(capability, dtype.itemsize, max(padded_head_dim(head_dim), 64))
-    return launch_options(launch or untuned(head_dim, dtype, capability), block_size)
+    launch = None  # the table of what was measured knows compute capabilities alone
+    if not isinstance(gpu, str):
+        launch = tuned.find(gpu, dtype.itemsize, max(padded_head_dim(head_dim), 64))
+    return launch_options(launch or untuned(head_dim, dtype, gpu), block_size)
 
 
 def quantized_config(
@@ -99,10 +124,20 @@ def quantized_config(
     return options | {"TK": key_group(block_size[1])}
 
 
-def untuned(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuned.Launch:
+def untuned(head_dim: int, dtype: torch.dtype, gpu: Gpu) -> tuned.Launch:
     """The launch that `CONFIGS` has for a GPU on which nothing was measured."""
-    row = "any" if dtype.itemsize == 4 else chip(capability)
-    return tuned.Launch(*CONFIGS[row, dtype.itemsize, max(padded_head_dim(head_dim), 64)])
+    return _launch(_row(CONFIGS, head_dim, dtype, gpu), gpu)
+
+
+def _row(table: dict[tuple, tuple], head_dim: int, dtype: torch.dtype, gpu: Gpu) -> tuple:
+    row = "any" if dtype.itemsize == 4 else chip(gpu)
+    return table[row, dtype.itemsize, max(padded_head_dim(head_dim), 64)]
+
+
+def _launch(options: tuple[int, int, int, int], gpu: Gpu) -> tuned.Launch:
+    """On AMD's GPUs without a pipeline, whose buffers would take registers."""
+    launch = tuned.Launch(*options)
+    return launch._replace(stages=1) if isinstance(gpu, str) else launch
 
 
 def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[str, int]:
@@ -113,14 +148,13 @@ def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[st
 
 
 def backward_configs(
-    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], capability: tuple[int, int]
+    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The same of the kernel of dQ, and of that of dK and dV, on a mask's blocks."""
-    row = "any" if dtype.itemsize == 4 else chip(capability)
-    of_queries, of_keys = BACKWARD_CONFIGS[row, dtype.itemsize, max(padded_head_dim(head_dim), 64)]
+    of_queries, of_keys = _row(BACKWARD_CONFIGS, head_dim, dtype, gpu)
     return (
-        launch_options(tuned.Launch(*of_queries), block_size),
-        launch_options(tuned.Launch(*of_keys), block_size),
+        launch_options(_launch(of_queries, gpu), block_size),
+        launch_options(_launch(of_keys, gpu), block_size),
     )
 
 

@@ -31,7 +31,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from dit_accel.masks.block_mask import BlockMask
 
-from .triton_configs import config, padded_head_dim
+from .triton_configs import config, gpu, padded_head_dim
 
 # -- kernel --------------------------------------------------------------------------------------------------
 
@@ -380,8 +380,8 @@ def _block_sparse_attention(
     text_stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(q)
-    capability = (8, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
-    options = config(q.shape[3], q.dtype, (block_q, block_k), capability)
+    device = (8, 0) if INTERPRETED else gpu(q.device)
+    options = config(q.shape[3], q.dtype, (block_q, block_k), device)
     mask = (
         order, groups, full_start, full_count, full_index,
         part_start, part_count, part_index, part_tile, words,

@@ -5,6 +5,7 @@ child that had the variable from its start serves every case here, whatever this
 """
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -401,3 +402,39 @@ def test_unavailable_says_why(change, interpreted, words, monkeypatch):
     monkeypatch.setattr(triton_kernel, "INTERPRETED", interpreted)
     asked = {"device": "cpu", "dtype": torch.bfloat16, "head_dim": 64, "block_size": (128, 64)}
     assert words in can_run("triton", **(asked | change))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "words"),
+    [
+        ("gfx942:sramecc+:xnack-", {}, None),
+        ("gfx942:sramecc+:xnack-", {"requires_grad": True}, None),
+        ("gfx1100", {}, None),
+        ("gfx1201", {}, None),
+        ("gfx906", {}, "compiled for AMD's gfx942, gfx110x and gfx120x, got gfx906"),
+        ("gfx1201", {"requires_grad": True}, "does not fit the registers of gfx1201; use backend='auto'"),
+        ("gfx942", {"quantization": "int8"}, "quantizes on NVIDIA GPUs only, got gfx942"),
+    ],
+)
+def test_amd_gpus(architecture, change, words, monkeypatch):
+    monkeypatch.setattr(triton_kernel, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = types.SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    asked = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "block_size": (128, 64)}
+    reason = can_run("triton", **(asked | change))
+    assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize("architecture", ["gfx942", "gfx1100", "gfx1201"])
+def test_amd_gpus_have_launches_of_their_own(architecture):
+    from dit_accel.kernels.block_sparse import triton_configs
+
+    for head_dim in (1, 64, 72, 128, 256):
+        for dtype in DTYPES.values():
+            options = triton_configs.config(head_dim, dtype, (128, 64), architecture)
+            assert options["num_stages"] == 1
+            if architecture == "gfx942":
+                for each in triton_configs.backward_configs(head_dim, dtype, (128, 64), architecture):
+                    assert each["num_stages"] == 1
