@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -259,10 +260,16 @@ def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, *
     return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
 
 
+def by_name(module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a module's forward by their names."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def transformer_inputs(pipe, run) -> dict:
     """The keyword arguments that a pipeline passes to its transformer, from a run of one step."""
     seen: dict = {}
-    note = lambda module, args, kwargs: seen.update(kwargs)  # noqa: E731
+    note = lambda module, args, kwargs: seen.update(by_name(module, args, kwargs))  # noqa: E731
     with pipe.transformer.register_forward_pre_hook(note, with_kwargs=True, prepend=True):
         run(pipe, steps=1)
     return seen
@@ -391,6 +398,16 @@ def cogvideox(families):
 @pytest.fixture
 def mochi(families):
     return _with_pipeline(families["mochi"])
+
+
+@pytest.fixture
+def zimage(families):
+    return _with_pipeline(families["zimage"])
+
+
+@pytest.fixture
+def hunyuanimage(families):
+    return _with_pipeline(families["hunyuanimage"])
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from dit_accel.arguments import positive, shown
 from dit_accel.errors import UnavailableError
 from dit_accel.pipelines.families import family_of
 
+from .native import check_supported
 from .rotary_tables import METHODS, frequencies_of
 
 _THETA = 10000.0
@@ -54,9 +55,10 @@ class Rotary:
             trained: rows and columns of tokens in training.
 
         Raises:
-            UnavailableError: a family without rotary embedding.
+            UnavailableError: a family without rotary embedding, or without runs above native size.
         """
         family = family_of(transformer)
+        check_supported(family)
         module = family.rotary_module(transformer)
         if module is None:
             raise UnavailableError(

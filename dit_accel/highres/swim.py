@@ -21,7 +21,7 @@ from dit_accel.runtime.switching import accelerated
 from .branches import Branches
 from .direct import half_window
 from .method import Job, Method, Pass, Work
-from .native import Native, Size
+from .native import Native, Size, check_supported
 from .wrapping import enabled, in_all_layers
 
 _BASE = 1560  # published, of Wan's tokens in a frame
@@ -95,7 +95,8 @@ class Swim(Method):
 
         Raises:
             TypeError: a transformer of no known family.
-            UnavailableError: a recipe with guidance, or what `dit_accel.enable` refuses.
+            UnavailableError: a recipe with guidance, a family without runs above native size, or what
+                `dit_accel.enable` refuses.
         """
         full = enabled(target)
         if full.guidance is not None:
@@ -106,6 +107,8 @@ class Swim(Method):
         window = InwardWindow(self.half_window)
         recipe = in_all_layers(target, full, lambda heads: Branches(window, heads))
         with accelerated(target, recipe) as handle:
+            for binding in handle.bindings.values():
+                check_supported(binding.family)
             paths = [DualPaths(b, full, self.cache_steps, self.scale) for b in handle.bindings.values()]
             try:
                 for binding, own in zip(handle.bindings.values(), paths, strict=True):

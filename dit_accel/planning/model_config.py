@@ -136,7 +136,8 @@ class ModelConfig:
 
     def layout(self, grid: Size) -> TokenLayout:
         """The geometry of its attention layers with this token grid."""
-        return replace(self.description.planned_layout(grid, self.text_len), anchor=self.reference)
+        layout = self.description.planned_layout(grid, self.text_len)
+        return layout if self.reference is None else replace(layout, anchor=self.reference)
 
     def noise_levels(self, steps: int, tokens: int) -> list[float]:
         """The noise level of the flow at which each step of a run begins, as Euler's scheduler has them.

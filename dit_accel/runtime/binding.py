@@ -302,7 +302,7 @@ class Binding:
         if self.adapted is not None:
             self.adapted.check()
         inputs = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
-        tick = self.steps.tick(inputs["timestep"])
+        tick = self.steps.tick(self.family.timestep(inputs))
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)
         sigma = self.steps.noise_level(self.family.pure_noise) if noisy else None
         dense = self.recipe.is_dense_step(tick.step, tick.total, sigma)
@@ -339,7 +339,8 @@ class Binding:
     ) -> TransformerCall:
         """The call with what its layers compute."""
         layout = self.family.layout(self.transformer, inputs, self._memo)
-        self.device, self.dtype = inputs["hidden_states"].device, inputs["hidden_states"].dtype
+        latents = self.family.latents(inputs)
+        self.device, self.dtype = latents.device, latents.dtype
         frames = self.family.chunk_frames(self.transformer, inputs)
         chunks = None if frames is None else Chunks(frames, self.heads, dense=dense and frames > 1)
         causal = chunks is not None and chunks.causal
@@ -467,6 +468,7 @@ class Binding:
                 sample = output
             else:
                 sample = output[0] if isinstance(output, tuple) else output.sample
+            sample = self.family.predicted(sample)
             sample = self._moves.leave(sample, call.geometry) if call.moved else sample
             return sample[: call.rows.batch] if doubled else sample
 

@@ -67,6 +67,8 @@ HUNYUAN = [Model("hunyuan-video", "HunyuanVideo", (1280, 720), 129)]
 HUNYUAN15 = [Model("hunyuan-video-1.5", "HunyuanVideo 1.5", (1280, 720), 121)]
 SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
 FLUX2 = [Model("flux.2-dev", "FLUX.2-dev", (side, side)) for side in (1024, 2048, 4096)]
+Z_IMAGE = [Model("z-image", "Z-Image", (side, side)) for side in (1024, 2048)]
+HUNYUAN_IMAGE = [Model("hunyuan-image-2.1", "HunyuanImage 2.1", (side, side)) for side in (2048, 4096)]
 QWEN = [Model("qwen-image", "Qwen-Image", (side, side)) for side in (1328, 2656)]
 LTX = [
     Model("ltx-video-2b", "LTX-Video 2B", (1216, 704), 257),
@@ -89,7 +91,7 @@ BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
     "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
     "kandinsky-5": KANDINSKY, "wan-animate": ANIMATE, "chrono-edit": CHRONO, "helios": HELIOS,
-    "qwen-image": QWEN, "flux2": FLUX2,
+    "z-image": Z_IMAGE, "hunyuan-image": HUNYUAN_IMAGE, "qwen-image": QWEN, "flux2": FLUX2,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(
@@ -103,6 +105,12 @@ FRONT = [  # what the README shows: recipe, model, and what is known of the qual
     ("hunyuan-video-1.5-radial", HUNYUAN15[0], "HunyuanVideo's settings, not published for 1.5"),
     ("flux2-neighborhood", FLUX2[2], "as published for FLUX.1, untried on this model"),
     ("qwen-image-neighborhood", QWEN[1], "window, stride and dense steps are ours, untried on this model"),
+    ("z-image-neighborhood", Z_IMAGE[1], "window, stride and dense steps are ours, untried on this model"),
+    (
+        "hunyuan-image-neighborhood",
+        HUNYUAN_IMAGE[1],
+        "window, stride and dense steps are ours, untried on this model",
+    ),
 ]
 EXTRA = {  # models beside those of the presets, of which shares are told
     "wan": WAN22,

@@ -85,6 +85,18 @@ class Family:
         """The number of heads of its layers, and their dimension."""
         return int(transformer.config.num_attention_heads), int(transformer.config.attention_head_dim)
 
+    def latents(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """What is denoised, or that of the first sample, from the inputs of the transformer's forward."""
+        return inputs["hidden_states"]
+
+    def timestep(self, inputs: dict[str, Any]) -> torch.Tensor | float:
+        """The timestep of a call, which falls from step to step."""
+        return inputs["timestep"]
+
+    def predicted(self, sample: Any) -> torch.Tensor:
+        """The prediction (B, ...) in the sample of a forward's output."""
+        return sample
+
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         """Attention modules by layer name, in flat order."""
         raise NotImplementedError

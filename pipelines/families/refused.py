@@ -15,6 +15,7 @@ REASONS = {
         "keys of zeros up to a multiple of 128; layers here have one layout for both. "
         "`pattern.block_mask(chunk, keys=video)` and `kernels.block_sparse_attention` compute such a call"
     ),
+    "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": (
         "three of four of its layers are recurrent, without scores of pairs, and the others have no "

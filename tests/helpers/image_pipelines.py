@@ -125,11 +125,107 @@ class MaskedQwenProcessor(MaskedTwiceProcessor):
         )  # fmt: skip
 
 
+def make_zimage(seed: int = 0, **config):
+    """A ZImagePipeline of 3 blocks and a refiner each, 2 heads of 16, for embeddings in and latents out."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    sizes = {"dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    sizes |= {"in_channels": 4, "cap_feat_dim": TEXT_DIM, "axes_dims": [4, 6, 6]}
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attention.norm_")
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # which are made as zeros
+        torch.nn.init.normal_(token)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_zimage(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer.
+
+    The first prompt has `text_len` tokens, the next 30 more, and so on.
+    """
+    dtype = pipe.transformer.dtype
+
+    def prompts(seed: int) -> list[torch.Tensor]:
+        return [embeddings(1, text_len + 30 * i, seed + i)[0].to(dtype) for i in range(batch)]
+
+    kwargs |= {"prompt_embeds": prompts(seed + 1), "negative_prompt_embeds": prompts(seed + 11)}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"guidance_scale": cfg - 1, "generator": generator, "output_type": "latent"}
+    return pipe(**size, **options, **kwargs).images
+
+
+class MaskedZImageProcessor(MaskedTwiceProcessor):
+    """The same for that of Z-Image, whose mask (B, S) hides what stands behind shorter captions."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+        return self.masked_twice(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+
+
+def make_hunyuanimage(seed: int = 0, **config):
+    """A HunyuanImagePipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in, latents."""
+    from diffusers import (
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanImagePipeline,
+        HunyuanImageTransformer2DModel,
+    )
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (8, 8), "num_refiner_layers": 1}
+    sizes |= {"text_embed_dim": TEXT_DIM, "text_embed_2_dim": TEXT_DIM, "mlp_ratio": 2.0}
+    torch.manual_seed(seed)
+    transformer = HunyuanImageTransformer2DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attn.norm_")
+    pipe = HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer, guider=ClassifierFreeGuidance(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_hunyuanimage(
+    pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, C, H, W) for a grid of tokens, with text of `text_len`, 3 of them of the second encoder.
+
+    Of both encoders the masks hide the first token of every sample and, of the next samples, more at the end.
+    """
+    dtype = pipe.transformer.dtype
+
+    def prompt(seed: int) -> dict[str, torch.Tensor]:
+        given = {}
+        for suffix, length in (("", text_len - 3), ("_2", 3)):
+            given["prompt_embeds" + suffix] = embeddings(batch, length, seed + len(suffix)).to(dtype)
+            places, last = torch.arange(length), length - torch.arange(batch)[:, None]
+            given["prompt_embeds_mask" + suffix] = ((places > 0) & (places < last)).long()
+        return given
+
+    kwargs |= prompt(seed + 1)
+    if cfg > 1:
+        kwargs |= {f"negative_{name}": x for name, x in prompt(seed + 4).items()}
+    pipe.guider = pipe.guider.new(guidance_scale=cfg)
+    size = {"height": grid[0] * 32, "width": grid[1] * 32, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, generator=generator, output_type="latent", **kwargs).images
+
+
 PIPELINES = {
     "flux2": (make_flux2, run_flux2),
+    "hunyuanimage": (make_hunyuanimage, run_hunyuanimage),
     "qwen": (make_qwen, run_qwen),
+    "zimage": (make_zimage, run_zimage),
 }
 MASKED = {
+    "HunyuanImageAttnProcessor": MaskedTwiceProcessor,
+    "ZSingleStreamAttnProcessor": MaskedZImageProcessor,
     "Flux2ParallelSelfAttnProcessor": MaskedAloneProcessor,
     "QwenDoubleStreamAttnProcessor2_0": MaskedQwenProcessor,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -54,7 +55,9 @@ MODELS = {  # family, configuration, what it makes
     "flux2": ("flux2", {}, "image"),
     "sd3": ("sd3", {}, "image"),
     "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
+    "hunyuanimage": ("hunyuanimage", {}, "image"),
     "qwen": ("qwen", {}, "image"),
+    "zimage": ("zimage", {}, "image"),
     "wan": ("wan", {}, "video"),
     "skyreels": ("skyreels", {}, "video"),
     "hunyuan": ("hunyuan", {}, "video"),
@@ -178,13 +181,14 @@ def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
     inputs, calls, pure_noise = [], [], family_of(pipe.transformer).pure_noise
 
     def before(module, args, kwargs):
-        inputs.append(kwargs)
+        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+        inputs.append({**dict(zip(names, args, strict=False)), **kwargs})
 
     def after(module, args, output):
         notes = handle.latest.notes.get("transformer", {})
         of = {kind: {n: said[kind] for n, said in notes.items() if kind in said} for kind in told}
         sigma = None if no_flow else handle.steps.noise_level(pure_noise)
-        calls.append(Call(handle.step, inputs[-1], output[0], *of.values(), sigma))
+        calls.append(Call(handle.step, inputs[-1], stacked(output[0]), *of.values(), sigma))
 
     def tell(call, mask):
         call.notes["chosen"] = mask.to_token_mask()
@@ -199,6 +203,11 @@ def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
     ):
         drive(pipe)
     return calls
+
+
+def stacked(sample: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """A forward's sample, of Z-Image a list."""
+    return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -229,7 +238,8 @@ class Oracle:
     def _masks(self, call: Call, grid, pattern_of: PatternOf, anchor) -> dict[str, torch.Tensor]:
         """Token masks by layer, bool (B or 1, H, S, S)."""
         layout = self.family.layout(self.plain, call.inputs, {})  # of text, each family's own tests say it
-        assert (layout.grid, layout.anchor) == ((1, *grid)[-3:], anchor)
+        own = self.family.planned_layout((1, *grid)[-3:], 0)
+        assert (layout.grid, layout.anchor) == (own.grid, anchor or own.anchor)
         names, heads = list(self.family.layers(self.plain)), range(self.family.heads(self.plain)[0])
         masks = {}
         for name, index in zip(names, flat_indices(names), strict=True):
@@ -252,11 +262,13 @@ class Oracle:
     def _predict(self, model, inputs: dict, masks: dict[str, torch.Tensor]) -> torch.Tensor:
         for name, layer in self.family.layers(model).items():
             layer.processor.mask = masks[name]
-        cast = {
-            name: x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for name, x in inputs.items()
-        }
-        return model(**cast)[0]
+
+        def cast(x):
+            if isinstance(x, list):
+                return [cast(item) for item in x]
+            return x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        return stacked(model(**{name: cast(x) for name, x in inputs.items()})[0])
 
 
 def token_mask(pattern: Pattern, layout: TokenLayout, temporal: bool | None) -> torch.Tensor:
@@ -325,11 +337,15 @@ def joined(a: dict, b: dict) -> dict:
 def halves(inputs: dict) -> list[dict]:
     """The inputs of a call of two samples as those of two calls."""
     return [
-        {name: x.chunk(2)[i] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        {
+            name: x.chunk(2)[i] if isinstance(x, torch.Tensor) else x[i : i + 1] if isinstance(x, list) else x
+            for name, x in inputs.items()
+        }
         for i in range(2)
     ]
 
 
+TOO_SMALL = {("zimage", "spatial-head")}  # a caption of 32 tokens is more than such a head keeps
 FORMS = {  # samples of each call
     "cfg_in_one_batch": [2],
     "cfg_in_two_calls": [1, 1],
@@ -352,6 +368,7 @@ def models(families, masked) -> Callable[[str], Model]:
         for name, (*_, kind) in MODELS.items()
         for case in CASES[kind]
         if (name, case) != ("cogvideox", "by-noise")  # it is no flow
+        if (name, case) not in TOO_SMALL
     ],
 )
 def test_matches_dense_attention_under_masks(models, name, case, form):

@@ -16,9 +16,21 @@ from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.patterns import Calibrated, Clear, Neighborhood
 from dit_accel.patterns.calibration import REORDERED
+from dit_accel.pipelines import family_of
 
-IMAGES = ("flux", "flux2", "sd3", "qwen")
-FAMILIES = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "skyreels", "qwen", "flux2")
+IMAGES = ("flux", "hunyuanimage", "zimage", "flux2", "sd3", "qwen")
+FAMILIES = (
+    "flux",
+    "sd3",
+    "wan",
+    "hunyuan",
+    "hunyuan15",
+    "skyreels",
+    "hunyuanimage",
+    "zimage",
+    "qwen",
+    "flux2",
+)
 SMALL = {"density": 0.4, "block_size": 16}
 
 
@@ -44,7 +56,7 @@ def test_every_family(families, prompts, name, tmp_path):
     before = tools.run(pipe, **size)
     found = dit_accel.calibrate(pipe, given, candidates=("reordered", Clear(2)), **SMALL)
     assert torch.equal(tools.run(pipe, **size), before)
-    assert found.heads == pipe.transformer.config.num_attention_heads
+    assert found.heads == family_of(pipe.transformer).heads(pipe.transformer)[0]
     assert found.steps == 3
     assert set(found.counts()) - {"Dense"}
     found.save(tmp_path / "found.safetensors")

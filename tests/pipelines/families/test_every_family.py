@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dit_accel.errors import UnavailableError
+from dit_accel.highres import Rotary, Swim, generate
 from dit_accel.patterns import Clear
 from dit_accel.pipelines import families as known
 from dit_accel.pipelines import family_of
@@ -19,6 +21,7 @@ PIPELINES = (
     "helios",
     "hunyuan",
     "hunyuan15",
+    "hunyuanimage",
     "kandinsky5",
     "ltx",
     "ltx2",
@@ -27,6 +30,7 @@ PIPELINES = (
     "sd3",
     "skyreels",
     "wan",
+    "zimage",
 )
 
 
@@ -53,6 +57,18 @@ def test_a_pattern_that_covers_all_is_stock_and_disable_restores(families, name)
     torch.testing.assert_close(found, stock, rtol=rtol, atol=atol)
     assert torch.equal(tools.run(pipe, **run), stock)
     assert all(module.processor is own for module, own in processors.items())
+
+
+@pytest.mark.parametrize("name", ["flux2", "hunyuanimage", "qwen", "zimage"])
+def test_runs_above_native_size_are_refused_with_the_reason(families, name):
+    """Whole runs, and their parts on a transformer."""
+    pipe = families[name].make()
+    refused = rf"not there for the family .*{family_of(pipe.transformer).highres_refusal}; call the pipeline"
+    with pytest.raises(UnavailableError, match=refused):
+        generate(pipe, "a cat", width=512, height=512, native=(128, 128))
+    for part in (Swim((2, 2)).applied(pipe), Rotary("ntk").applied(pipe.transformer, (8, 8))):
+        with pytest.raises(UnavailableError, match=refused), part:
+            pass
 
 
 def test_every_family_is_in_the_table(families):

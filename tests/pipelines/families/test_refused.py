@@ -4,7 +4,8 @@ import pytest
 
 from dit_accel import TokenLayout, enable
 from dit_accel.errors import UnavailableError
-from dit_accel.patterns import ChunkCausal
+from dit_accel.patterns import ChunkCausal, Clear
+from dit_accel.pipelines.families.refused import REASONS
 
 
 def test_linear_attention_of_videos():
@@ -35,3 +36,23 @@ def test_a_cache_of_keys():
         enable(transformer, ChunkCausal(3), layout=TokenLayout((3, 4, 4)))
     after = [type(module.processor) for module in transformer.modules() if hasattr(module, "processor")]
     assert after == before
+
+
+def test_attention_that_is_linear_already():
+    import diffusers
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    sizes |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32}
+    transformer = diffusers.SanaTransformer2DModel(**sizes, num_layers=1, caption_channels=16, sample_size=8)
+    reason = r"SanaTransformer2DModel is not supported: the attention over its tokens is linear"
+    with pytest.raises(TypeError, match=reason):
+        enable(transformer, Clear(3))
+    with pytest.raises(UnavailableError, match=reason):
+        enable(transformer, Clear(3), layout=TokenLayout((1, 4, 4)))
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_classes_are_those_of_diffusers(name):
+    import diffusers
+
+    assert hasattr(diffusers, name)
