@@ -3,6 +3,7 @@
 from . import checkout  # noqa: F401, before all that imports from beside this folder
 from .attention.functional import attention
 from .calibration.run import calibrate
+from .distillation.run import distill
 from .errors import DitAccelError, NonFiniteError, UnavailableError
 from .guidance import perturbed_model  # noqa: F401, which `HeadPerturbation.applied` calls
 from .masks.block_mask import BlockMask
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "calibrate",
     "disable",
+    "distill",
     "enable",
     "handle_of",
     "presets",

@@ -21,7 +21,7 @@ LAYERS = (  # the longest entry that a module's name begins with is its own; "" 
     "pipelines.families",
     "guidance.branch",
     "runtime",
-    "summary calibration guidance.perturbed_model",
+    "summary calibration distillation guidance.perturbed_model",
     "",
     "pipelines",
     "scorers generation",

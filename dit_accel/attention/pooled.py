@@ -54,9 +54,8 @@ class Patches:
             weights: of a token by its place in the patch, (factor, factor); None: 1 / factor^2.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if weights is None:
-            weights = torch.full((self.factor,) * 2, self.factor**-2, dtype=dtype, device=x.device)
-        weights = weights.to(x.device, dtype).flatten()
+        even = torch.full((self.factor,) * 2, self.factor**-2, dtype=dtype, device=x.device)
+        weights = (even if weights is None else weights.to(x.device, dtype)).flatten()
         own = weights[self.place]
         present = own.new_zeros(self.count).index_add(0, self.patch, own)
         scale = torch.where(self.cut, weights.sum() / torch.where(self.cut, present, 1), 1)

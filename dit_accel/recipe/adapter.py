@@ -26,6 +26,7 @@ from .adapter_parts import DTYPES, POOLING, LowRank, Part, pooling_of, weights_p
 
 BUNDLED = Path(__file__).parent / "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ABOUT = "made_by.json"
 POOLING_WEIGHTS = "pooling.safetensors"  # beside LoRA, so that PEFT loads the folder as well
 KIND = "weights"  # in the configuration of a folder of whole weights, as its `kind`
 TRANSFORMERS = ("transformer", "transformer_2")  # as pipelines name them, and folders and keys of files
@@ -133,7 +134,7 @@ def write(
         folder: to write.
         tensors: A (rank, in) and B (out, rank) by layer.
         alpha: the scale times the rank.
-        about: what made it, plain data, for `made_by.json` in the folder.
+        about: what made it, plain data, for the file `ABOUT` in the folder.
         pooling: pooling weights (factor, factor) by attention module, for a file of their own.
     """
     rank = next(iter(tensors.values()))[0].shape[0]
@@ -185,7 +186,7 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _describe(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
     """Last, so that a folder that was not finished is none."""
     if about is not None:
-        write_json(folder / "made_by.json", about)
+        write_json(folder / ABOUT, about)
     write_json(folder / CONFIG, config)
 
 

@@ -60,6 +60,8 @@ class Family:
             as our masks take the place of what it makes of the real ones.
         beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
             attended densely.
+        shared_inputs: names of inputs of the transformer's forward that all samples of a call share, as they
+            say where tokens are.
         pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; 0
             where they rise from it to 1000; None: not known.
     """
@@ -75,6 +77,7 @@ class Family:
     moves_tokens: bool = True
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     beside: str = "of a reference image"
+    shared_inputs: tuple[str, ...] = ()
     pure_noise: float | None = 1000.0
 
     def matches(self, transformer: Any) -> bool:

@@ -25,6 +25,7 @@ class Flux(Family):
     transformer = "FluxTransformer2DModel"
     originals = ("FluxAttnProcessor",)
     stays_dense = "text tokens; Kontext's reference image"
+    shared_inputs = ("img_ids", "txt_ids")
     pure_noise = 1.0
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
