@@ -11,7 +11,7 @@ import typer
 
 from dit_accel.files import ended_by_sigterm
 
-from . import bench, calibrate, compare, demo, evaluate, generate, hunt, listing, plan
+from . import bench, calibrate, compare, demo, distill, evaluate, generate, hunt, listing, plan
 from .errors import set_debug
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ def _options(
     set_debug(debug)
 
 
-for module in (generate, compare, plan, calibrate, bench, hunt, listing, evaluate, demo):
+for module in (generate, compare, plan, calibrate, distill, bench, hunt, listing, evaluate, demo):
     module.register(app)
 
 

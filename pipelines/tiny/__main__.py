@@ -1,4 +1,4 @@
-"""Command line: ``python -m dit_accel.pipelines.tiny train|tune|sheet|eval NAME``."""
+"""Command line: ``python -m dit_accel.pipelines.tiny train|scenes|sheet|eval NAME``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains a bundled model, tunes an adapter of it, or draws a sheet of its samples."""
+    """Trains a bundled model, draws scenes to distil it on, or a sheet of its samples."""
     parser = argparse.ArgumentParser(prog="python -m dit_accel.pipelines.tiny", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -20,25 +20,15 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--run", type=Path, help="folder of checkpoints (default: runs/NAME)")
     train.add_argument("--out", type=Path, help="pipeline folder to write (default: the bundled one)")
     train.add_argument("--init", type=Path, help="pipeline folder to start the last stage from")
-    tune = commands.add_parser("tune", help="tune an adapter to a recipe's pattern (resumable)")
-    tune.add_argument("--recipe", required=True, help="a preset or a recipe file")
-    tune.add_argument("--out", type=Path, required=True, help="folder of the adapter to write")
-    tune.add_argument("--run", type=Path, help="folder of checkpoints (default: runs/OUT)")
-    tune.add_argument("--weights", type=Path, help="pipeline folder (default: the bundled one)")
-    tune.add_argument("--native", action="store_true", help="at the native size instead of the demo size")
-    tune.add_argument("--steps", type=int, default=600)
-    tune.add_argument("--batch", type=int, default=2)
-    tune.add_argument("--rank", type=int, default=8)
-    tune.add_argument("--rate", type=float, default=1e-3, help="learning rate")
-    tune.add_argument(
-        "--flow-weight", type=float, default=1.0, help="of the flow's own loss (0: distil alone)"
-    )
-    tune.add_argument("--resume", action="store_true", help="continue the run in --run instead of a new one")
+    scenes = commands.add_parser("scenes", help="draw scenes with captions for `dit-accel distill --data`")
+    scenes.add_argument("--out", type=Path, required=True, help="folder to write")
+    scenes.add_argument("-n", type=int, default=256)
+    scenes.add_argument("--native", action="store_true", help="at the native size instead of the demo size")
+    scenes.add_argument("--seed", type=int, default=0)
 
-    for command in (train, tune):
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        command.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    train.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
 
     sheet = commands.add_parser("sheet", help="draw a contact sheet of held-out prompts")
     sheet.add_argument("--out", type=Path, required=True, help="PNG to write")
@@ -54,10 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .models import SPECS
 
-    for command in (train, tune, sheet, evaluate):
+    for command in (train, scenes, sheet, evaluate):
         command.add_argument("name", choices=tuple(SPECS))
     options = parser.parse_args(arguments)
-    {"train": _train, "tune": _tune, "sheet": _sheet, "eval": _evaluate}[options.command](options)
+    {"train": _train, "scenes": _scenes, "sheet": _sheet, "eval": _evaluate}[options.command](options)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -79,35 +69,12 @@ def _train(options: argparse.Namespace) -> None:
     ).run(options.minutes)
 
 
-def _tune(options: argparse.Namespace) -> None:
-    import torch
-
-    from dit_accel.pipelines import load
-    from dit_accel.recipe.recipe import resolve
-
+def _scenes(options: argparse.Namespace) -> None:
     from .models import spec
-    from .train import device
-    from .tune import Tuning
+    from .scene_folder import write_scenes
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    said = Tuning(
-        options.name,
-        resolve(options.recipe),
-        options.out,
-        options.run or Path("runs") / options.out.name,
-        pipe=load(options.weights) if options.weights else None,
-        size=spec(options.name).native if options.native else None,
-        steps=options.steps,
-        batch=options.batch,
-        rank=options.rank,
-        rate=options.rate,
-        flow_weight=options.flow_weight,
-        seed=options.seed,
-        resume=options.resume,
-        device=device(options.device),
-    ).run()
-    print(json.dumps(said, indent=2))
+    size = spec(options.name).native if options.native else None
+    print(write_scenes(options.name, options.out, options.n, size, options.seed))
 
 
 def _prepared(options: argparse.Namespace) -> tuple:

@@ -19,6 +19,7 @@ NEEDED = {  # of the commands: what makes them get as far as their numbers
     "compare": (*MODEL, "--prompt", "a", "--recipe", "tiny-flux-clear"),
     "plan": (*MODEL, "--recipe", "tiny-flux-clear"),
     "calibrate": (*MODEL, "--density", "0.5"),
+    "distill": (*MODEL, "--recipe", "tiny-flux-clear", "--prompt", "a"),
     "hunt": (*MODEL, "--objective", "attributes", "--no-pictures"),
     "eval attributes": MODEL,
     "eval sweep": (*MODEL, "--no-plot"),
