@@ -64,7 +64,7 @@ def drawn_for(transformer, grid: tuple[int, ...], **options) -> Calibration:
         (1, *grid)[-3:],
         family=family.name,
         layers=tuple(family.layers(transformer)),
-        heads=transformer.config.num_attention_heads,
-        head_dim=transformer.config.attention_head_dim,
+        heads=family.heads(transformer)[0],
+        head_dim=family.heads(transformer)[1],
         **options,
     )

@@ -24,9 +24,10 @@ from dit_accel.runtime.switching import accelerated
 TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
 TITLES = {
     "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
-    "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "flux2": "FLUX.2",
+    "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "zimage": "Z-Image", "flux2": "FLUX.2",
+    "hunyuanimage": "HunyuanImage",
 }  # fmt: skip
-IMAGES, TEXT_FIRST = ("flux", "flux2", "sd3", "qwen"), ("flux", "flux2", "qwen")
+IMAGES, TEXT_FIRST = ("hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen"), ("flux", "flux2", "qwen")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()
@@ -154,8 +155,9 @@ class Case:
         self.pattern = Clear(3) if image else Neighborhood((3, 3, 3))
         self.recipe = Recipe(self.pattern, order="hilbert")
         self.grid = (1, 8, 12) if image else (3, 6, 8)
+        text_len = 32 if family == "zimage" else 7  # filled up
         self.layout = TokenLayout(
-            self.grid, 0 if family in ("wan", "skyreels") else 7, text_first=family in TEXT_FIRST
+            self.grid, 0 if family in ("wan", "skyreels") else text_len, text_first=family in TEXT_FIRST
         )
         self.config = {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"} if family == "sd3" else {}
 

@@ -15,7 +15,7 @@ from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"steps": 6, "cfg": 2.0}
-CACHING = ("flux", "flux2", "wan", "hunyuan", "qwen")
+CACHING = ("flux", "hunyuanimage", "flux2", "wan", "hunyuan", "qwen")
 
 
 def cache(config):
@@ -43,7 +43,7 @@ def works(case, enable_cache, **run):
 
 @pytest.mark.feature("FirstBlockCache")
 def test_first_block_cache(case, cell):
-    if case.family == "sd3":
+    if case.family in ("sd3", "zimage"):
         assert not hasattr(case.make().transformer, "enable_cache")
         cell.no_such_thing("no `enable_cache` in diffusers")
         return

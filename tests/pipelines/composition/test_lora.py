@@ -11,6 +11,8 @@ TARGETS = {
     "wan": ["to_q", "to_v", "to_out.0", "proj_out", "net.0.proj"],
     "hunyuan": ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "x_embedder.proj", "proj_out"],
     "flux2": ["to_q", "to_k", "to_v", "add_k_proj", "to_qkv_mlp_proj", "to_out.0", "x_embedder", "proj_out"],
+    "zimage": ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "cap_embedder.1"],
+    "hunyuanimage": ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "proj_out"],
     "qwen": ["to_q", "to_k", "to_v", "add_k_proj", "to_add_out", "to_out.0", "img_in", "proj_out"],
 }
 TARGETS["skyreels"] = TARGETS["wan"]

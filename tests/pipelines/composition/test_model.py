@@ -38,9 +38,14 @@ def test_attention_backend(case):
     assert torch.equal(case.run(pipe), case.run(case.untouched(math_backend)))
 
 
+def predicted(case, pipe) -> torch.Tensor:
+    sample = pipe.transformer(**case.inputs())[0]
+    return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)  # of Z-Image a list
+
+
 def gradient(case, pipe) -> torch.Tensor:
     pipe.transformer.zero_grad()
-    pipe.transformer(**case.inputs())[0].square().sum().backward()
+    predicted(case, pipe).square().sum().backward()
     return next(iter(case.layers(pipe.transformer).values())).to_q.weight.grad.clone()
 
 
@@ -56,14 +61,19 @@ def test_backward(case):
 
 
 @pytest.mark.feature("Gradient checkpointing")
-def test_gradient_checkpointing(case):
+def test_gradient_checkpointing(case, cell):
     """Blocks run again in the backward pass, in the call that they were in, whatever came after it."""
     pipe, expected = case.make(), gradient(case, case.masked())
     pipe.transformer.enable_gradient_checkpointing()
+    if case.family == "hunyuanimage":
+        with pytest.raises(TypeError, match="unexpected keyword argument 'attention_mask'"):
+            predicted(case, pipe)
+        cell.no_such_thing("diffusers' own call of it fails")
+        return
     untouched = gradient(case, pipe)
     with accelerated(pipe, case.recipe):
         pipe.transformer.zero_grad()
-        loss = pipe.transformer(**case.inputs())[0].square().sum()
+        loss = predicted(case, pipe).square().sum()
         with accelerated(pipe, Dense()), torch.no_grad():
             pipe.transformer(**case.inputs())
         loss.backward()

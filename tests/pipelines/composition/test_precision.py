@@ -10,12 +10,14 @@ CAST += ("encoder_hidden_states_2", "image_embeds")
 
 
 def in_dtype(inputs: dict, dtype: torch.dtype) -> dict:
-    return inputs | {name: inputs[name].to(dtype) for name in CAST if inputs.get(name) is not None}
+    lists = {name: [x.to(dtype) for x in inputs[name]] for name in ("x", "cap_feats") if name in inputs}
+    return inputs | lists | {name: inputs[name].to(dtype) for name in CAST if inputs.get(name) is not None}
 
 
 @torch.no_grad()
 def call(pipe, inputs: dict) -> torch.Tensor:
-    return pipe.transformer(**inputs)[0].float()
+    sample = pipe.transformer(**inputs)[0]
+    return (sample if isinstance(sample, torch.Tensor) else torch.stack(sample)).float()  # Z-Image's: a list
 
 
 def half_precision(case, dtype):

@@ -23,7 +23,8 @@ def config(case):
 
 def fuses_nothing(case, cell) -> bool:
     """HunyuanVideo's attention is of the class that `fuse_qkv_projections` passes over."""
-    pipe = case.untouched(fuse)
+    fuses = hasattr(case.make().transformer, "fuse_qkv_projections")
+    pipe = case.untouched(fuse) if fuses else case.make()
     if not any(hasattr(module, "to_qkv") for module in pipe.transformer.modules()):
         cell.no_such_thing("diffusers fuses nothing here")
         return True
