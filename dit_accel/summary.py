@@ -83,6 +83,10 @@ def _titles(handle: Handle) -> list[str]:
             titles.append(binding.speed().describe_break_even())
         if binding.adapted is not None:
             titles.append(binding.adapted.describe())
+        if binding.shards is not None:
+            titles.append(
+                f"{binding.shards}, sent in the latest run: {handle.latest.sent_bytes / 2**20:.1f} MiB"
+            )
         if binding.branch is not None:
             forwards = binding.branch.run(handle.latest.run).forwards
             titles.append(binding.branch.describe(forwards))

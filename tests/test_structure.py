@@ -25,7 +25,7 @@ LAYERS = (  # the longest entry that a module's name begins with is its own; "" 
     "",
     "pipelines",
     "scorers generation",
-    "guidance highres planning",
+    "guidance highres planning parallel",
     "evals",
     "cli demos",
     "__main__",

@@ -19,6 +19,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .call import AttentionCall, LayerAttention, ModelAttention
 from .run_memory import CallMemory
+from .shards import Shards
 
 _current: ContextVar[TransformerCall | None] = ContextVar("dit_accel_transformer_call", default=None)
 _MODEL = ModelAttention()
@@ -45,6 +46,7 @@ class TransformerCall:
         record: takes what the run did.
         guidance: what this call is to guidance, see `dit_accel.guidance.branch`.
         rows: of which branch its samples are, see `dit_accel.attention.dual_path`; None: there are no two.
+        shards: what this process has of it, of several that share it; `layers` are then of its own heads.
         notes: by layer, what kinds of attention told.
         outer: the call of another transformer in which this one was made.
     """
@@ -66,6 +68,7 @@ class TransformerCall:
     record: Any = None
     guidance: Any = None
     rows: Any = None
+    shards: Shards | None = None
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     outer: TransformerCall | None = None
 
@@ -76,6 +79,16 @@ class TransformerCall:
             self.notes.setdefault(layer, {})["other tokens"] = lengths
             return True
         return layer not in self.layers
+
+    def shards_of(self, layer: str) -> Shards | None:
+        """What this process has of a layer, where several share it."""
+        return None if self.shards is None or layer not in self.shards.layers else self.shards
+
+    def count_exchange(self, layer: str, q: torch.Tensor) -> None:
+        """Records the bytes that the shared call of a layer sends; q of own heads, (B, S, h, D)."""
+        width = self.shards.heads * q.shape[3]
+        sent = self.shards.sent_bytes(self.layouts[layer], len(q), width, q.element_size())
+        self.record.sent_bytes += sent
 
     def attention(self, layer: str) -> LayerAttention:
         return self.layers.get(layer, _MODEL)

@@ -78,7 +78,8 @@ def calibrate(
         ValueError: values outside these forms, layers with other grids than each other, prompts that ran with
             another number of steps, sums beyond `most_bytes`, or a folder begun with other settings.
         TypeError: no supported pipeline.
-        UnavailableError: a model whose chunks see no frames to come (SkyReels-V2 with `causal_block_size`).
+        UnavailableError: a model whose chunks see no frames to come (SkyReels-V2 with `causal_block_size`),
+            or that several processes share.
 
     Source: of the blocks and orders, Zhao et al., "PAROAttention", 2025, whose calibration was not released:
     there orders are weighed by nearly empty blocks; the choice among patterns is this library's own.
@@ -113,8 +114,13 @@ def calibrate(
 
 
 def _check_chunks(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Refuses, before a run, a model that hides frames to come from heads."""
+    """Refuses, before a run, a model that hides frames to come from heads, or shares heads."""
     for transformer in transformers_of(pipe).values():
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise UnavailableError(
+                "a calibration measures all heads, and processes that share a transformer (context or tensor "
+                "parallelism) have some each; calibrate in one process: what is found serves several"
+            )
         chunk = call.get("causal_block_size") or transformer.config.get("num_frame_per_block", 1)
         if chunk > 1:
             raise UnavailableError(

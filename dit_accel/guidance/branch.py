@@ -170,27 +170,27 @@ class Branch:
             return "uncond" not in name
         return evaluation[1] is None or evaluation != run.evaluation
 
-    def perturbed_layers(
-        self, layers: Mapping[str, LayerAttention], strength: float
-    ) -> dict[str, LayerAttention]:
-        """What layers do in the perturbed branch, from what they do otherwise."""
-        return {
-            **layers,
-            **{
-                name: Perturbed(
+    def perturbed_layers(self, call: TransformerCall, strength: float) -> dict[str, LayerAttention]:
+        """What layers do in the perturbed branch of a call, from what they do otherwise."""
+        layers = dict(call.layers)
+        for name, row in self.layers.items():
+            shared = call.shards_of(name)
+            own = range(self.heads) if shared is None else shared.own_heads
+            chosen = {head - own.start: weight for head, weight in row.items() if head in own}
+            if chosen:
+                layers[name] = Perturbed(
                     inner=layers.get(name, ModelAttention()),
                     perturbation=self.perturbation,
-                    heads=list(row),
-                    strengths=strength * torch.tensor(list(row.values()), dtype=torch.float64, device="cpu"),
+                    heads=list(chosen),
+                    strengths=strength
+                    * torch.tensor(list(chosen.values()), dtype=torch.float64, device="cpu"),
                 )
-                for name, row in self.layers.items()
-            },
-        }
+        return layers
 
-    def alone_layers(self, layers: Mapping[str, LayerAttention], tick: Tick) -> Mapping[str, LayerAttention]:
+    def alone_layers(self, call: TransformerCall, tick: Tick) -> Mapping[str, LayerAttention]:
         """The same where every call runs the perturbed model."""
         strength = self.perturbation.strength_at(tick.step, tick.total, alone=True)
-        return self.perturbed_layers(layers, strength) if strength else layers
+        return self.perturbed_layers(call, strength) if strength else call.layers
 
     def guide(
         self, call: TransformerCall, sample: torch.Tensor, restore: Callable[[Any], torch.Tensor]
@@ -228,7 +228,7 @@ class Branch:
         guided.run.blocks += self.depth - self.first
         second = replace(
             call,
-            layers=self.perturbed_layers(call.layers, guided.strength),
+            layers=self.perturbed_layers(call, guided.strength),
             text_valid=take(call.text_valid, guided.conditional, guided.batch),
             guidance=None,
             memory=None if call.memory is None else call.memory.within("perturbed"),

@@ -27,10 +27,11 @@ from dit_accel.recipe.recipe import Recipe
 from . import checkpointing, guard
 from .adapted import Adapted
 from .dual_paths import DualPaths
-from .geometry import Geometry, backend, block_sizes, cheapest
+from .geometry import Geometry, backend, block_sizes, cheapest, of_heads
 from .geometry_cache import GeometryCache
 from .measured_speed import MeasuredSpeed, measured_speed
 from .run_record import RunRecord
+from .splitting import check_shared, shards_of, unshared
 from .steps import StepTracker, Tick
 from .token_moves import TokenMoves
 
@@ -52,7 +53,9 @@ class Binding:
         adapted: the recipe's adapter in this transformer, or None.
         branch: of guidance, or None.
         paths: FreeSwim's two branches, or None.
+        shards: what this process has of it, of several that share it (context parallelism), or None.
         geometry, device, dtype: of the latest call, before one those that are expected.
+        inputs: names of the arguments of its forward.
         record: where runs are recorded; set by the handle.
     """
 
@@ -77,6 +80,8 @@ class Binding:
         for pattern in recipe.patterns:
             pattern.check_model(family.name, list(self.modules), self.heads, self.head_dim)
         self.layers = assign_patterns(recipe, list(self.modules), self.heads)
+        self.parallel = getattr(transformer, "_parallel_config", None)
+        self.shards = shards_of(transformer, family, list(self.modules), self.heads)
         self._speed = speed
         self.adapted: Adapted | None = None
         if recipe.adapter is not None and adapter is not None:
@@ -97,7 +102,7 @@ class Binding:
         self._carries_tokens: tuple[int | None, bool] = (None, True)  # of a run, whether anything may
         self._hooks: list = []
         parameters = inspect.signature(type(transformer).forward).parameters
-        self._inputs = [parameter for parameter in parameters if parameter != "self"]
+        self.inputs = [parameter for parameter in parameters if parameter != "self"]
         self._check()
 
     @property
@@ -111,9 +116,9 @@ class Binding:
 
     @property
     def patched_layers(self) -> list[str]:
-        """Layers with a processor of ours: sparse ones, and those that guidance perturbs."""
+        """Layers with a processor of ours: sparse ones, those that guidance perturbs, all that are shared."""
         perturbed = {} if self.branch is None else self.branch.layers
-        every = self.family.accelerates_dense
+        every = self.family.accelerates_dense or self.shards is not None
         return [layer.name for layer in self.layers if every or layer.heads or layer.name in perturbed]
 
     @property
@@ -214,12 +219,12 @@ class Binding:
 
     def _check_parallel(self) -> None:
         config = getattr(self.transformer, "_parallel_config", None)
-        if config is not None and self.patched_layers:
-            kind = "context" if getattr(config, "tensor_parallel_config", None) is None else "tensor"
+        if config is not self.parallel and (self.patched_layers or self.shards is not None):
             raise UnavailableError(
-                f"{kind} parallelism is not supported in accelerated layers; make every layer dense, or call "
-                "`dit_accel.disable` first"
+                "parallelism was switched on or off after `dit_accel.enable`; call `enable` again after it"
             )
+        if config is not None and self.shards is None and self.patched_layers:
+            raise UnavailableError(unshared(config))
 
     def _built(
         self,
@@ -233,18 +238,13 @@ class Binding:
         self._check_break_even()
         layouts = [self.family.layer_layout(layer.name, layout) for layer in layers]
         leading = self.family.leading(self.transformer, layout)
-        return cheapest(
-            self.recipe,
-            layers,
-            layout,
-            layouts,
-            leading,
-            device,
-            self.speed(),
-            like,
-            self.family.moves_tokens,
-            chunks,
+        moves = self.family.moves_tokens
+        geometry = cheapest(
+            self.recipe, layers, layout, layouts, leading, device, self.speed(), like, moves, chunks
         )
+        if self.shards is None:
+            return geometry
+        return of_heads(geometry, layers, self.shards.own_heads, device, moves)
 
     # -- patching ------------------------------------------------------------------------------------------
 
@@ -301,7 +301,9 @@ class Binding:
         self._check_processors()
         if self.adapted is not None:
             self.adapted.check()
-        inputs = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        if self.shards is not None:
+            check_shared(self.family, self.transformer, inputs)
         tick = self.steps.tick(self.family.timestep(inputs))
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)
         sigma = self.steps.noise_level(self.family.pure_noise) if noisy else None
@@ -339,6 +341,8 @@ class Binding:
     ) -> TransformerCall:
         """The call with what its layers compute."""
         layout = self.family.layout(self.transformer, inputs, self._memo)
+        if self.shards is not None:
+            self.shards.check(layout)
         latents = self.family.latents(inputs)
         self.device, self.dtype = latents.device, latents.dtype
         frames = self.family.chunk_frames(self.transformer, inputs)
@@ -365,6 +369,7 @@ class Binding:
             geometry=geometry,
             any_length=not self.family.moves_tokens,
             moved=moved,
+            shards=self.shards,
         )
 
     def _poolings(self) -> dict[str, torch.Tensor]:
@@ -391,7 +396,7 @@ class Binding:
     def _with_guidance(self, call: TransformerCall, inputs: dict[str, Any], tick: Tick) -> TransformerCall:
         guided = self.branch.begin(tick, self.steps.pipeline, inputs)
         if self.branch.alone:
-            return replace(call, layers=self.branch.alone_layers(call.layers, tick))
+            return replace(call, layers=self.branch.alone_layers(call, tick))
         return replace(call, guidance=guided)
 
     def _guard(self, call: TransformerCall, inputs: dict[str, Any], sample: torch.Tensor) -> None:

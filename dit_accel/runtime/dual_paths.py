@@ -46,6 +46,11 @@ class DualPaths:
         self._names = BranchNames(binding.transformer)
         self._processors: dict[str, Accelerated] = {}
         self._first: dict[int, int] = {}  # by run, the first step that was executed
+        if binding.shards is not None:
+            raise UnavailableError(
+                "the two branches of FreeSwim are not split among processes (context parallelism); use "
+                'another method than "swim", or one process for each prompt'
+            )
         for name, module in self.text_layers.items():
             reason = binding.family.refusal(module)
             if reason is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,6 +122,22 @@ def cheapest(
             )
         )
     return min(built, key=lambda geometry: geometry.sparse_pairs * sizes[geometry.block_size])
+
+
+def of_heads(
+    geometry: Geometry, layers: Sequence[LayerPatterns], heads: range, device: torch.device, moves: bool
+) -> Geometry:
+    """The same with what layers compute for some of their heads alone; order and densities stay those of all.
+
+    Args:
+        layers: those that the geometry was made of.
+        heads: which, neighbours.
+        device, moves: as of `cheapest`.
+    """
+    own = [replace(layer, heads=layer.heads[heads.start : heads.stop]) for layer in layers]
+    made = _attentions(geometry.order, own, geometry.layouts, geometry.block_size, device, moves)
+    kept = zip(geometry.attentions, made, strict=True)
+    return replace(geometry, attentions=[None if every is None else one for every, one in kept])
 
 
 def _densities(

@@ -43,6 +43,7 @@ class RunRecord:
         notes: by transformer and layer, what kinds of attention told last.
         achieved: by transformer and layer, what layers that choose by content computed in each call.
         guarded: by transformer, the latest prediction that is being looked at (see `guard`).
+        sent_bytes: what attention sent from this process to those that it shares transformers with.
     """
 
     run: int
@@ -53,6 +54,7 @@ class RunRecord:
     notes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     achieved: dict[str, dict[str, list[Achieved]]] = field(default_factory=dict)
     guarded: dict[str, Guarded] = field(default_factory=dict)
+    sent_bytes: int = 0
     _density: float = 0.0
     _block_density: float = 0.0
     _of_steps: dict[int, list[float]] = field(default_factory=dict)  # of its calls, their densities

@@ -79,7 +79,8 @@ class Handle:
 
         `step_densities` is by sampler step; `temporal_heads` is what heads of `SparseVideoGen` last chose,
         the share of temporal ones by layer;
-        `guidance` what the perturbed branch ran, by transformer.
+        `guidance` what the perturbed branch ran, by transformer; `sent_bytes` what attention sent to other
+        processes under context parallelism.
         """
         latest = self.latest
         temporal = {name: latest.temporal_heads(name) for name in self.bindings}
@@ -92,6 +93,7 @@ class Handle:
             "block_density": latest.block_density,
             "step_densities": latest.step_densities,
             "grids": dict(latest.grids),
+            "sent_bytes": latest.sent_bytes,
             "temporal_heads": {name: shares for name, shares in temporal.items() if shares},
             "guidance": {
                 name: {"forwards": run.forwards, "blocks": run.blocks, "cost": binding.branch.cost}

@@ -13,6 +13,7 @@ from dit_accel.errors import UnavailableError
 from dit_accel.pipelines.families.base import Family
 
 from .geometry import Geometry
+from .splitting import BeforeSplit, is_split
 
 _SPATIAL_CACHES = ("FasterCacheConfig", "SeaCacheConfig")  # they take Fourier transforms over the frame
 _OWN_CODE = ("dit_accel.", "diffusers.", "transformers.", "torch.", "peft.", "accelerate.")
@@ -35,7 +36,7 @@ class TokenMoves:
         if placed.keys() != self._hooks.keys():
             self.detach()
             for module, dim in placed.items():
-                self._hooks[module] = module.register_forward_hook(partial(self._after_placed, dim))
+                self._hooks[module] = BeforeSplit(module, partial(self._after_placed, dim))
 
     def detach(self) -> None:
         for hook in self._hooks.values():
@@ -74,15 +75,16 @@ class TokenMoves:
         of the user's may. All steps must then have one token order.
         """
         for module in self.transformer.modules():
+            split = is_split(module)
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             if module is not self.transformer and not all(map(_is_known, hooks)):
                 return False
             registry = module.__dict__.get("_diffusers_hook")
-            if registry is not None and registry.hooks and module is not self.transformer:
+            if registry is not None and registry.hooks and module is not self.transformer and not split:
                 return False
             forward = type(module).forward
             own = module.__dict__.get("forward")
-            if own is not None:  # accelerate's, which moves weights, keeps what it replaced
+            if own is not None and not split:  # accelerate's, which moves weights, keeps what it replaced
                 replaced = getattr(module.__dict__.get("_old_forward"), "__func__", None)
                 if "_hf_hook" not in module.__dict__ or replaced is not forward:
                     return False

@@ -56,6 +56,7 @@ class Family:
         highres_refusal: why runs above native size (`dit_accel.highres`) cannot be made; None: they can.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
         batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
+        parallel: whether diffusers' own plan of context parallelism does for its accelerated layers.
         hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
             as our masks take the place of what it makes of the real ones.
         beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
@@ -75,6 +76,7 @@ class Family:
     stays_dense: str = ""
     text_name: str = "text"
     moves_tokens: bool = True
+    parallel: bool = False
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     beside: str = "of a reference image"
     shared_inputs: tuple[str, ...] = ()
@@ -217,6 +219,25 @@ class Family:
             return permute(tensor, dim) if alone else move_part(tensor, dim, layout.visual_slice, permute)
 
         return moved(output) if isinstance(output, torch.Tensor) else tuple(map(moved, output))
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any] | None:
+        """What `enable_parallelism(cp_plan=...)` takes: which tokens are split where; None: there is no plan.
+
+        Visual tokens (with those of references behind them) and text are split each by itself.
+        """
+        return getattr(transformer, "_cp_plan", None) if self.parallel else None
+
+    def not_parallel(self, transformer: Any, inputs: dict[str, Any]) -> str | None:
+        """Why a call with these inputs cannot be split by the plan, with the remedy, or None."""
+        residuals = (
+            "controlnet_block_samples",
+            "controlnet_single_block_samples",
+            "block_controlnet_hidden_states",
+        )
+        named = next((name for name in residuals if inputs.get(name) is not None), None)
+        return (
+            named and f"`{named}` are of all tokens, and no plan splits them; use one process with ControlNet"
+        )
 
     def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""

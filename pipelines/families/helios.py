@@ -30,6 +30,7 @@ class Helios(Wan):
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
     originals = ("HeliosAttnProcessor",)
+    parallel = False  # by its plan in diffusers it was not tried
     stays_dense = "cross-attention to text; tokens of the history before a chunk"
     text_name = "history"
     moves_tokens = False

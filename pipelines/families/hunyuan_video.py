@@ -16,7 +16,15 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill, double_and_single, double_and_single_blocks
 from .registry import register
-from .tokens import Permute, grid_positions, move_patches, read_once, valid_lengths
+from .tokens import (
+    Permute,
+    grid_positions,
+    move_patches,
+    read_once,
+    split_inputs,
+    split_outputs,
+    valid_lengths,
+)
 
 
 @register
@@ -53,6 +61,18 @@ class HunyuanVideo(Family):
         """The first frame, where it is the given image (`"token_replace"`): its modulation is another."""
         replaces = transformer.config.image_condition_type == "token_replace"
         return layout.grid[1] * layout.grid[2] if replaces else 0
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        first = split_inputs("transformer_blocks.0", ("hidden_states", "encoder_hidden_states"))
+        return split_outputs({"rope": {0: 0, 1: 0}}) | first
+
+    def not_parallel(self, transformer: Any, inputs: dict[str, Any]) -> str | None:
+        if getattr(transformer.config, "image_condition_type", None) == "token_replace":
+            return (
+                'a model with `image_condition_type` "token_replace" counts its first tokens inside, where '
+                "each process has others; use one process for each prompt"
+            )
+        return super().not_parallel(transformer, inputs)
 
     def enter(self, transformer: Any, inputs: dict[str, Any], layout: TokenLayout, permute: Permute) -> dict:
         video = move_patches(inputs["hidden_states"], layout.grid, _patch(transformer), permute)

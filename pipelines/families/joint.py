@@ -22,7 +22,8 @@ class PlainProcessor(Accelerated):
         if torch.compiler.is_compiling():
             return False
         call = transformer_call.current(self.owner)
-        return call is not None and isinstance(call.attention(self.layer), ModelAttention)
+        own = call is not None and isinstance(call.attention(self.layer), ModelAttention)
+        return own and call.shards_of(self.layer) is None  # the original knows of no other process
 
     def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
         hidden = call.hidden_keys()

@@ -48,7 +48,9 @@ class Accelerated:
     def dispatched(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
         """The same by the function that the original calls, with the backend that was set for it."""
         dispatch = type(self.original).__call__.__globals__[DISPATCH]
-        options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        whole = call.layout is not None  # all tokens, however many processes share them
+        parallel = None if whole else self._parallel_config
+        options = {"backend": self._attention_backend, "parallel_config": parallel}
         qkv = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
         return dispatch(*qkv, attn_mask=attn_mask, scale=call.scale, **options).transpose(1, 2)
 
@@ -79,8 +81,8 @@ class Accelerated:
         scale: float | None,
     ) -> torch.Tensor:
         """The same, outside of compiled code."""
-        qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
         if self.owner is None:
+            qkv = (x.transpose(1, 2) for x in (q, k, v))
             call = AttentionCall(*qkv, layout=None, dense=self.dense, scale=scale)
             return self.dense(call, attn_mask=attn_mask).transpose(1, 2)
         call = transformer_call.current(self.owner)
@@ -89,13 +91,24 @@ class Accelerated:
                 "an accelerated attention layer was called outside its transformer's call; call the "
                 "transformer itself (not its `forward` or its blocks), or `dit_accel.disable` it first"
             )
+        shards = call.shards_of(self.layer)
+        if shards is not None:
+            q, k, v = shards.to_heads(q, k, v, call.layouts[self.layer])
+            call.count_exchange(self.layer, q)
+        qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
         masked = attn_mask is not None and call.text_valid is None
-        if masked and not call.keeps_own(self.layer, *qkv[:2]):
+        if masked and (shards is not None or not call.keeps_own(self.layer, *qkv[:2])):
             raise ValueError(
                 "an `attention_mask` is not supported in accelerated layers; make this layer or step dense"
             )
-        dense = partial(self.dense, attn_mask=attn_mask)
-        return call.attend(self.layer, *qkv, dense=dense, scale=scale).transpose(1, 2)
+        dense = partial(self.dense, attn_mask=attn_mask) if shards is None else self._dense_of_all
+        out = call.attend(self.layer, *qkv, dense=dense, scale=scale).transpose(1, 2)
+        return out if shards is None else shards.to_tokens(out, call.layouts[self.layer])
+
+    def _dense_of_all(self, call: AttentionCall) -> torch.Tensor:
+        """`dense`, of the tokens of all processes, whose mask none of them has."""
+        hidden = call.hidden_keys()
+        return self.dense(call, attn_mask=None if hidden is None else ~hidden[:, None, None])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,0 +1,100 @@
+"""Context parallelism on diffusers' engine: tokens over processes, and inside attention heads (Ulysses)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import UnavailableError
+from dit_accel.pipelines.families import family_of
+from dit_accel.runtime.switching import handle_of, transformers_of
+
+
+def plan_of(transformer: Any) -> dict[str, Any]:
+    """The `cp_plan` for `transformer.enable_parallelism`: what is split among processes where.
+
+    Diffusers' own for families that it has one for. The plans that are ours (SD3, HunyuanVideo, HunyuanVideo
+    1.5) are for accelerated transformers: their stock attention knows nothing of other processes, so
+    `dit_accel.enable` them, with the recipe `Dense()` at least.
+
+    Raises:
+        UnavailableError: a family without a plan.
+    """
+    family = family_of(transformer)
+    plan = family.parallel_plan(transformer)
+    if plan is None:
+        raise UnavailableError(
+            f"there is no plan for context parallelism of {type(transformer).__name__} ({family.name}); use "
+            "one process for each prompt (`accelerate launch`)"
+        )
+    return plan
+
+
+def context_parallel(target: Any, degree: int | None = None) -> None:
+    """Share every call of a pipeline's transformers among processes, on GPUs or, with gloo, on CPUs.
+
+    What diffusers' `enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree,
+    ulysses_anything=True))` does, with this toolkit's plans for families that diffusers has none for. Call it
+    before `dit_accel.enable`, in every process, after `torch.distributed.init_process_group`; all processes
+    must then make the same calls with the same inputs, and get the same outputs.
+
+    Args:
+        target: a diffusers pipeline, or a transformer.
+        degree: how many processes; None: all.
+
+    Raises:
+        UnavailableError: a family without a plan, or `torch.distributed` not initialised.
+        ValueError: a degree that is not from 2 to the number of processes.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise UnavailableError(
+            "`context_parallel` needs several processes: start them with `torchrun` or `accelerate launch`, "
+            "and call `torch.distributed.init_process_group` first"
+        )
+    world = torch.distributed.get_world_size()
+    degree = world if degree is None else degree
+    if not 2 <= degree <= world:
+        raise ValueError(f"`degree` must be from 2 to the {world} processes there are, got {degree}")
+    transformers = transformers_of(target).values()
+    plans = [plan_of(transformer) for transformer in transformers]
+    for transformer, plan in zip(transformers, plans, strict=True):
+        if handle_of(transformer) is not None:
+            raise UnavailableError(
+                "call `context_parallel` before `dit_accel.enable`, which asks what a process shares"
+            )
+        _enable(transformer, degree, plan)
+        if getattr(transformer, "_cp_plan", None) is None:
+            transformer.register_forward_pre_hook(_check_enabled)
+
+
+def _enable(transformer: Any, degree: int, plan: dict[str, Any]) -> None:
+    from diffusers import ContextParallelConfig
+
+    config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=True)
+    if transformer.device.type != "cpu":
+        transformer.enable_parallelism(config=config, cp_plan=plan)
+        return
+    # diffusers asks for an accelerator
+    from diffusers.hooks.context_parallel import apply_context_parallel
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    names = config.mesh_dim_names
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=names)
+    config.setup(rank, world, torch.device("cpu"), mesh)
+    transformer._parallel_config = ParallelConfig(context_parallel_config=config)
+    for module in transformer.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = transformer._parallel_config
+    apply_context_parallel(transformer, config, plan)
+
+
+def _check_enabled(transformer: nn.Module, args: tuple) -> None:
+    if handle_of(transformer) is None:
+        raise UnavailableError(
+            f"the stock attention of {type(transformer).__name__} knows nothing of other processes; call "
+            "`dit_accel.enable(transformer, recipe)` first, with `Dense()` where nothing is to be sparse"
+        )
