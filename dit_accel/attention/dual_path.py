@@ -258,15 +258,15 @@ def _to_text(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     layout = call.layout
     q = call.q[:, :, layout.visual_slice]
     k, v = (x[:, :, layout.text_slice] for x in (call.k, call.v))
-    mask = _whole(layout.visual_len, layout.text_len, q.device)
+    mask = whole_mask(layout.visual_len, layout.text_len, q.device)
     options = {"scale": call.scale, "text_valid": call.text_valid, "backend": call.backend}
     out, lse = kernels.block_sparse_attention(q, k, v, mask, return_lse=True, **options)
     return out, lse
 
 
 @lru_cache(maxsize=32)
-def _whole(queries: int, text: int, device: torch.device) -> BlockMask:
-    """The mask of visual queries that attend to all text keys."""
+def whole_mask(queries: int, text: int, device: torch.device) -> BlockMask:
+    """The mask of queries that all attend to all of so many keys, which may be padded text."""
     size = next(iter(kernels.block_sizes(device)))
     shape = (-(-queries // size[0]), -(-text // size[1]))
     with torch.inference_mode(False):

@@ -52,6 +52,18 @@ class Pattern:
     pools = 0  # side of the patches of its pooled keys, which stand behind those of the tokens; 0: none
 
     @property
+    def row_reach(self) -> int | None:
+        """How many rows above and below a token its keys reach, of whatever grid; None: there is no bound.
+
+        On a part of a grid with so many rows more, above and below, a token then attends to the same keys.
+        """
+        return None
+
+    def without_pooled_keys(self) -> Pattern:
+        """The same with no key but those of tokens."""
+        return self
+
+    @property
     def hides(self) -> bool:
         """Whether what it leaves out must not be seen, rather than saves time: then a tail is refused."""
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,14 @@ class Clear(StaticPattern):
         mask, patches = masks.of(self), Patches.of(masks.layout, self.downsample, masks.places, masks.device)
         own = Pooled(mask, masks.from_calls(mask), patches=patches)
         return beside_others(own, self, heads, masks)
+
+    @property
+    def row_reach(self) -> int | None:
+        """Up to the circle, which is outside."""
+        return math.ceil(Fraction(self.radius)) - 1
+
+    def without_pooled_keys(self) -> Clear:
+        return replace(self, downsample=None)
 
     def rule(self, layout: TokenLayout) -> OffsetRule:
         most, dtype = self._most(layout), torch.int32 if _farthest(layout) < 2**31 else torch.int64

@@ -34,6 +34,10 @@ class InwardWindow(AxisWise):
     def __post_init__(self):
         object.__setattr__(self, "half_window", integers("half_window", self.half_window, "(dh, dw)", 0))
 
+    @property
+    def row_reach(self) -> int:
+        return self.half_window[0]
+
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
         frames, height, width = layout.grid
         windows = [_axis_table(n, d) for n, d in zip((height, width), self.half_window, strict=True)]

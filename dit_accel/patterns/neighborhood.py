@@ -45,6 +45,14 @@ class Neighborhood(AxisWise):
         """Whether it is causal: what comes later must not be seen."""
         return any(self.is_causal) if isinstance(self.is_causal, tuple) else self.is_causal
 
+    @property
+    def row_reach(self) -> int | None:
+        """Half a window; none where windows are set by more than their query's place: strides, dilation."""
+        windows = self.window if isinstance(self.window, tuple) else (self.window,) * 2
+        others = (self.stride, self.dilation)
+        plain = not self.hides and all(set(x if isinstance(x, tuple) else (x,)) == {1} for x in others)
+        return windows[-2] // 2 if plain and len(windows) > 1 else None
+
     def __post_init__(self):
         for name in ("window", "stride", "dilation", "is_causal"):
             if isinstance(getattr(self, name), list):

@@ -130,6 +130,7 @@ class RunRecord:
         if told:
             self.notes.setdefault(transformer, {}).update(told)
         for layer, said in told.items():
+            self.sent_bytes += said.get("sent bytes", 0)
             if "achieved" in said:
                 layouts, geometry, index = call.layouts, call.geometry, list(call.layouts).index(layer)
                 share = layouts[layer].seq_len ** 2 / sum(one.seq_len**2 for one in layouts.values())

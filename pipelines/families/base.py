@@ -57,6 +57,8 @@ class Family:
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
         batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
         parallel: whether diffusers' own plan of context parallelism does for its accelerated layers.
+        band_dim: dimension of the output along which bands of rows of the picture stand one after the other;
+            None: rows cannot be told apart outside (see `band`).
         hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
             as our masks take the place of what it makes of the real ones.
         beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
@@ -77,6 +79,7 @@ class Family:
     text_name: str = "text"
     moves_tokens: bool = True
     parallel: bool = False
+    band_dim: int | None = None
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     beside: str = "of a reference image"
     shared_inputs: tuple[str, ...] = ()
@@ -238,6 +241,10 @@ class Family:
         return (
             named and f"`{named}` are of all tokens, and no plan splits them; use one process with ControlNet"
         )
+
+    def band(self, inputs: dict[str, Any], layout: TokenLayout, rows: range) -> dict[str, Any]:
+        """The inputs of a call with these rows of the picture's tokens alone; only with a `band_dim`."""
+        raise NotImplementedError
 
     def layer_layout(self, name: str, layout: TokenLayout) -> TokenLayout:
         """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""

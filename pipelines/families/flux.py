@@ -28,6 +28,7 @@ class Flux(Family):
     shared_inputs = ("img_ids", "txt_ids")
     pure_noise = 1.0
     parallel = True
+    band_dim = 1
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return double_and_single(transformer)
@@ -60,6 +61,16 @@ class Flux(Family):
         self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
         return move_image(sample, 1, layout, restore)
+
+    def band(self, inputs: dict[str, Any], layout: TokenLayout, rows: range) -> dict[str, Any]:
+        width, frames = layout.grid[2], layout.grid[0]
+        if frames > 1 or layout.anchor is not None:
+            raise ValueError("bands are of one picture; use one process for calls with a reference image")
+        own = slice(rows.start * width, rows.stop * width)
+        return inputs | {
+            "hidden_states": inputs["hidden_states"][:, own],
+            "img_ids": inputs["img_ids"][..., own, :],
+        }
 
     # -- what is known before a run --------------------------------------------------------------------------
 
