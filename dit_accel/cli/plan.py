@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from .errors import reported
 from .output import JsonOption, note, print_json, print_table
 
 if TYPE_CHECKING:
+    from dit_accel.planning.parallel import Sharing
     from dit_accel.planning.plan import Plan, Speedup
 
 SCHEMA = "dit-accel/plan/1"
@@ -57,6 +59,19 @@ def plan(
         ),
     ] = None,
     strength: opt.StrengthOption = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Also: bytes that so many GPUs send each other in a call.")
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option("--link", help="GB that a GPU sends in a second, for the time of the exchange."),
+    ] = None,
+    call_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--call-seconds", help="Measured time of a sparse call on one GPU, for a modelled time on --gpus."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Say what a recipe would do to a model at a size: densities, speed-up, memory. Runs nothing.
@@ -70,6 +85,7 @@ def plan(
     """
     from rich.console import Console
 
+    from dit_accel.planning.parallel import sharings
     from dit_accel.planning.plan import plan as make
     from dit_accel.recipe.recipe import resolve
 
@@ -79,13 +95,15 @@ def plan(
     chosen = {"model": model, "family": family, "variant": variant, "frames": frames, "steps": steps}
     chosen |= {"device": target, "dtype": number}
     if highres is not None:
-        if plot is not None or shift is not None:
-            raise ValueError("`--plot` and `--shift` do not go with `--highres`")
+        if plot is not None or shift is not None or gpus is not None:
+            raise ValueError("`--plot`, `--shift` and `--gpus` do not go with `--highres`")
         return plan_highres.give(
             json, highres, opt.parse_size(size), strength=strength, recipe=found, **chosen
         )
     if found is None:
         raise ValueError("give `--recipe`, or `--highres` for a run above the trained size")
+    if gpus is None and (link is not None or call_seconds is not None):
+        raise ValueError("`--link` and `--call-seconds` are for `--gpus`; give that as well")
     if plot is not None:
         _check_plot(plot)
     with Console(stderr=True).status("building masks and counting FLOPs"):
@@ -95,11 +113,15 @@ def plan(
             shift=shift,
             **chosen,
         )
+    shared = None if gpus is None else sharings(answer, found, gpus, link=link, call_seconds=call_seconds)
     if plot is not None:
         _draw(answer, plot)
     if json:
-        return print_json({"schema": SCHEMA, "plot": plot, **answer.to_dict()})
+        plain = {"schema": SCHEMA, "plot": plot, **answer.to_dict()}
+        return print_json(plain if shared is None else plain | {"gpus": [asdict(one) for one in shared]})
     _show(answer)
+    if shared is not None:
+        _show_shared(shared, link)
     return None
 
 
@@ -173,6 +195,30 @@ def _show(answer: Plan) -> None:
     print_table("Memory, batch of one", ("", ""), rows)
     for line in answer.notes:
         typer.echo(f"- {line}")
+
+
+def _show_shared(shared: tuple[Sharing, ...], link: float | None) -> None:
+    ways = {"heads": "heads (context_parallel)", "rows": "rows (patch_parallel)"}
+    rows = [
+        (ways[one.way], f"not possible: {one.refused}", *[""] * 4)
+        if one.refused
+        else (
+            ways[one.way],
+            _size(one.sent_bytes),
+            _size(one.halo_bytes),
+            f"{one.work:.1%}",
+            "" if one.exchange_seconds is None else f"{one.exchange_seconds:.4g} s",
+            "" if one.seconds is None else f"{one.seconds:.4g} s, {one.speedup:.2f} x",
+        )
+        for one in shared
+    ]
+    columns = ("shared by", "sent in a call", "of it rows", "work", "exchange", "a call, modelled")
+    print_table(f"On {shared[0].gpus} GPUs, of the one that does most, batch of one", columns, rows)
+    if link is not None:
+        typer.echo(
+            "- times on several GPUs are a model: one device's time divided as the work is, then the "
+            f"exchange at {link:g} GB/s, nothing overlapped"
+        )
 
 
 def _levels(answer: Plan) -> str:

@@ -116,3 +116,25 @@ def test_formats_of_recipes(cli_of):
     assert with_quantization(None, "none") is None
     for command in ("generate", "compare", "plan", "bench"):
         assert "--quantization" in cli_of(command).run("--help").stdout
+
+
+def test_several_gpus(plan, recipe):
+    asked = (*TINY, "--recipe", recipe, "--device", "cpu", "--gpus", "2", "--link", "10")
+    heads, rows = json.loads(plan.run(*asked, "--json").stdout)["gpus"]
+    assert heads["sent_bytes"] > 0 == heads["halo_bytes"]
+    assert heads["seconds"] is None
+    assert "dense_steps=0" in rows["refused"]
+    shown = plan.run(*asked, "--call-seconds", "3").stdout
+    assert f"{heads['exchange_seconds']:.4g} s" in shown
+    assert "are a model: one device's time divided" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--link", "10"), "`--link` and `--call-seconds` are for `--gpus`"),
+        (("--gpus", "1"), "`gpus` must be at least 2"),
+    ],
+)
+def test_several_gpus_bad_input(plan, recipe, more, message):
+    assert message in plan.error(*TINY, "--recipe", recipe, *more)
