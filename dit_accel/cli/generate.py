@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,11 @@ from .errors import reported
 from .output import JsonOption, note, print_json
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from dit_accel.highres import Preset
+    from dit_accel.recipe.recipe import Recipe
 
 EXAMPLE = (
     "Example: dit-accel generate --model tiny-flux --out fox.png "
@@ -75,13 +79,23 @@ def generate(
         bool,
         typer.Option("--plan", help="With --highres: say what each stage takes, and generate nothing."),
     ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            "--share", help="heads or rows: what processes of `accelerate launch` share of each call."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Generate an image or a video, dense or with a recipe; with --highres larger than the model can.
 
     Bundled models start at the size they were trained on; other models at their pipeline's own default.
+    Several processes make one picture together when started by
+    `accelerate launch --multi_gpu -m dit_accel.cli generate --share heads ...`.
     """
     from dit_accel import enable, media, summary
+    from dit_accel.parallel import context_parallel, patch_parallel
+    from dit_accel.patterns import Dense
     from dit_accel.pipelines.families import family_of
     from dit_accel.recipe.recipe import resolve
 
@@ -100,7 +114,7 @@ def generate(
     if out is not None:
         opt.check_output(out)
     chosen = opt.with_quantization(resolve(recipe) if recipe else None, quantization)
-    target = opt.pick_device(device)
+    target, main = _check_share(share, highres, chosen, device)
     number = opt.pick_dtype(dtype, target)
     if plan and highres is not None:
         return plan_highres.give(
@@ -123,13 +137,23 @@ def generate(
         preset.check_family(family_of(transformers(pipe)[0]).name)
     check_request(pipe, request)
     path = media.check_suffix(out or Path("out.mp4" if is_video(pipe) else "out.png"), is_video(pipe))
-    if chosen:
+    sharing = nullcontext()
+    if share == "rows":
+        sharing = patch_parallel(pipe, chosen)
+    elif share == "heads":
+        context_parallel(pipe)
+        enable(pipe, chosen or Dense())  # some models' own attention knows of no other process
+    elif chosen:
         enable(pipe, chosen)
     call = None
     if highres is not None:
         shift = None if preset is None else preset.shift
         call = _above(pipe, request, highres, strength, guidance_above, keep, regions, shift)
-    run = execute(pipe, request, "generate", call=call)
+    with sharing:
+        run = execute(pipe, request, "generate", call=call)
+        told = str(summary(pipe)) if chosen else ""
+    if not main:
+        return None
     media.save(path, run.frames, fps)
     if media.one_colour(run.frames):
         note("warning: every pixel has the same colour; try another --dtype, or more --steps")
@@ -141,9 +165,30 @@ def generate(
         )
         return None
     if chosen:
-        note(str(summary(pipe)))
+        note(told)
     typer.echo(f"{path}: {run.seconds:.1f} s in all, {run.median_step_seconds:.3f} s per step")
     return None
+
+
+def _check_share(
+    share: str | None, highres: str | None, recipe: Recipe | None, device: str
+) -> tuple[torch.device, bool]:
+    """The device of this process, and whether it is the one that tells what was made."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if share is None:
+        if started > 1:
+            raise ValueError(f"{started} processes would each make the same; give `--share heads` or `rows`")
+        return opt.pick_device(device), True
+    if share not in ("heads", "rows"):
+        raise ValueError(f"`--share` must be heads or rows, got {share!r}")
+    if highres is not None:
+        raise ValueError("`--share` and `--highres` do not go together; start one process")
+    if share == "rows" and recipe is None:
+        raise ValueError("`--share rows` needs a `--recipe` whose pattern is local, such as flux-clear-r16")
+    if started == 1:
+        raise ValueError("`--share` is for several processes; start them with `accelerate launch`")
+    target, state = opt.pick_shared_device(device)
+    return target, state.is_main_process
 
 
 def _check_highres(method: str, size: str | None, keep: Path | None) -> Preset | None:
