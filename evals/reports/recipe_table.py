@@ -104,6 +104,10 @@ FRONT = [  # what the README shows: recipe, model, and what is known of the qual
     ("hunyuan-video-radial", HUNYUAN[0], "as published, training-free, there at 117 frames of 768p"),
     ("hunyuan-video-1.5-radial", HUNYUAN15[0], "HunyuanVideo's settings, not published for 1.5"),
     ("flux2-neighborhood", FLUX2[2], "as published for FLUX.1, untried on this model"),
+    ("ltx-video-radial", LTX[0], "Wan's settings, not published for LTX-Video"),
+    ("cogvideox-radial", COGVIDEOX[1], "HunyuanVideo's settings, not published for CogVideoX"),
+    ("mochi-radial", MOCHI[0], "HunyuanVideo's settings, not published for Mochi"),
+    ("kandinsky-5-radial", KANDINSKY[0], "Wan's settings, not published for Kandinsky 5"),
     ("qwen-image-neighborhood", QWEN[1], "window, stride and dense steps are ours, untried on this model"),
     ("z-image-neighborhood", Z_IMAGE[1], "window, stride and dense steps are ours, untried on this model"),
     (

@@ -72,7 +72,7 @@ class JointProcessor(PlainProcessor):
         to_add_out = getattr(attn, "to_add_out", None)
         return visual, text if to_add_out is None else to_add_out(text)
 
-    def rotated(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> Any:
         """Queries or keys of the visual tokens (B, S, H, D) with the rotary embedding."""
         from diffusers.models.embeddings import apply_rotary_emb
 

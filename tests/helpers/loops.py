@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,23 +30,25 @@ class Loop(DiffusionPipeline):
         self.scheduler.set_timesteps(steps)
         self.do_classifier_free_guidance = cfg > 1
 
-        def predicted(latents: torch.Tensor, given: dict) -> torch.Tensor:
+        def predicted(latents: torch.Tensor, given: dict, branch: str) -> torch.Tensor:
             timestep, given = t.expand(len(latents)), dict(given)
             if (conditions := given.pop("conditions", None)) is not None:
                 latents = torch.cat([latents, conditions], dim=1)
-            return self.transformer(
-                hidden_states=latents, timestep=timestep, return_dict=True, **given
-            ).sample
+            inputs = {"hidden_states": latents, "timestep": timestep, "return_dict": True, **given}
+            with getattr(self.transformer, "cache_context", nullcontext)(branch):
+                return self.transformer(**inputs).sample
 
         for t in self.scheduler.timesteps:
+            self.current_timestep = t
             if cfg > 1 and batched:
                 both = {name: _joined(uncond[name], x) for name, x in cond.items()}
-                without, out = predicted(torch.cat([latents] * 2), both).chunk(2)
+                without, out = predicted(torch.cat([latents] * 2), both, "cond_uncond").chunk(2)
             else:
-                out = predicted(latents, cond)
-                without = predicted(latents, uncond) if cfg > 1 else out
+                out = predicted(latents, cond, "cond")
+                without = predicted(latents, uncond, "uncond") if cfg > 1 else out
             out = without + cfg * (out - without) if cfg > 1 else out
             latents = self.scheduler.step(out, t, latents, return_dict=False)[0]
+        self.maybe_free_model_hooks()  # caches forget the run
         return latents
 
 

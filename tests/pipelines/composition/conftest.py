@@ -25,9 +25,10 @@ TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
 TITLES = {
     "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
     "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "zimage": "Z-Image", "flux2": "FLUX.2",
-    "hunyuanimage": "HunyuanImage",
+    "hunyuanimage": "HunyuanImage", "ltx": "LTX-Video", "cogvideox": "CogVideoX", "mochi": "Mochi",
 }  # fmt: skip
-IMAGES, TEXT_FIRST = ("hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen"), ("flux", "flux2", "qwen")
+IMAGES = ("hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen")
+TEXT_FIRST, NO_TEXT = ("flux", "flux2", "qwen", "cogvideox"), ("wan", "skyreels", "ltx")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()
@@ -155,10 +156,8 @@ class Case:
         self.pattern = Clear(3) if image else Neighborhood((3, 3, 3))
         self.recipe = Recipe(self.pattern, order="hilbert")
         self.grid = (1, 8, 12) if image else (3, 6, 8)
-        text_len = 32 if family == "zimage" else 7  # filled up
-        self.layout = TokenLayout(
-            self.grid, 0 if family in ("wan", "skyreels") else text_len, text_first=family in TEXT_FIRST
-        )
+        text_len = 0 if family in NO_TEXT else 32 if family == "zimage" else 7  # filled up
+        self.layout = TokenLayout(self.grid, text_len, text_first=family in TEXT_FIRST)
         self.config = {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"} if family == "sd3" else {}
 
     def make(self, **config):

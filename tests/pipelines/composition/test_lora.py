@@ -15,6 +15,9 @@ TARGETS = {
     "hunyuanimage": ["to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "proj_out"],
     "qwen": ["to_q", "to_k", "to_v", "add_k_proj", "to_add_out", "to_out.0", "img_in", "proj_out"],
 }
+TARGETS["ltx"] = ["to_q", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj"]
+TARGETS["cogvideox"] = ["to_q", "to_v", "to_out.0", "text_proj", "proj_out", "net.0.proj"]
+TARGETS["mochi"] = ["to_q", "to_v", "add_k_proj", "to_add_out", "to_out.0", "proj_out"]
 TARGETS["skyreels"] = TARGETS["wan"]
 TARGETS["hunyuan15"] = [t for t in TARGETS["hunyuan"] if t != "x_embedder.proj"]  # PEFT fuses no 1 x 1 x 1
 

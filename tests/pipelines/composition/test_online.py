@@ -9,6 +9,7 @@ from dit_accel.patterns import ChunkGrowth, Clustered, Pattern, Rectified, Route
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"batch": 2, "cfg": 3.0, "steps": 3}
+VIDEOS = ("wan", "hunyuan", "hunyuan15", "skyreels", "ltx", "cogvideox", "mochi")
 
 
 def chosen_by_content(case, pattern: Pattern) -> None:
@@ -36,7 +37,7 @@ def test_clustered(case):
     chosen_by_content(case, Clustered(6, 8, top_p=0.3, least=0.1, iterations=(3, 1)))
 
 
-@pytest.mark.feature("Growth of chunks (`ChunkGrowth`)", families=("wan", "hunyuan", "hunyuan15", "skyreels"))
+@pytest.mark.feature("Growth of chunks (`ChunkGrowth`)", families=VIDEOS)
 def test_chunk_growth(case):
     chosen_by_content(case, ChunkGrowth(1, 0.3, 0.1, top_frames=1, block_size=(16, 16)))
 

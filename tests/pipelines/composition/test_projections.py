@@ -5,6 +5,7 @@ import torch
 
 from dit_accel.runtime.switching import accelerated, disable, enable
 
+REPLACED = {"sd3": "FusedJointAttnProcessor2_0", "cogvideox": "FusedCogVideoXAttnProcessor2_0"}
 PLAIN_SD3 = {"dual_attention_layers": (), "qk_norm": None}  # all that diffusers' fused processor can do
 
 
@@ -41,14 +42,14 @@ def test_fused_before(case, cell):
 def test_fused_while_enabled(case, cell):
     if fuses_nothing(case, cell):
         return
-    if case.family != "sd3":
+    if case.family not in REPLACED:
         case.works(fuse, enabled_first=True)
         return
-    pipe = case.make(**PLAIN_SD3)
+    pipe = case.make(**config(case))
     dense = case.run(pipe)
     enable(pipe, case.recipe)
     fuse(pipe)
-    replaced = r"replaced by FusedJointAttnProcessor2_0 .* `dit_accel.disable` .* and enable again"
+    replaced = rf"replaced by {REPLACED[case.family]} .* `dit_accel.disable` .* and enable again"
     with cell.refused(RuntimeError, replaced, "diffusers replaces the processors; fuse before enable"):
         case.run(pipe)
     disable(pipe)
