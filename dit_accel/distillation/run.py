@@ -256,7 +256,8 @@ class Distillation:
     def _optimizers(self, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
         options = {"lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay}
         if self.settings.optimizer == "adamw":
-            return [torch.optim.AdamW(parameters, betas=(0.9, 0.999), **options)]
+            adamw: torch.optim.Optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.999), **options)
+            return [adamw]
         prodigy = required("prodigyopt", "training with Prodigy", "distill").Prodigy
         options |= {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
         return [prodigy(parameters, betas=(0.9, 0.999), **options)]

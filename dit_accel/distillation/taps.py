@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ class Taps:
             def before(_: nn.Module, inputs: tuple, name: str = name) -> None:
                 note(name, inputs[0])
 
-            hooks.append(module.to_out[0].register_forward_pre_hook(before))
+            to_out: Any = module.to_out
+            hooks.append(to_out[0].register_forward_pre_hook(before))
             if getattr(module, "to_add_out", None) is not None:
 
                 def of_text(_: nn.Module, inputs: tuple, name: str = name) -> None:
