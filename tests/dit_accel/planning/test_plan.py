@@ -364,7 +364,7 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"family": "sora"}, "the families are flux, hunyuan-video, hunyuan-video-1.5, sd3, wan"),
+            ({"family": "sora"}, "the families are .*hunyuan-video, .*sd3"),
             ({"family": "wan", "variant": "wan3"}, "its variants are wan2.1-14b"),
             ({}, "got neither"),
             ({"family": "wan", "model": "tiny-wan"}, "got both"),
