@@ -103,7 +103,7 @@ class CogVideoX(Family):
     highres_refusal = "its positions beyond native size are not described"
 
     def patch(self, config: Any) -> tuple[int, int, int]:
-        return config.patch_size_t or 1, config.patch_size, config.patch_size
+        return getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
 
     def planned_layout(self, grid: tuple[int, int, int], text_len: int) -> TokenLayout:
         return TokenLayout(grid, text_len=text_len, text_first=True)
