@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from dit_accel.errors import UnavailableError
-from dit_accel.pipelines.tiny.shapes.captions import read_caption
+from dit_accel.pipelines.tiny.captions import read_caption
 
 from . import scene_encoder
 from .pretrained import SCORERS
@@ -34,16 +34,17 @@ SOURCES = {  # hub ids: of the weights, and of the image processor and tokenizer
 class SceneScorer:
     """The objective `scenes`: how probable the bundled scene encoder finds what the caption says.
 
-    score = mean over attributes of softmax(logits of the attribute)[captioned value], in float64. Where
-    `attributes` counts what is right, this is smooth in every pixel. The encoder was trained to see through
-    mild blur, noise and shifts of colour, and these hardly lower it.
+    score = mean over what the caption says of softmax(logits)[captioned value], in float64: what stands
+    at each captioned position, that nothing stands at the other positions (their mean, as one attribute), the
+    background's colour, and its kind. Where `attributes` counts what is right, this is smooth in every pixel.
+    The encoder was trained to see through mild blur, noise and shifts of colour, and these hardly lower it.
 
     A video scores the mean of its frames. A moving object stays within the cell of its captioned position on
     its whole way, so all frames show the position, as in the encoder's training; no frame shows the motion,
     which is left out.
 
     Raises:
-        ValueError: when called, a prompt that is not a caption of a scene of shapes, see `read_caption`.
+        ValueError: when called, a prompt that is no caption of a bundled scene of emoji, see `read_caption`.
     """
 
     name = "scenes"
@@ -61,12 +62,13 @@ class SceneScorer:
         pictures = torch.as_tensor(frames, dtype=torch.float32, device=self.device)
         pictures = pictures.permute(0, 3, 1, 2).contiguous()
         features = self.encoder(scene_encoder.resize(pictures) * 2 - 1)
-        asked = read_caption(prompt)
-        found = [
-            head(features).double().softmax(1)[:, scene_encoder.CLASSES[name].index(asked[name])]
+        asked = scene_encoder.values(read_caption(prompt))
+        odds = {
+            name: head(features).double().softmax(1)[:, scene_encoder.CLASSES[name].index(asked[name])]
             for name, head in self.encoder.classes.items()
-        ]
-        return torch.stack(found).mean().item()
+        }
+        empty = [odds.pop(name) for name, value in asked.items() if value == scene_encoder.EMPTY]
+        return torch.stack([*odds.values(), torch.stack(empty).mean(0)]).mean().item()
 
 
 class AestheticsModel(CLIPVisionModelWithProjection):

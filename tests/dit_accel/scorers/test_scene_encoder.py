@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dit_accel.evals.metrics import distribution
-from dit_accel.pipelines.tiny.shapes.scenes import render, sample
+from dit_accel.pipelines.tiny.scenes import Placed, render, sample
 from dit_accel.scorers import scene_encoder
 
-COUNT = 192
-SLIGHT = {"blur": 0.5, "noise": 0.25, "shift": 0.25}
-OTHERS = ({"shape": "circle"}, {"colour": "red"}, {"position": "top left"})
+COUNT = 512
+SLIGHT = {"blur": 0.5, "noise": 0.25, "shift": 0.5}
+OTHERS = ({"objects": (Placed("fox", "top left"),)}, {"colour": "pink"}, {"background": "striped"})
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,18 @@ def features(encoder, pictures):
 
 
 def test_weights_are_small_and_half_precision():
-    assert scene_encoder.WEIGHTS.stat().st_size < 700_000
+    assert scene_encoder.WEIGHTS.stat().st_size < 1_200_000
     assert {value.dtype for value in load_file(scene_encoder.WEIGHTS).values()} == {torch.float16}
 
 
 def test_it_reads_combinations_that_it_was_not_trained_on(encoder):
-    found = scene_encoder.accuracy(encoder, 96)
+    found = scene_encoder.accuracy(encoder, 256)
     assert min(found[name] for name in scene_encoder.CLASSES) >= 0.98
     assert found["all"] >= 0.95
 
 
 def test_frechet_distance_ranks_clean_then_slightly_damaged_then_other_scenes(encoder):
-    """Measured: 14.6 clean, 24 to 41 slightly damaged, 75 to 194 others (one colour, place or shape only)."""
+    """Measured: 54 clean, 66 to 107 slightly damaged, 199 to 1315 others (one object, colour or kind only)."""
     reference, rng = features(encoder, scenes(0)), random.Random(0)
 
     def distance(pictures):
@@ -58,7 +58,7 @@ def test_frechet_distance_ranks_clean_then_slightly_damaged_then_other_scenes(en
     clean = distance(scenes(1))
     slightly = {kind: damaged(kind, amount) for kind, amount in SLIGHT.items()}
     others = [distance(scenes(1, **fixed)) for fixed in OTHERS]
-    assert 1.5 * clean < min(slightly.values())
+    assert 1.15 * clean < min(slightly.values())
     assert 1.5 * max(slightly.values()) < min(others)
     for kind, value in slightly.items():
         assert damaged(kind, 1.0) > 2 * value, kind

@@ -11,7 +11,7 @@ from dit_accel import media
 from dit_accel.evals.metrics import distribution, sets
 from dit_accel.evals.metrics.features import Scenes
 from dit_accel.evals.metrics.folders import Folder, Store
-from dit_accel.pipelines.tiny.shapes.scenes import render, sample
+from dit_accel.pipelines.tiny.scenes import render, sample
 from dit_accel.scorers.pretrained import Sources
 
 

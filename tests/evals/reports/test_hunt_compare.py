@@ -93,9 +93,9 @@ def test_command_writes_csv_and_markdown(tmp_path):
     settings = {"call": call, "objective": "attributes", "pairs": [["a", 0]]}
     (tmp_path / "log.json").write_text(json.dumps({"settings": settings}))
     (tmp_path / "heads.json").write_text(json.dumps({"heads": [[5, 1]], "scale": 8.0}))
-    arguments = ["tiny-sd3", str(tmp_path), "-n", "2", "--scales", "2", "--out", str(tmp_path / "out")]
+    arguments = ["tiny-flux", str(tmp_path), "-n", "2", "--scales", "2", "--out", str(tmp_path / "out")]
     hunt_compare.main(arguments)
-    with (tmp_path / "out" / "hunt-tiny-sd3.csv").open() as file:
+    with (tmp_path / "out" / "hunt-tiny-flux.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["scale"], row["n"]) for row in rows] == [
         ("none", "0.0", "2"), ("found heads", "2.0", "2"), ("PAG layer 5", "2.0", "2")
@@ -103,23 +103,23 @@ def test_command_writes_csv_and_markdown(tmp_path):
     assert float(rows[1]["extra_cost"]) == pytest.approx(1 / 6)
     assert all(0 <= float(row["attributes"]) <= 1 and 0 < float(row["scenes"]) < 1 for row in rows)
     assert all(float(row["frechet"]) > 0 for row in rows)
-    page = (tmp_path / "out" / "hunt-tiny-sd3.md").read_text()
+    page = (tmp_path / "out" / "hunt-tiny-flux.md").read_text()
     assert "1 steps" in page
-    assert "(hunt-tiny-sd3-heads.json)" in page
+    assert "(hunt-tiny-flux-heads.json)" in page
     assert "heat-map" not in page  # the search has drawn none
-    kept = (tmp_path / "out" / "hunt-tiny-sd3-heads.json").read_bytes()
+    kept = (tmp_path / "out" / "hunt-tiny-flux-heads.json").read_bytes()
     assert kept == (tmp_path / "heads.json").read_bytes()
-    settings["pairs"] = [list(hunt_compare.held_out_pairs(2, 1, [], "tiny-sd3")[0][1])]
+    settings["pairs"] = [list(hunt_compare.held_out_pairs(2, 1, [], "tiny-flux")[0][1])]
     with pytest.raises(ValueError, match="the search used 1 of these pairs; take another --seed, got 1"):
-        hunt_compare.held_out_pairs(2, 1, settings["pairs"], "tiny-sd3")
+        hunt_compare.held_out_pairs(2, 1, settings["pairs"], "tiny-flux")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tiny-wan", "."], "invalid choice: 'tiny-wan'"),
-        (["tiny-sd3", "."], "holds no log.json"),
-        (["tiny-sd3", ".", "-n", "1"], "at least 2, got 1"),
+        (["tiny-flux", "."], "holds no log.json"),
+        (["tiny-flux", ".", "-n", "1"], "at least 2, got 1"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
