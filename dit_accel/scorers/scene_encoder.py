@@ -9,8 +9,8 @@ little, and none of them may be compared with FID.
 
 Half of the training pictures are blurred, noisy or off in colour, and by how much is one of the things the
 net tells, so that its features hold damage as well as content. The bundled weights (seed 0, one thread,
-torch 2.13 on a CPU without AMX, 11 minutes) read everything in 0.992 of 512 scenes whose combinations were not
-trained on. Shifts of colour move its features least.
+torch 2.13 on a CPU without AMX, 11 minutes) read everything in 0.992 of 512 scenes whose combinations were
+not trained on. Shifts of colour move its features least.
 """
 
 from __future__ import annotations

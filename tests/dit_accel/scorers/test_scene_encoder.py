@@ -46,7 +46,7 @@ def test_it_reads_combinations_that_it_was_not_trained_on(encoder):
 
 
 def test_frechet_distance_ranks_clean_then_slightly_damaged_then_other_scenes(encoder):
-    """Measured: 54 clean, 66 to 107 slightly damaged, 199 to 1315 others (one object, colour or kind only)."""
+    """Measured: 54 clean, 66 to 107 slightly damaged, 199 to 1315 others (one object or colour, say)."""
     reference, rng = features(encoder, scenes(0)), random.Random(0)
 
     def distance(pictures):
