@@ -60,7 +60,10 @@ def plan(
     ] = None,
     strength: opt.StrengthOption = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="Also: bytes that so many GPUs send each other in a call.")
+        int | None,
+        typer.Option(
+            "--gpus", min=1, max=1024, help="Also: bytes that so many GPUs send each other in a call."
+        ),
     ] = None,
     link: Annotated[
         float | None,

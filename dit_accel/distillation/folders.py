@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from dit_accel import media
 from dit_accel.files import read_lines, read_text
 from dit_accel.json_files import from_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".mp4")
 METADATA = "metadata.jsonl"
@@ -88,6 +87,8 @@ def frames_of(item: Item, call: Mapping[str, Any], video: bool, temporal: int) -
     Raises:
         ValueError: a video for an image model, or one with too few frames.
     """
+    from dit_accel import media
+
     frames = media.load(item.path)
     if not video and len(frames) > 1:
         raise ValueError(f"{item.path} has {len(frames)} frames, and this model makes images")
@@ -98,5 +99,8 @@ def frames_of(item: Item, call: Mapping[str, Any], video: bool, temporal: int) -
     size = call.get("width") or frames.shape[2], call.get("height") or frames.shape[1]
     if size == (frames.shape[2], frames.shape[1]):
         return frames
+    import numpy as np
+    from PIL import Image, ImageOps
+
     fitted = [ImageOps.fit(Image.fromarray(one), size, Image.Resampling.LANCZOS) for one in frames]
     return np.stack([np.asarray(one) for one in fitted])

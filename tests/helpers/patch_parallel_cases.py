@@ -19,6 +19,8 @@ from dit_accel.parallel import patch_parallel
 from dit_accel.patterns import Clear, InwardWindow, Neighborhood
 
 TESTS = Path(__file__).parents[1]
+FEW = ("clear", "neighborhood", "uneven bands")  # of more than two processes
+ROWS = 6  # of each process
 CASES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "clear": (Recipe(Clear(3)), {}),
     "clear in model order": (Recipe(Clear(2.5), order="raster"), {}),
@@ -27,9 +29,9 @@ CASES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "neighborhood": (Recipe(Neighborhood(5)), {}),
     "even neighborhood": (Recipe(Neighborhood((4, 6))), {}),
     "inward window": (Recipe(InwardWindow((2, 3))), {}),
-    "uneven bands": (Recipe(Clear(3)), {"grid": (13, 8)}),
+    "uneven bands": (Recipe(Clear(3)), {"rows": 1}),
     "pooled keys": (Recipe(Clear(3, downsample=2)), {}),
-    "pooled keys, uneven bands": (Recipe(Clear(3, downsample=2)), {"grid": (13, 7)}),
+    "pooled keys, uneven bands": (Recipe(Clear(3, downsample=2)), {"rows": 1, "width": 7}),
     "averaged": (Recipe(Clear(3)), {"text": "averaged"}),
 }
 
@@ -42,10 +44,13 @@ def main(rank: int, count: int, folder: Path, family: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     make, run = tools.FAMILIES[family]
     pipe = make()
-    before = run(pipe, grid=(12, 8), steps=1)
+    grid = (ROWS * count, 8)
+    before = run(pipe, grid=grid, steps=1)
     said: dict[str, dict[str, Any]] = {}
-    for name, (recipe, options) in CASES.items():
-        options = {"grid": (12, 8), "steps": 2, **options}
+    for name in CASES if count == 2 else FEW:
+        recipe, options = CASES[name]
+        options = {"steps": 2, **options}
+        options["grid"] = (grid[0] + options.pop("rows", 0), options.pop("width", grid[1]))
         text = options.pop("text", "exact")
         try:
             with accelerated(pipe, recipe):
@@ -62,17 +67,17 @@ def main(rank: int, count: int, folder: Path, family: str) -> None:
         except Exception:
             said[name] = {"raised": traceback.format_exc()}
     disable(pipe)
-    said["restored"] = {"equal": torch.equal(before, run(pipe, grid=(12, 8), steps=1))}
+    said["restored"] = {"equal": torch.equal(before, run(pipe, grid=grid, steps=1))}
     said["refused"] = {"raised": ""}
     try:
         with patch_parallel(pipe, Clear(20)):
-            run(pipe, grid=(12, 8), steps=1)
+            run(pipe, grid=grid, steps=1)
     except ValueError as error:
         said["refused"] = {"raised": str(error)}
     try:
         with patch_parallel(pipe, Clear(3)):
             enable(pipe, Clear(3))
-            run(pipe, grid=(12, 8), steps=1)
+            run(pipe, grid=grid, steps=1)
     except Exception as error:
         said["replaced"] = {"raised": str(error)}
     (folder / f"{rank}.json").write_text(json.dumps(said, indent=1))

@@ -60,7 +60,7 @@ def test_hunt(hunt, cli_of, tmp_path):
 def test_hunt_by_the_bundled_net(hunt, tmp_path):
     """One caption, one step, 2 heads: scores are those of the kept images."""
     arguments = ("-m", "tiny-flux", "--objective", "scenes", "--at-least", "attributes=0", "-n", 1)
-    arguments += ("--steps", 1, "--rounds", 1, "--top-k", 1, "--only", "blocks.5/heads.0-1", "--json")
+    arguments += ("--steps", 1, "--rounds", 1, "--top-k", 1, "--only", "single.3/heads.0-1", "--json")
     answer = json.loads(hunt.run(*arguments, "--no-pictures", "--out", tmp_path).stdout)
     assert answer["objective"] == "scenes"
     ((layer, head, means), (_, _, others)) = answer["rounds"][0]["means"]

@@ -118,8 +118,8 @@ import json, pathlib, runpy, sys
 import torch
 torch.set_num_threads(1)
 tests, out = sys.argv[1:]
-tools = runpy.run_path(f"{tests}/conftest.py")
 sys.path.insert(0, f"{tests}/helpers")
+tools = runpy.run_path(f"{tests}/conftest.py")
 from accelerate import PartialState
 from dit_accel.guidance import HeadHunter
 from painted_heads import PAIRS, darkness, draw, level
