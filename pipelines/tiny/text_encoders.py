@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sized
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .word_tokenizers import SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TEXT_LENGTH = 24  # tokens a prompt is padded to; the longest caption has 19
 TEXT_DIM = 128
@@ -28,6 +34,23 @@ def t5(cls: type, config_cls: type, words: Sized, layers: int, width: int = TEXT
             tie_word_embeddings=False,
         )
     )
+
+
+def start_from(encoder: nn.Module, folder: Path) -> None:
+    """Gives a `t5` encoder the weights of the one in ``folder``, of the same sizes.
+
+    UMT5 has a table of distances in every layer, T5 one in its first: each table then is a copy of that.
+    """
+    from safetensors.torch import load_file
+
+    found = load_file(folder / "model.safetensors")
+    found["encoder.embed_tokens.weight"] = found["shared.weight"]
+    own = encoder.state_dict()
+    encoder.load_state_dict({name: found.get(name, found.get(_in_first_layer(name))) for name in own})
+
+
+def _in_first_layer(name: str) -> str:
+    return re.sub(r"block\.\d+", "block.0", name)
 
 
 def clip(cls: type, words: Sized, width: int = TEXT_DIM, length: int = TEXT_LENGTH):

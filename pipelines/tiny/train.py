@@ -21,6 +21,7 @@ from . import autoencoder
 from .adapters import Adapter, adapter
 from .flow import Flow, PositionProbe, TrainingSize, set_statistics
 from .models import spec, weights_dir
+from .text_encoders import start_from
 from .worlds import EMOJI
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Curriculum:
     sizes: tuple[TrainingSize, ...]
     decoder: Stage | None = None  # more training for the decoder alone, on whole clips
     clips: dict[int, int] = field(default_factory=dict)  # their frames, with batch sizes
+    # text encoders that start from those of another bundled model: (model, part)
+    starts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 HELD_OUT = 8  # scenes at each size, at most, on which the loss is watched
@@ -53,14 +56,14 @@ IMAGES = (
     TrainingSize((1, 256, 256), 4, 1024, ((0.98, 0.1),)),
     TrainingSize((1, 384, 384), 2, 1536, ((0.98, 0.4),)),
 )
-VIDEOS = (
-    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 0.3), (0.25, 0.05))),
-    TrainingSize((17, 64, 64), 6, 2048, ((0.0, 0.7), (0.25, 0.3))),
-    TrainingSize((61, 64, 64), 3, 512, ((0.25, 0.1),), tokens=600),
-    TrainingSize((17, 128, 128), 4, 512, ((0.25, 0.2),), tokens=700),
-    TrainingSize((29, 128, 128), 3, 256, ((0.25, 0.1),), tokens=900),
-    TrainingSize((65, 176, 176), 2, 128, ((0.25, 0.25), (0.6, 0.3)), tokens=1200),
-    TrainingSize((65, 176, 176), 1, 128, ((0.95, 0.3),)),
+VIDEOS = (  # objects are learned from pictures first
+    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 1.0), (0.15, 0.1), (0.4, 0.05))),
+    TrainingSize((17, 64, 64), 6, 2048, ((0.15, 0.6), (0.4, 0.2))),
+    TrainingSize((61, 64, 64), 3, 512, ((0.4, 0.05),), tokens=600),
+    TrainingSize((17, 128, 128), 4, 512, ((0.15, 0.15), (0.4, 0.1)), tokens=700),
+    TrainingSize((29, 128, 128), 3, 256, ((0.4, 0.05),), tokens=900),
+    TrainingSize((65, 176, 176), 2, 128, ((0.15, 0.15), (0.4, 0.55)), tokens=1200),
+    TrainingSize((65, 176, 176), 1, 128, ((0.98, 0.3),)),
 )
 CURRICULA: dict[str, Curriculum] = {
     "tiny-flux": Curriculum(
@@ -82,6 +85,7 @@ CURRICULA: dict[str, Curriculum] = {
         sizes=VIDEOS,
         decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2, 61: 1, 125: 1},
+        starts={"text_encoder": ("tiny-flux", "text_encoder_2")},
     ),
     "tiny-hunyuan-video": Curriculum(
         autoencoder=Stage("vae", steps=4000, rate=1e-3, decay=0.5, averaging=0.99),
@@ -199,6 +203,8 @@ class Training:
             if not kept.exists():
                 shutil.copytree(weights_dir(self.curriculum.autoencoder) / "vae", kept)
             pipe.vae = type(pipe.vae).from_pretrained(kept).requires_grad_(False)
+        for name, (model, other) in self.curriculum.starts.items():
+            start_from(getattr(pipe, name), weights_dir(model) / other)
         return pipe
 
     def run(self, minutes: float = math.inf, until: int | None = None) -> Loop:

@@ -8,8 +8,11 @@ from dit_accel.pipelines.tiny import INFO
 from dit_accel.pipelines.tiny.adapters import adapter
 from dit_accel.pipelines.tiny.evaluate import generate
 from dit_accel.pipelines.tiny.flow import Flow, PositionProbe, TrainingSize
+from dit_accel.pipelines.tiny.models import weights_dir
+from dit_accel.pipelines.tiny.text_encoders import start_from
 from dit_accel.pipelines.tiny.train import export
 from dit_accel.pipelines.tiny.word_tokenizers import chat_tokenizer
+from dit_accel.pipelines.tiny.worlds import EMOJI
 from dit_accel.training_loop import Draw
 
 PROMPT = "a red circle at the top left on a plain background"
@@ -172,3 +175,14 @@ def test_latents_of_hunyuan_video_are_standard_and_decode_the_same(hunyuan_video
     torch.testing.assert_close(latents.std(axes), torch.ones_like(std))
     torch.testing.assert_close(after.std, before.std / std.view(-1, 1, 1, 1))
     torch.testing.assert_close(again, decoded)
+
+
+def test_text_encoders_start_from_those_of_tiny_flux():
+    """UMT5 is T5 with a table of distances in every layer."""
+    wan, flux = INFO["tiny-wan"].build(EMOJI), load("tiny-flux")
+    start_from(wan.text_encoder, weights_dir("tiny-flux") / "text_encoder_2")
+    ids = wan.tokenizer("a fox at the top and an owl at the bottom on a blue plain background").input_ids
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        found, wanted = (one(ids).last_hidden_state for one in (wan.text_encoder, flux.text_encoder_2))
+    assert torch.equal(found, wanted)
