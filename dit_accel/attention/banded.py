@@ -177,8 +177,9 @@ class BandedAttention(LayerAttention):
         kv = torch.stack((k, v))
         parts = [kv, *self._halo(kv), torch.stack(text[1:]), *self._pooled(kv, call.pooling)]
         keys, values = torch.cat(parts, 3)
-        options = {"scale": call.scale, "backend": call.backend}
-        out = kernels.block_sparse_attention(q, keys, values, self.mask, **options)
+        out: Any = kernels.block_sparse_attention(
+            q, keys, values, self.mask, scale=call.scale, backend=call.backend
+        )
         halo, others = self.bands.sent_numbers(layout, q.shape[1], q.shape[3])
         call.notes["sent bytes"] = len(q) * q.element_size() * (halo + others)
         call.notes["halo bytes"] = len(q) * q.element_size() * halo

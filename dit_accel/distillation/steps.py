@@ -56,6 +56,7 @@ class Batch:
             for name, x in first.inputs.items()
         }
         found = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in found.items()}
+        assert family.pure_noise is not None  # `capture` refuses such a family
         timestep = (sigma * family.pure_noise).view(-1, *[1] * len(first.per_token))
         timestep = timestep.expand(-1, *first.per_token)
         return {**found, "hidden_states": self.noisy(device).to(dtype), "timestep": timestep}
