@@ -10,7 +10,7 @@ from typing import Any
 
 from .base import Fill
 from .registry import register
-from .wan import Wan
+from .wan import Wan, given_image
 
 
 @register
@@ -31,5 +31,4 @@ class ChronoEdit(Wan):
     def example_inputs(
         self, config: Any, grid: tuple[int, int, int], text_len: int, fill: Fill
     ) -> dict[str, Any]:
-        image = {"encoder_hidden_states_image": fill(1, 257, config.image_dim)} if config.image_dim else {}
-        return super().example_inputs(config, grid, text_len, fill) | image
+        return super().example_inputs(config, grid, text_len, fill) | given_image(config, fill)

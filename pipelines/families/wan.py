@@ -96,3 +96,8 @@ class Wan(Family):
             "encoder_hidden_states": fill(1, text_len, config.text_dim),
             "timestep": fill(1).fill_(500),
         }
+
+
+def given_image(config: Any, fill: Fill) -> dict[str, torch.Tensor]:
+    """What a transformer is told of an image by CLIP, as an example; nothing where it takes none."""
+    return {"encoder_hidden_states_image": fill(1, 257, config.image_dim)} if config.image_dim else {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from .base import Fill
 from .registry import register
-from .wan import Wan
+from .wan import Wan, given_image
 
 
 @register
@@ -38,10 +38,9 @@ class WanAnimate(Wan):
         inputs = super().example_inputs(config, grid, text_len, fill)
         frames, rows, columns = inputs["hidden_states"].shape[2:]
         side = config.motion_encoder_size
-        image = {"encoder_hidden_states_image": fill(1, 257, config.image_dim)} if config.image_dim else {}
         return (
             inputs
-            | image
+            | given_image(config, fill)
             | {
                 "pose_hidden_states": fill(1, config.latent_channels, frames - 1, rows, columns),
                 "face_pixel_values": fill(1, 3, 4 * (frames - 1), side, side),

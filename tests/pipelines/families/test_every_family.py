@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dit_accel.errors import UnavailableError
+from dit_accel.guidance import HeadPerturbation
 from dit_accel.highres import Rotary, Swim, generate
-from dit_accel.patterns import Clear
+from dit_accel.patterns import Clear, Dense
 from dit_accel.pipelines import families as known
 from dit_accel.pipelines import family_of
 from dit_accel.recipe.recipe import Recipe, presets
@@ -76,3 +77,18 @@ def test_every_family_is_in_the_table(families):
     tried = {family_of(tools.make().transformer).name for tools in families.values()}
     assert tried == {family.name for family in known()}
     assert all(presets(name) for name in tried)
+
+
+@pytest.mark.parametrize("name", ["flux2", "hunyuanimage", "qwen"])
+def test_guidance_by_perturbed_heads(request, name):
+    tools = request.getfixturevalue(name)
+    guidance = HeadPerturbation({(1, 1): 1.0, (2, 0): 0.5}, scale=2.5)
+    inputs, transformer = tools.inputs(tools.pipe), tools.pipe.transformer
+    with torch.no_grad():
+        own = transformer(**inputs)[0]
+        with guidance.applied(transformer):
+            perturbed = transformer(**inputs)[0]
+        with accelerated(transformer, Recipe(Dense(), guidance=guidance)):
+            guided = transformer(**inputs)[0]
+    torch.testing.assert_close(guided, own + 2.5 * (own - perturbed), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(guided, own, atol=1e-3)
