@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from dit_accel.training_loop import Draw
+from dit_accel.training_loop import Draw, mixed_precision
 
 from .adapters import Adapter
 from .scenes import Scene, object_side, render, sample
@@ -61,7 +61,7 @@ def loss(adapter: Adapter, draw: Draw, progress: float, batch: int, device: torc
         target = _crops(adapter, draw, (1, *adapter.crop[1:]), 2 * batch, device)
     else:
         target = _crops(adapter, draw, adapter.crop, batch, device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         posterior = adapter.posterior(target)
         mean, std = posterior.mean.float(), posterior.std.float()
         output = adapter.decode(mean + std * draw.normal(mean.shape).to(device))
@@ -77,7 +77,7 @@ def decoder_loss(adapter: Adapter, draw: Draw, clips: dict[int, int], device: to
     """
     frames = draw.rng.choice(tuple(clips))
     target = _crops(adapter, draw, (frames, *adapter.crop[1:]), clips[frames], device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         with torch.no_grad():
             posterior = adapter.posterior(target)
         return _error(adapter.decode(posterior.mean), target)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel.training_loop import Draw
+from dit_accel.training_loop import Draw, mixed_precision
 
 from .adapters import Adapter
 from .autoencoder import pixels
@@ -74,7 +74,7 @@ class Pool:
                 *(layers(scene, height, width, frames) for scene in self.scenes[start : start + batch]),
                 strict=True,
             )
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad(), mixed_precision(device):
                 mean = adapter.posterior(pixels(list(drawn)).to(device)).mean.float()
             parts.append(adapter.normalise(mean).cpu())
             near += [_near(cover) for cover in covers]
@@ -267,7 +267,7 @@ class Flow:
             latents = in_a_row(latents, some[0])
         noise = draw.normal(latents.shape).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast(self.device.type, torch.bfloat16), contextlib.ExitStack() as stack:
+        with mixed_precision(self.device), contextlib.ExitStack() as stack:
             text = self.adapter.encode_text(captions, length)
             if latents[0, 0].numel() // 4 < SHORT_SEQUENCE:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
