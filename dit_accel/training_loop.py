@@ -36,13 +36,20 @@ class Draw:
         return torch.rand(tuple(shape), generator=self.generator)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the device multiplies it; CPUs without its instructions keep float32.
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16.
 
-    PyTorch emulates bfloat16 products there, tens of times slower than those of float32.
+    Where it has none PyTorch emulates them: on CPUs without AVX-512 BF16 and AMX tens of times slower than
+    products of float32, and on NVIDIA GPUs before Ampere.
     """
-    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the device multiplies it; elsewhere float32 stays."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,12 @@ def distill(
         float, typer.Option("--empty", help="Share of samples with the empty prompt in place of theirs.")
     ] = 0.1,
     precision: Annotated[
-        str, typer.Option("--precision", help="bf16: mixed; or fp32. Weights are trained in fp32.")
-    ] = "bf16",
+        str,
+        typer.Option(
+            "--precision",
+            help="bf16: mixed; fp32; or auto: bf16 where the device multiplies it. Weights are fp32.",
+        ),
+    ] = "auto",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing/--no-checkpointing", help="Save memory, compute blocks twice.")
     ] = False,
@@ -133,6 +137,7 @@ def distill(
     from dataclasses import replace
 
     from dit_accel import distill as learn
+    from dit_accel.distillation.run import precision_of
     from dit_accel.distillation.settings import Settings
     from dit_accel.files import write_text
     from dit_accel.recipe.recipe import resolve
@@ -177,7 +182,9 @@ def distill(
     folder = out.with_name(f"{out.name}.state") if state is None else state
     main = shared.is_main_process
     if main:
-        note(f"{model}: {settings.steps} steps of {settings.batch}; goes on from {folder} when stopped")
+        numbers = precision_of(settings, target, folder)
+        steps_of = f"{settings.steps} steps of {settings.batch} in {numbers}"
+        note(f"{model}: {steps_of}; goes on from {folder} when stopped")
     places = {"call": call, "folder": folder, "log": log, "progress": sys.stderr.isatty()}
     said = learn(pipe, asked, source, out, **places, **settings.about(), save_every=save_every)
     if not main:

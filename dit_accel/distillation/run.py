@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dit_accel.pipelines.families import family_of
 from dit_accel.recipe import adapter
 from dit_accel.recipe.recipe import Recipe, resolve
 from dit_accel.runtime.switching import transformers_of
-from dit_accel.training_loop import Draw, Loop, Stage
+from dit_accel.training_loop import Draw, Loop, Stage, multiplies_bf16
 
 from .folders import read_folder
 from .progress import Progress
@@ -29,6 +30,8 @@ from .taps import default_taps
 
 FILES = (adapter.CONFIG, adapter.WEIGHTS, adapter.POOLING_WEIGHTS, adapter.ABOUT)
 RUN, SAMPLES, CHECKPOINT = "distillation.json", "samples", "checkpoint.pt"
+_SETTINGS = "settings of a distillation"
+_log = logging.getLogger(__name__)
 
 
 def distill(
@@ -95,6 +98,16 @@ def distill(
         job.close()
 
 
+def precision_of(settings: Settings, device: torch.device, folder: Path) -> str:
+    """`"bf16"` or `"fp32"`: what settings say; of `"auto"` what the run in `folder` began with, if any."""
+    if settings.precision != "auto":
+        return settings.precision
+    begun = read_json(path, _SETTINGS) if (path := folder / RUN).is_file() else {}
+    kept = begun.get("precision") if isinstance(begun, dict) else None
+    own = "bf16" if multiplies_bf16(device) else "fp32"
+    return kept if kept in ("bf16", "fp32") else own
+
+
 class Distillation:
     """One adapter in the making; arguments as of `distill`. All is checked before anything is made."""
 
@@ -133,6 +146,9 @@ class Distillation:
             required("prodigyopt", "training with Prodigy", "distill")
         if log is not None:
             required("tensorboard", "a log for TensorBoard", "distill")
+        self.settings = settings = replace(settings, precision=precision_of(settings, self.device, folder))
+        if self.state.is_main_process:
+            _log.info("distillation computes in %s on %s", settings.precision, self.device)
         dtype = torch.bfloat16 if settings.precision == "bf16" else self.transformer.dtype
         sparse = trainable(recipe, self.device, dtype)
         self._before = _Modes(self.transformer)
@@ -207,7 +223,7 @@ class Distillation:
         path = self.folder / RUN
         if path.is_file():
             made = f"the distillation in {self.folder} was begun"
-            check_same(read_json(path, "settings of a distillation"), self.about, made, "give another folder")
+            check_same(read_json(path, _SETTINGS), self.about, made, "give another folder")
         elif self.state.is_main_process:
             write_json(path, self.about)
         self.state.wait_for_everyone()

@@ -11,7 +11,7 @@ from dit_accel.seeds import check_seed
 
 OPTIMIZERS = ("adamw", "prodigy")
 LEVELS = ("scheduler", "uniform")
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp32")
 _RATES = {"adamw": 1e-4, "prodigy": 1.0}
 
 
@@ -40,7 +40,9 @@ class Settings:
             pattern.
         levels: how noise levels are drawn: evenly and then moved as the `"scheduler"` does, or `"uniform"`.
         empty: share of samples with the empty prompt in the place of their own, for classifier-free guidance.
-        precision: `"bf16"`: mixed precision, weights that are trained in fp32; or `"fp32"`.
+        precision: `"bf16"`: mixed precision, weights that are trained in fp32; `"fp32"`; or `"auto"`: the
+            first where the device multiplies bf16 (`dit_accel.training_loop.multiplies_bf16`), else the
+            other. A run that is resumed keeps what it began with.
         checkpointing: whether blocks are computed again in the backward pass, which saves memory.
         samples: how many are generated; None: one for each prompt.
         held_out: samples that are not trained on, on which the result is measured; None: a sixteenth, 8 at
@@ -69,7 +71,7 @@ class Settings:
     train: Sequence[str] | None = None
     levels: str = "scheduler"
     empty: float = 0.1
-    precision: str = "bf16"
+    precision: str = "auto"
     checkpointing: bool = False
     samples: int | None = None
     held_out: int | None = None
@@ -97,7 +99,7 @@ class Settings:
             raise ValueError(f"`decay` must be a share from 0 to 1, got {shown(self.decay)}")
         for name, known in (("optimizer", OPTIMIZERS), ("levels", LEVELS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                names = " or ".join(map(repr, known))
+                names = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
                 raise ValueError(f"`{name}` must be {names}, got {shown(getattr(self, name))}")
         for name in ("taps", "train"):
             value = getattr(self, name)

@@ -110,6 +110,22 @@ def test_it_stops_where_it_is_told_and_settings_stay(flux, tmp_path):
     assert files_of(tmp_path / "out") == once
 
 
+def test_precision_is_that_of_the_device_and_stays_that_of_the_run(flux, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="dit_accel")
+    options = {"precision": "auto", "steps": 2}
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(run, "multiplies_bf16", lambda device, fast=fast: fast)
+        said = distilled(flux.pipe, "flux", tmp_path / precision, **options, until=1)
+        assert said["precision"] == precision
+        monkeypatch.setattr(run, "multiplies_bf16", lambda device, fast=fast: not fast)
+        assert distilled(flux.pipe, "flux", tmp_path / precision, **options)["precision"] == precision
+        said = [text for text in caplog.messages if "computes" in text]
+        assert said == [f"distillation computes in {precision} on cpu"] * 2
+        caplog.clear()
+    with pytest.raises(ValueError, match="begun with another `precision`, 'fp32', not 'bf16'"):
+        distilled(flux.pipe, "flux", tmp_path / "fp32", **{**options, "precision": "bf16"})
+
+
 def test_steps_that_are_dense_are_trained_dense(flux, tmp_path):
     """Then the student without its adapter is the teacher."""
     dense = Recipe(Clear(1), dense_steps=1.0, block_size=(16, 16))
