@@ -29,7 +29,7 @@ from dit_accel.masks.per_head import join_heads
 from .call import AttentionCall, LayerAttention
 from .dual_path import whole_mask
 from .layer_masks import LayerMasks
-from .pooled import Patches
+from .pooled import POOLING, Patches
 from .shards import exchange
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class BandedAttention(LayerAttention):
         q, k, v = (x[:, :, layout.visual_slice] for x in (call.q, call.k, call.v))
         text = [x[:, :, layout.text_slice] for x in (call.q, call.k, call.v)]
         kv = torch.stack((k, v))
-        parts = [kv, *self._halo(kv), torch.stack(text[1:]), *self._pooled(kv, call.pooling)]
+        parts = [kv, *self._halo(kv), torch.stack(text[1:]), *self._pooled(kv, call.learned.get(POOLING))]
         keys, values = torch.cat(parts, 3)
         out: Any = kernels.block_sparse_attention(
             q, keys, values, self.mask, scale=call.scale, backend=call.backend

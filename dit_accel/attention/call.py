@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,8 +36,8 @@ class AttentionCall:
         memory: what the layer keeps from step to step of a run, see `dit_accel.attention.run_memory`; None
             where calls have nothing to do with each other.
         notes: takes what a kind wants to tell of a call, such as which orders heads chose.
-        pooling: weights of a token by its place in a patch, (factor, factor), where keys are pooled; None:
-            the mean.
+        learned: weights of the layer that its pattern has beside the projections, by the names of
+            `Pattern.learned`; what is missing is as before training.
     """
 
     q: torch.Tensor
@@ -54,7 +54,7 @@ class AttentionCall:
     places: torch.Tensor | None = None
     memory: CallMemory | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-    pooling: torch.Tensor | None = None
+    learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def of_heads(self, heads: list[int]) -> AttentionCall:
         """The same of some heads alone."""

@@ -11,6 +11,8 @@ from dit_accel.masks.layout import TokenLayout
 from .call import AttentionCall
 from .masked import Masked
 
+POOLING = "spatial_weight"  # name of the weights of pooling, (factor, factor), among learned ones
+
 
 @dataclass(frozen=True, eq=False)
 class Patches:
@@ -74,7 +76,7 @@ class Pooled(Masked):
     """Attention under a `BlockMask` whose last keys are patches of visual tokens (CLEAR's second form).
 
     Keys and values are pooled after the rotary embedding, by the same weights for all heads and channels:
-    those of the call (`AttentionCall.pooling`), or the mean.
+    those that the call's layer has learned (`POOLING`), or the mean.
 
     Attributes:
         patches: of the visual tokens, in the order of calls.
@@ -84,7 +86,7 @@ class Pooled(Masked):
 
     def enter(self, call: AttentionCall) -> AttentionCall:
         visual = call.layout.visual_slice
-        pooled = [self.patches.pool(x[:, :, visual], call.pooling) for x in (call.k, call.v)]
+        pooled = [self.patches.pool(x[:, :, visual], call.learned.get(POOLING)) for x in (call.k, call.v)]
         call = super().enter(call)
         k, v = (torch.cat(pair, 2) for pair in zip((call.k, call.v), pooled, strict=True))
         return replace(call, k=k, v=v)

@@ -37,7 +37,7 @@ class TransformerCall:
         step: sampler step.
         backend: of kernels.
         formats, tails: of kernels (`quantization`, `tail`), by the name of each layer that has one.
-        poolings: weights of pooled keys as in `AttentionCall`, by the name of each layer that has some.
+        learned: learned weights as in `AttentionCall`, by the name of each layer that has some.
         places: as in `AttentionCall`.
         geometry: what depends on the tokens' geometry, see `dit_accel.runtime.geometry`.
         any_length: whether a layer may attend to other tokens than the layout's, densely.
@@ -59,7 +59,7 @@ class TransformerCall:
     backend: str = "auto"
     formats: Mapping[str, str] = field(default_factory=dict)
     tails: Mapping[str, str] = field(default_factory=dict)
-    poolings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    learned: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     places: torch.Tensor | None = None
     geometry: Any = None
     any_length: bool = False
@@ -120,7 +120,7 @@ class TransformerCall:
             places=self.places,
             memory=None if self.memory is None else self.memory.within(layer),
             notes=notes,
-            pooling=self.poolings.get(layer),
+            learned=self.learned.get(layer, {}),
         )
         return dense(call) if self.keeps_own(layer, q, k) else self.layers[layer](call)
 

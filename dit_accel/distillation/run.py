@@ -28,7 +28,7 @@ from .steps import PARTS, Steps
 from .student import Student, trainable
 from .taps import default_taps
 
-FILES = (adapter.CONFIG, adapter.WEIGHTS, adapter.POOLING_WEIGHTS, adapter.ABOUT)
+FILES = (adapter.CONFIG, adapter.WEIGHTS, adapter.LEARNED_WEIGHTS, adapter.ABOUT)
 RUN, SAMPLES, CHECKPOINT = "distillation.json", "samples", "checkpoint.pt"
 _SETTINGS = "settings of a distillation"
 _log = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ def distill(
     teacher predicts for the same noisy latents, plus the distance to its attention outputs in some layers, as
     CLEAR distils. What is trained stands beside the model's weights, which stay as they are: the projections
     that the patterns name (`Pattern.trained`) in the layers that the recipe changes, as LoRA or whole, and
-    pooling weights where keys are pooled. At noise levels whose steps are dense by the recipe attention is
-    dense in training too, as the adapter acts there as well.
+    what these learn beside them (`Pattern.learned`). At noise levels whose steps are dense by the recipe
+    attention is dense in training too, as the adapter acts there as well.
 
     Stopped at any time, it goes on with the same arguments, from the latest checkpoint, and ends with the
     same weights: all draws are those of their step. Samples are kept, and serve other runs in `folder`.

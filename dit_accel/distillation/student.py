@@ -15,7 +15,7 @@ from dit_accel import kernels
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import Dense
 from dit_accel.recipe import adapter as files
-from dit_accel.recipe.adapter_parts import LowRank, Part, Whole
+from dit_accel.recipe.adapter_parts import Learned, LowRank, Part, Whole
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.adapted import Adapted
 from dit_accel.runtime.binding import Binding
@@ -26,23 +26,28 @@ from .taps import Outputs, Taps
 
 
 class Weights(nn.Module):
-    """What is trained: A and B of LoRA, or whole weights, and pooling weights; in fp32.
+    """What is trained: A and B of LoRA, or whole weights, and what patterns learn; in fp32.
 
-    A is drawn and B is 0, whole weights are the model's and pooling weights the mean: at first nothing is
-    changed.
+    A is drawn and B is 0, whole weights are the model's and learned weights as patterns say: at first nothing
+    is changed.
 
     Args:
         layers: linear layers by name.
-        pooling: side of a patch by the name of an attention module.
+        learned: learned weights before training, by the name of an attention module and their own.
         rank: of the LoRA; None: whole weights.
         draw: draws A.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Linear], pooling: Mapping[str, int], rank: int | None, draw: Draw
+        self,
+        layers: Mapping[str, nn.Linear],
+        learned: Mapping[str, Mapping[str, torch.Tensor]],
+        rank: int | None,
+        draw: Draw,
     ):
         super().__init__()
-        self.names, self.pooled, self.rank = list(layers), list(pooling), rank
+        self.names, self.rank = list(layers), rank
+        self.places = [(module, name) for module, own in learned.items() for name in own]
         tensors: list[torch.Tensor] = []
         for own in layers.values():
             if rank is not None:
@@ -53,8 +58,7 @@ class Weights(nn.Module):
                 tensors += [x.detach().float().clone() for x in given]
         self.counts = [2 if rank is not None or own.bias is not None else 1 for own in layers.values()]
         self.own = nn.ParameterList(tensors)
-        means = [torch.full((f, f), f**-2, dtype=torch.float32, device="cpu") for f in pooling.values()]
-        self.pooling = nn.ParameterList(means)
+        self.learned = nn.ParameterList(x.clone() for own in learned.values() for x in own.values())
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """By layer A and B, or weight and bias."""
@@ -64,9 +68,12 @@ class Weights(nn.Module):
             for name, count in zip(self.names, self.counts, strict=True)
         }
 
-    def pooling_weights(self) -> dict[str, torch.Tensor]:
-        """By attention module (factor, factor)."""
-        return dict(zip(self.pooled, self.pooling, strict=True))
+    def learned_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By attention module and name."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for (module, name), x in zip(self.places, self.learned, strict=True):
+            found.setdefault(module, {})[name] = x
+        return found
 
 
 class Student:
@@ -105,8 +112,8 @@ class Student:
         with accelerated(transformer, recipe) as handle:
             binding = handle.bindings["transformer"]
             self.layers, self.changed = dict(binding.modules), binding.sparse_layers
-            layers, pooling = _trained(binding, train)
-        self.weights = Weights(layers, pooling, rank, draw).to(binding.device)
+            layers, learned = _trained(binding, train)
+        self.weights = Weights(layers, learned, rank, draw).to(binding.device)
         self.part = Part(
             out / files.WEIGHTS,
             {},
@@ -116,7 +123,10 @@ class Student:
                 else LowRank(rank, own.in_features, own.out_features, 1.0)
                 for name, own in layers.items()
             },
-            {name: ("", factor) for name, factor in pooling.items()},
+            {
+                module: {name: Learned("", tuple(x.shape)) for name, x in own.items()}
+                for module, own in learned.items()
+            },
         )
         self.adapted = Adapted(transformer, self.part, str(out))
         self._handle: Handle | None = None
@@ -126,7 +136,7 @@ class Student:
         """The recipe and what is trained are on for the length of a `with` block."""
         with accelerated(self.transformer, self.recipe) as handle:
             self._handle = handle
-            self.adapted.attach(self.weights.tensors(), self.weights.pooling_weights())
+            self.adapted.attach(self.weights.tensors(), self.weights.learned_weights())
             handle.bindings["transformer"].adapted = self.adapted  # from now on it comes and goes with it
             try:
                 yield
@@ -174,23 +184,25 @@ class Student:
 
     def save(self, out: Path, about: Mapping[str, Any]) -> None:
         """Write the adapter's folder: LoRA in fp32, whole weights in the dtype of the transformer."""
-        pooling = self.weights.pooling_weights()
+        learned = self.weights.learned_weights()
         if self.weights.rank is not None:
             pairs = {name: (pair[0], pair[1]) for name, pair in self.weights.tensors().items()}
-            files.write(out, pairs, float(self.weights.rank), about, pooling)
+            files.write(out, pairs, float(self.weights.rank), about, learned)
             return
         dtype = getattr(self.transformer, "dtype", torch.float32)
         tensors = {name: tuple(x.to(dtype) for x in own) for name, own in self.weights.tensors().items()}
-        files.write_weights(out, tensors, about, pooling)
+        files.write_weights(out, tensors, about, learned)
 
 
-def _trained(binding: Binding, train: Sequence[str] | None) -> tuple[dict[str, nn.Linear], dict[str, int]]:
-    """Linear layers that are trained, and sides of patches by attention module, of changed layers."""
+def _trained(
+    binding: Binding, train: Sequence[str] | None
+) -> tuple[dict[str, nn.Linear], dict[str, dict[str, torch.Tensor]]]:
+    """Linear layers that are trained, and learned weights by attention module, of changed layers."""
     if not binding.sparse_layers:
         raise ValueError("the recipe makes no layer of this model sparse: there is nothing to train")
     places = {module: name for name, module in binding.transformer.named_modules()}
     layers: dict[str, nn.Linear] = {}
-    pooling: dict[str, int] = {}
+    learned: dict[str, dict[str, torch.Tensor]] = {}
     seen: set[str] = set()
     for plan in (plan for plan in binding.layers if plan.heads):
         module = binding.modules[plan.name]
@@ -205,8 +217,9 @@ def _trained(binding: Binding, train: Sequence[str] | None) -> tuple[dict[str, n
                 f"heads of layer {plan.name} pool patches of {sorted(factors)} tokens a side, and a layer "
                 "has one set of pooling weights; use one `downsample` in each layer"
             )
-        if factors:
-            pooling[places[module]] = factors.pop()
+        for variant in (variant for pattern in plan.patterns for variant in pattern.variants):
+            if own := variant.learned(binding.head_dim):
+                learned.setdefault(places[module], {}).update(own)
     missing = [name for name in train or () if name not in seen]
     if missing or not layers:
         raise ValueError(
@@ -215,7 +228,7 @@ def _trained(binding: Binding, train: Sequence[str] | None) -> tuple[dict[str, n
             else "the changed layers of this model have none of the projections that are trained as linear "
             "layers; unload LoRA, and unfuse projections"
         )
-    return layers, pooling
+    return layers, learned
 
 
 def trainable(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Recipe:

@@ -59,6 +59,13 @@ class Pattern:
         """
         return None
 
+    def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
+        """Weights that a layer learns beside its projections, as they are before training: fp32, by name.
+
+        Calls bring them (`AttentionCall.learned`) where an adapter has them or distillation trains them.
+        """
+        return {}
+
     def without_pooled_keys(self) -> Pattern:
         """The same with no key but those of tokens."""
         return self

@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.arguments import integer, positive
 from dit_accel.attention.layer_masks import beside_others
-from dit_accel.attention.pooled import Patches, Pooled, patch_rows
+from dit_accel.attention.pooled import POOLING, Patches, Pooled, patch_rows
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.pair_rules import OffsetRule
 
@@ -57,6 +57,12 @@ class Clear(StaticPattern):
 
     def pooled_keys(self, layout: TokenLayout) -> int:
         return layout.grid[0] * math.prod(patch_rows(layout, self.downsample)) if self.downsample else 0
+
+    def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
+        if not self.downsample:
+            return {}
+        shape, mean = (self.downsample, self.downsample), self.downsample**-2
+        return {POOLING: torch.full(shape, mean, dtype=torch.float32, device="cpu")}
 
     def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
         if not self.downsample:

@@ -22,12 +22,12 @@ from dit_accel.arguments import is_integer, is_number, shown
 from dit_accel.files import atomic, digest
 from dit_accel.json_files import from_json, read_json, write_json
 
-from .adapter_parts import DTYPES, POOLING, LowRank, Part, pooling_of, weights_part
+from .adapter_parts import DTYPES, LowRank, Part, in_files, learned_of, weights_part
 
 BUNDLED = Path(__file__).parent / "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ABOUT = "made_by.json"
-POOLING_WEIGHTS = "pooling.safetensors"  # beside LoRA, so that PEFT loads the folder as well
+LEARNED_WEIGHTS = "attention.safetensors"  # beside LoRA, so that PEFT loads the folder as well
 KIND = "weights"  # in the configuration of a folder of whole weights, as its `kind`
 TRANSFORMERS = ("transformer", "transformer_2")  # as pipelines name them, and folders and keys of files
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -61,7 +61,7 @@ class Adapter:
 
     Raises:
         ValueError: nothing there, pickled weights, a damaged file, keys that are neither LoRA nor weights of
-            attention's linear layers nor pooling weights, or options of PEFT that compute something else than
+            attention's linear layers nor learned weights, or options of PEFT that compute something else than
             LoRA.
     """
 
@@ -126,7 +126,7 @@ def write(
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     alpha: float,
     about: Mapping[str, Any] | None = None,
-    pooling: Mapping[str, torch.Tensor] | None = None,
+    learned: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Save LoRA of one rank as a PEFT folder, which PEFT and diffusers load as well.
 
@@ -135,7 +135,8 @@ def write(
         tensors: A (rank, in) and B (out, rank) by layer.
         alpha: the scale times the rank.
         about: what made it, plain data, for the file `ABOUT` in the folder.
-        pooling: pooling weights (factor, factor) by attention module, for a file of their own.
+        learned: what patterns have learned (`AttentionCall.learned`) by attention module and name, for a file
+            of its own.
     """
     rank = next(iter(tensors.values()))[0].shape[0]
     pairs = {
@@ -144,8 +145,8 @@ def write(
         for letter, x in zip("AB", pair, strict=True)
     }
     _save(folder / WEIGHTS, pairs)
-    if pooling:
-        _save(folder / POOLING_WEIGHTS, _named(pooling))
+    if learned:
+        _save(folder / LEARNED_WEIGHTS, in_files(learned))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(tensors)}
     _describe(folder, {**config, "bias": "none", "inference_mode": True}, about)
 
@@ -154,12 +155,12 @@ def write_weights(
     folder: Path,
     tensors: Mapping[str, tuple[torch.Tensor, ...]],
     about: Mapping[str, Any] | None = None,
-    pooling: Mapping[str, torch.Tensor] | None = None,
+    learned: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Save whole weights as a folder: weight (out, in) and, where there is one, bias (out,) by layer.
 
     Args:
-        folder, about, pooling: as of `write`; pooling weights stand in the same file.
+        folder, about, learned: as of `write`; learned weights stand in the same file.
         tensors: weight (out, in) and, where there is one, bias (out,) by layer.
     """
     named = {
@@ -167,12 +168,8 @@ def write_weights(
         for name, own in tensors.items()
         for kind, x in zip(("weight", "bias"), own, strict=False)
     }
-    _save(folder / WEIGHTS, {**named, **_named(pooling or {})})
+    _save(folder / WEIGHTS, {**named, **in_files(learned or {})})
     _describe(folder, {"kind": KIND}, about)
-
-
-def _named(pooling: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{name}.{POOLING}": x[None, None, None, :, None, :, None] for name, x in pooling.items()}
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -221,11 +218,11 @@ def _of_folder(folder: Path) -> Part:
     keys, shapes, _ = _header(weights)
     if said == {"kind": KIND}:
         return weights_part(weights, keys, shapes)
-    part, pooling = _part(weights, keys, shapes, _scale(said, str(config))), folder / POOLING_WEIGHTS
-    if not pooling.is_file():
+    part, learned = _part(weights, keys, shapes, _scale(said, str(config))), folder / LEARNED_WEIGHTS
+    if not learned.is_file():
         return part
-    keys, shapes, _ = _header(pooling)
-    return replace(part, pooling=pooling_of(pooling, keys, shapes), pooling_file=pooling)
+    keys, shapes, _ = _header(learned)
+    return replace(part, learned=learned_of(learned, keys, shapes), learned_file=learned)
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, Part]]:

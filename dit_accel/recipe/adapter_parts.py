@@ -1,13 +1,15 @@
-"""What an adapter holds for one transformer: LoRA or whole weights of linear layers, and pooling weights.
+"""What an adapter holds for one transformer: LoRA or whole weights of linear layers, and learned weights.
 
-Whole weights and pooling weights have the names of the published CLEAR checkpoints
-(`clear_local_16_down_4.safetensors`): `LAYER.to_q.weight`, `LAYER.to_q.bias`, ..., and
-`LAYER.processor.spatial_weight` of shape (1, 1, 1, f, 1, f, 1): the weight of a token by its row and column
-in a patch of f x f.
+Learned weights are those that a layer's pattern has beside the projections (`Pattern.learned`). Whole weights
+and pooling weights have the names of the published CLEAR checkpoints (`clear_local_16_down_4.safetensors`):
+`LAYER.to_q.weight`, `LAYER.to_q.bias`, ..., and `LAYER.processor.spatial_weight` of shape (1, 1, 1, f, 1, f,
+1): the weight of a token by its row and column in a patch of f x f. Other learned weights have such names
+too, `LAYER.processor.NAME`, and their own shapes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +18,12 @@ from pathlib import Path
 import torch
 
 from dit_accel.arguments import shown
+from dit_accel.attention.pooled import POOLING
 
 DTYPES = {"F16", "BF16", "F32"}
-POOLING = "processor.spatial_weight"
+NOUNS = {POOLING: "pooling weights"}  # of learned weights, by the first part of their names
 _WEIGHT = re.compile(r"([\w.]+\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out))\.(weight|bias)")
-_POOLING = re.compile(rf"([\w.]+)\.{re.escape(POOLING)}")
+_LEARNED = re.compile(rf"([\w.]+)\.processor\.((?:{'|'.join(NOUNS)})(?:\.\w+)?)")
 
 Shapes = Mapping[str, tuple[list[int], str]]  # of the tensors of a file, with their dtypes
 
@@ -45,6 +48,14 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """One tensor of what a layer's pattern has learned: its key in the file, and its shape in calls."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Part:
     """What an adapter holds for one transformer.
 
@@ -53,15 +64,15 @@ class Part:
         keys: in the file, by the name of the linear layer in the transformer: of A and B, or of whole weights
             and, where there is one, the bias.
         layers: what the file announces, by the same names; all of one kind.
-        pooling: by the name of the attention module, the key of its pooling weights and the side of a patch.
-        pooling_file: where those are.
+        learned: by the name of the attention module, what its pattern has learned, by name.
+        learned_file: where that is.
     """
 
     file: Path
     keys: Mapping[str, tuple[str, ...]]
     layers: Mapping[str, LowRank | Whole]
-    pooling: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    pooling_file: Path | None = None
+    learned: Mapping[str, Mapping[str, Learned]] = field(default_factory=dict)
+    learned_file: Path | None = None
 
     @property
     def whole(self) -> bool:
@@ -71,7 +82,7 @@ class Part:
     @property
     def files(self) -> list[Path]:
         """All that it is read from."""
-        return list(dict.fromkeys(filter(None, [self.file, self.pooling_file])))
+        return list(dict.fromkeys(filter(None, [self.file, self.learned_file])))
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """By layer, on the CPU: A (rank, in) and B (out, rank), or weight (out, in) and bias (out,).
@@ -95,31 +106,44 @@ class Part:
                 raise ValueError(f"{self.file} is damaged: the {kind} of {name} is not finite")
         return found
 
-    def pooling_weights(self) -> dict[str, torch.Tensor]:
-        """By attention module (factor, factor), fp32 on the CPU; of a token by its place in a patch.
+    def learned_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By attention module and name, as calls take them (`AttentionCall.learned`), fp32 on the CPU.
 
         Raises:
             ValueError: as `tensors`.
         """
-        if self.pooling_file is None:
+        if self.learned_file is None:
             return {}
-        found = _read(self.pooling_file, {name: (key,) for name, (key, _) in self.pooling.items()})
-        for name, (x,) in found.items():
-            if x.numel() != self.pooling[name][1] ** 2:
-                raise ValueError(f"{self.pooling_file} has changed since the recipe was made: {name}")
-            if not x.isfinite().all():
-                raise ValueError(f"{self.pooling_file} is damaged: pooling weights of {name} are not finite")
-        return {name: x.float().view([self.pooling[name][1]] * 2) for name, (x,) in found.items()}
+        keys = {module: tuple(one.key for one in own.values()) for module, own in self.learned.items()}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for module, tensors in _read(self.learned_file, keys).items():
+            for (name, one), x in zip(self.learned[module].items(), tensors, strict=True):
+                if x.numel() != math.prod(one.shape):
+                    raise ValueError(f"{self.learned_file} has changed since the recipe was made: {module}")
+                if not x.isfinite().all():
+                    raise ValueError(
+                        f"{self.learned_file} is damaged: {noun(name)} of {module} are not finite"
+                    )
+                found.setdefault(module, {})[name] = x.float().view(one.shape)
+        return found
 
     def describe(self) -> str:
         """In a few words: `"LoRA of rank 8 in 57 linear layers"`."""
-        if self.whole:
-            text = f"whole weights of {len(self.layers)} linear layers"
-        else:
-            ranks = [own.rank for own in self.layers.values() if isinstance(own, LowRank)]
+        said = []
+        ranks = [own.rank for own in self.layers.values() if isinstance(own, LowRank)]
+        if ranks:
             rank = str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-            text = f"LoRA of rank {rank} in {len(self.layers)} linear layers"
-        return text + (f", pooling weights of {len(self.pooling)} layers" if self.pooling else "")
+            said.append(f"LoRA of rank {rank} in {len(self.layers)} linear layers")
+        elif self.layers:
+            said.append(f"whole weights of {len(self.layers)} linear layers")
+        kinds = [kind for own in self.learned.values() for kind in dict.fromkeys(map(noun, own))]
+        said += [f"{kind} of {kinds.count(kind)} layers" for kind in dict.fromkeys(kinds)]
+        return ", ".join(said)
+
+
+def noun(name: str) -> str:
+    """What learned weights of a name are."""
+    return NOUNS[name.partition(".")[0]]
 
 
 def _read(path: Path, keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -133,29 +157,29 @@ def _read(path: Path, keys: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[to
 
 
 def weights_part(file: Path, keys: Iterable[str], shapes: Shapes, prefix: str = "") -> Part:
-    """The part of a file of whole weights, and pooling weights among them.
+    """The part of a file of whole weights, and learned weights among them.
 
     Raises:
         ValueError: any other key, a bias without its weight, or other shapes than theirs.
     """
     tensors: dict[str, dict[str, str]] = {}
-    pooled = []
+    learned = []
     for key in keys:
         match = _WEIGHT.fullmatch(key.removeprefix(prefix))
         if match is not None:
             tensors.setdefault(match[1], {})[match[2]] = key
-        elif _POOLING.fullmatch(key.removeprefix(prefix)):
-            pooled.append(key)
+        elif _LEARNED.fullmatch(key.removeprefix(prefix)):
+            learned.append(key)
         else:
             raise ValueError(
                 f"{file} has the key {shown(key)}, which is neither of a projection of an attention layer "
-                f"(LAYER.to_q.weight, ...) nor of pooling weights (LAYER.{POOLING})"
+                f"(LAYER.to_q.weight, ...) nor of what patterns learn (LAYER.processor.{POOLING}, ...)"
             )
     layers = {name: _whole(file, name, own, shapes) for name, own in tensors.items()}
-    if not layers:
+    if not layers and not learned:
         raise ValueError(f"{file} is empty: it holds no weights of linear layers")
     names = {name: tuple(own[k] for k in ("weight", "bias") if k in own) for name, own in tensors.items()}
-    return Part(file, names, layers, pooling_of(file, pooled, shapes, prefix), file if pooled else None)
+    return Part(file, names, layers, learned_of(file, learned, shapes, prefix), file if learned else None)
 
 
 def _whole(file: Path, name: str, own: Mapping[str, str], shapes: Shapes) -> Whole:
@@ -169,27 +193,39 @@ def _whole(file: Path, name: str, own: Mapping[str, str], shapes: Shapes) -> Who
     return Whole(weight[1], weight[0], "bias" in own)
 
 
-def pooling_of(
+def learned_of(
     file: Path, keys: Iterable[str], shapes: Shapes, prefix: str = ""
-) -> dict[str, tuple[str, int]]:
-    """Key and side of a patch of pooling weights, by attention module.
+) -> dict[str, dict[str, Learned]]:
+    """Learned weights by attention module and name.
 
     Raises:
-        ValueError: another key, or another shape than (1, 1, 1, f, 1, f, 1).
+        ValueError: another key, or pooling weights of another shape than (1, 1, 1, f, 1, f, 1).
     """
-    found = {}
+    found: dict[str, dict[str, Learned]] = {}
     for key in keys:
-        match, (shape, kind) = _POOLING.fullmatch(key.removeprefix(prefix)), shapes[key]
+        match, (shape, kind) = _LEARNED.fullmatch(key.removeprefix(prefix)), shapes[key]
         if match is None:
-            raise ValueError(f"{file} has the key {shown(key)}, which is none of pooling weights")
-        factor = shape[3] if len(shape) == 7 else 0
-        if factor < 2 or shape != [1, 1, 1, factor, 1, factor, 1]:
-            raise ValueError(
-                f"{file}: pooling weights of {match[1]} have the shape {shape}, not (1, 1, 1, f, 1, f, 1)"
-            )
-        _check_dtypes(file, match[1], [kind])
-        found[match[1]] = (key, factor)
+            raise ValueError(f"{file} has the key {shown(key)}, which is none of learned weights")
+        module, name = match[1], match[2]
+        if name == POOLING:
+            factor = shape[3] if len(shape) == 7 else 0
+            if factor < 2 or shape != [1, 1, 1, factor, 1, factor, 1]:
+                raise ValueError(
+                    f"{file}: pooling weights of {module} have the shape {shape}, not (1, 1, 1, f, 1, f, 1)"
+                )
+            shape = [factor, factor]
+        _check_dtypes(file, module, [kind])
+        found.setdefault(module, {})[name] = Learned(key, tuple(shape))
     return found
+
+
+def in_files(learned: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Learned weights by attention module and name, by the keys and in the shapes of files."""
+    return {
+        f"{module}.processor.{name}": x[None, None, None, :, None, :, None] if name == POOLING else x
+        for module, own in learned.items()
+        for name, x in own.items()
+    }
 
 
 def _check_dtypes(file: Path, name: str, kinds: list[str]) -> None:

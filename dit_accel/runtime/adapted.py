@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import UnavailableError
-from dit_accel.recipe.adapter_parts import Part, Whole
+from dit_accel.recipe.adapter_parts import Part, Whole, noun
 
 _LORA, _OWN = "_dit_accel_lora", "_dit_accel_weights"
 
@@ -76,7 +76,7 @@ class Adapted:
 
     Attributes:
         modules: the linear layers by name.
-        pooling: while it is attached, pooling weights (factor, factor) by the name of an attention module.
+        learned: while it is attached, learned weights by the name of an attention module and their own.
 
     Raises:
         ValueError: layers that the transformer does not have, or that have other sizes.
@@ -85,11 +85,11 @@ class Adapted:
 
     def __init__(self, transformer: nn.Module, part: Part, file: str):
         self.part, self.file = part, file
-        self.pooling: dict[str, torch.Tensor] = {}
+        self.learned: dict[str, dict[str, torch.Tensor]] = {}
         # as they are read, so that files may go meanwhile
         self._own: dict[str, Lora | Own] | None = None
-        self._pooling: dict[str, torch.Tensor] | None = None
-        self._moved: dict[str, torch.Tensor] = {}  # pooling weights on the device of the latest call
+        self._learned: dict[str, dict[str, torch.Tensor]] | None = None
+        self._moved: dict[str, dict[str, torch.Tensor]] = {}  # these on the device of the latest call
         self._places: list[tuple[nn.Module, str]] = []  # of each layer, the module that holds it, and where
         self.modules: dict[str, nn.Module] = {}
         for name, own in part.layers.items():
@@ -118,12 +118,12 @@ class Adapted:
                 self._check_whole(name, module, own)
             self._places.append((holder, last))
             self.modules[name] = module
-        for name in part.pooling:
+        for name, own in part.learned.items():
             try:
                 transformer.get_submodule(name)
             except AttributeError:
                 raise ValueError(
-                    f"adapter {file} has pooling weights of {name}, which this "
+                    f"adapter {file} has {noun(next(iter(own)))} of {name}, which this "
                     f"{type(transformer).__name__} does not have: it was made for another model"
                 ) from None
         self._holders = list(dict.fromkeys(holder for holder, _ in self._places))
@@ -141,7 +141,7 @@ class Adapted:
     def attach(
         self,
         tensors: Mapping[str, tuple[torch.Tensor, ...]] | None = None,
-        pooling: Mapping[str, torch.Tensor] | None = None,
+        learned: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         """Put it into its layers: what the file has, or other tensors, such as those that are trained.
 
@@ -149,14 +149,15 @@ class Adapted:
             ValueError: a file that has changed, or is not finite.
         """
         if tensors is not None or self._own is None:
-            self._pooling = self.part.pooling_weights() if pooling is None else dict(pooling)
+            given = self.part.learned_weights() if learned is None else learned
+            self._learned = {module: dict(own) for module, own in given.items()}
             tensors = self.part.tensors() if tensors is None else tensors
             layers = self.part.layers.items()
             self._own = {
                 name: Own(tensors[name]) if isinstance(own, Whole) else Lora(tensors[name], scale=own.scale)
                 for name, own in layers
             }
-        self.pooling = self._pooling or {}
+        self.learned = self._learned or {}
         for name, module in self.modules.items():
             own = self._own[name]
             module.__dict__[_OWN if isinstance(own, Own) else _LORA] = own
@@ -164,19 +165,24 @@ class Adapted:
 
     def detach(self) -> None:
         """Make the layers what they were, bit for bit."""
-        self.pooling = {}
+        self.learned = {}
         for module in self.modules.values():
             found = [module.__dict__.pop(place, None) for place in (_LORA, _OWN)]
             if any(own is not None for own in found):
                 module.__class__ = type(module).__mro__[1]
 
-    def pooling_on(self, device: torch.device) -> Mapping[str, torch.Tensor]:
-        """`pooling` on a device; moved once."""
-        if not all(x.device == device for x in self.pooling.values()):
-            if not self._moved or next(iter(self._moved.values())).device != device:
-                self._moved = {name: x.to(device) for name, x in self.pooling.items()}
-            return self._moved
-        return self.pooling
+    def learned_on(self, device: torch.device) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """`learned` on a device; moved once."""
+        if all(x.device == device for own in self.learned.values() for x in own.values()):
+            return self.learned
+        moved = [x for own in self._moved.values() for x in own.values()]
+        if not moved or any(x.device != device for x in moved):
+            with torch.inference_mode(False):  # what stays must be usable under autograd later
+                self._moved = {
+                    module: {name: x.to(device) for name, x in own.items()}
+                    for module, own in self.learned.items()
+                }
+        return self._moved
 
     def _check_whole(self, name: str, module: nn.Module, own: Whole) -> None:
         if own.bias != (getattr(module, "bias", None) is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from .adapted import Adapted
 from .dual_paths import DualPaths
 from .geometry import Geometry, backend, block_sizes, cheapest, of_heads
 from .geometry_cache import GeometryCache
+from .learned_weights import check_learned
 from .measured_speed import MeasuredSpeed, measured_speed
 from .run_record import RunRecord
 from .splitting import check_shared, shards_of, unshared
@@ -153,7 +154,8 @@ class Binding:
 
     def _check(self) -> None:
         self._check_parallel()
-        self._check_pooling()
+        if self.adapted is not None:
+            check_learned(self.adapted, self.layers, self._places, self.head_dim)
         for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
             if reason is not None:
@@ -172,32 +174,6 @@ class Binding:
                 raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
         if self.sparse_layers:
             self._check_break_even()
-
-    def _check_pooling(self) -> None:
-        """That the adapter's pooling weights are those of the layers that pool keys."""
-        pooling = {} if self.adapted is None else self.adapted.part.pooling
-        if not pooling:
-            return
-        pooled = {
-            layer.name: variant.pools
-            for layer in self.layers
-            for pattern in layer.patterns
-            for variant in pattern.variants
-            if variant.pools
-        }
-        if not pooled:
-            raise ValueError(
-                f"adapter {self.adapted.file} has pooling weights, and this recipe pools no keys; use "
-                f"`Clear(radius, downsample={next(iter(pooling.values()))[1]})`"
-            )
-        for layer, factor in pooled.items():
-            learned = pooling.get(self._places[layer], (None, None))[1]
-            if learned != factor:
-                there = "none" if learned is None else f"those of {learned} x {learned} tokens"
-                raise ValueError(
-                    f"layer {layer} pools {factor} x {factor} tokens, and adapter {self.adapted.file} has "
-                    f"pooling weights, but {there} for it: it was made for another pattern"
-                )
 
     def _check_break_even(self) -> None:
         if self.recipe.min_tokens == "auto" and not self.speed().break_even:
@@ -364,7 +340,7 @@ class Binding:
             memory=self._memory(tick),
             formats=geometry.formats,
             tails={layer.name: layer.tail for layer in self.layers if layer.tail},
-            poolings=self._poolings(),
+            learned=self._learned(),
             places=geometry.permutation if moved else None,
             geometry=geometry,
             any_length=not self.family.moves_tokens,
@@ -372,13 +348,12 @@ class Binding:
             shards=self.shards,
         )
 
-    def _poolings(self) -> dict[str, torch.Tensor]:
-        """Learned pooling weights by layer."""
-        if self.adapted is None or not self.adapted.pooling:
+    def _learned(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """Learned weights by layer."""
+        if self.adapted is None or not self.adapted.learned:
             return {}
-        learned = self.adapted.pooling_on(self.device)
-        found = {layer: learned.get(place) for layer, place in self._places.items()}
-        return {layer: weights for layer, weights in found.items() if weights is not None}
+        learned = self.adapted.learned_on(self.device)
+        return {layer: learned[place] for layer, place in self._places.items() if place in learned}
 
     def _memory(self, tick: Tick) -> CallMemory | None:
         """What layers keep from step to step; nothing in training, where calls may have other samples."""

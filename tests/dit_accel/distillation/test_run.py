@@ -41,7 +41,7 @@ def test_every_family_comes_nearer_to_its_teacher(families, tmp_path, name):
     assert all(p.requires_grad for p in transformer.parameters())
     (part,) = Recipe(recipe.attention, adapter=tmp_path / "out").adapter.parts.values()
     assert part.whole == (name == "wan")
-    assert bool(part.pooling) == (name != "sd3")
+    assert bool(part.learned) == (name != "sd3")
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_learned_weights_and_their_gradients():
     places = torch.randperm(layout.visual_len, generator=generator)
     order = call_order(layout, places)
     layer = layer_attention([pattern] * 2, LayerMasks(layout, "tile", (16, 16), "cpu", places))
-    call = AttentionCall(*(x[:, :, order] for x in (q, k, v)), layout, dense=None, pooling=weights)
+    moved = [x[:, :, order] for x in (q, k, v)]
+    call = AttentionCall(*moved, layout, dense=None, learned={"spatial_weight": weights})
     own = layer(call)[:, :, torch.argsort(order)]
     assert torch.allclose(own, dense(q, k, v, layout, pattern, weights), atol=1e-5)
     (found,) = torch.autograd.grad(own.square().sum(), weights)

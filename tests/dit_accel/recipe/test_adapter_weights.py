@@ -38,7 +38,7 @@ def test_a_published_checkpoint_is_an_adapter(file):
     weight, bias = part.tensors()[f"{LAYER}.to_q"]
     assert torch.equal(weight, published()[f"{LAYER}.to_q.weight"])
     assert torch.equal(bias, published()[f"{LAYER}.to_q.bias"])
-    assert torch.equal(part.pooling_weights()[LAYER], published()[POOLING].view(4, 4))
+    assert torch.equal(part.learned_weights()[LAYER]["spatial_weight"], published()[POOLING].view(4, 4))
     assert part.describe() == "whole weights of 5 linear layers, pooling weights of 2 layers"
 
 
@@ -66,7 +66,7 @@ def test_numbers_are_checked_when_they_act(file):
     part = Adapter(file).parts[""]
     save_file(published() | {POOLING: torch.full((1, 1, 1, 4, 1, 4, 1), float("inf"))}, file)
     with pytest.raises(ValueError, match=r"pooling weights of .* are not finite"):
-        part.pooling_weights()
+        part.learned_weights()
     save_file(published() | {f"{LAYER}.to_q.bias": torch.ones(7)}, file)
     with pytest.raises(ValueError, match="has changed since the recipe was made"):
         part.tensors()
@@ -74,25 +74,26 @@ def test_numbers_are_checked_when_they_act(file):
 
 def test_folders_are_written_and_read(tmp_path):
     weights = {f"{LAYER}.to_q": (torch.randn(6, 4), torch.randn(6)), f"{LAYER}.to_k": (torch.randn(6, 4),)}
-    pooling = {LAYER: torch.rand(2, 2)}
-    module.write_weights(tmp_path / "whole", weights, {"steps": 3}, pooling)
+    learned = {LAYER: {"spatial_weight": torch.rand(2, 2)}}
+    module.write_weights(tmp_path / "whole", weights, {"steps": 3}, learned)
     part = Adapter(tmp_path / "whole").parts[""]
     for name, tensors in part.tensors().items():
         assert all(map(torch.equal, tensors, weights[name]))
-    assert torch.equal(part.pooling_weights()[LAYER], pooling[LAYER])
+    assert torch.equal(part.learned_weights()[LAYER]["spatial_weight"], learned[LAYER]["spatial_weight"])
 
 
 def test_pooling_weights_beside_lora(tmp_path):
     """In a file of their own; PEFT reads the rest."""
-    pooling = {LAYER: torch.rand(2, 2)}
+    learned = {LAYER: {"spatial_weight": torch.rand(2, 2)}}
     pair = {f"{LAYER}.to_q": (torch.ones(2, 4), torch.ones(6, 2))}
-    module.write(tmp_path / "lora", pair, 2.0, None, pooling)
+    module.write(tmp_path / "lora", pair, 2.0, None, learned)
     found = Adapter(tmp_path / "lora")
-    assert torch.equal(found.parts[""].pooling_weights()[LAYER], pooling[LAYER])
+    (kept,) = found.parts[""].learned_weights()[LAYER].values()
+    assert torch.equal(kept, learned[LAYER]["spatial_weight"])
     assert all(".lora_" in key for key in load_file(tmp_path / "lora" / module.WEIGHTS))
     before = found.digest
-    module.write(tmp_path / "lora", pair, 2.0, None, {LAYER: torch.zeros(2, 2)})
+    module.write(tmp_path / "lora", pair, 2.0, None, {LAYER: {"spatial_weight": torch.zeros(2, 2)}})
     assert Adapter(tmp_path / "lora").digest != before
-    save_file({"x": torch.ones(2)}, tmp_path / "lora" / module.POOLING_WEIGHTS)
-    with pytest.raises(ValueError, match="has the key 'x', which is none of pooling weights"):
+    save_file({"x": torch.ones(2)}, tmp_path / "lora" / module.LEARNED_WEIGHTS)
+    with pytest.raises(ValueError, match="has the key 'x', which is none of learned weights"):
         Adapter(tmp_path / "lora")

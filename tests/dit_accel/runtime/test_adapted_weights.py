@@ -102,15 +102,18 @@ def test_what_does_not_fit_is_refused(flux, file):
     for pattern, message in (
         (
             Clear(2),
-            r"has pooling weights, and this recipe pools no keys; use `Clear\(radius, downsample=3\)`",
+            r"has pooling weights, which no layer of this recipe takes; use `Clear\(radius, downsample=3\)`",
         ),
-        (Clear(2, downsample=4), r"pools 4 x 4 tokens, and adapter .* but those of 3 x 3 tokens for it"),
+        (
+            Clear(2, downsample=4),
+            r"takes pooling weights of 4 x 4, and adapter .* of 3 x 3 for it",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             enable(flux.pipe, Recipe(pattern, adapter=file))
     weights, pooling = tensors_of(flux.pipe.transformer)
     save_file(weights | dict([*pooling.items()][1:]), file)
-    with pytest.raises(ValueError, match=r"layer double.0 pools 3 x 3 tokens, and .* but none for it"):
+    with pytest.raises(ValueError, match=r"double.0 takes pooling weights of 3 x 3, and .* has none for it"):
         enable(flux.pipe, Recipe(PATTERN, adapter=file))
     with accelerated(flux.pipe, Recipe({"single": PATTERN, "double.1": PATTERN}, adapter=file)):
         pass  # more than is needed is no error

@@ -1,0 +1,59 @@
+"""Whether what an adapter has learned beside projections is what the recipe's patterns take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dit_accel.attention.pooled import POOLING
+from dit_accel.recipe.adapter_parts import noun
+from dit_accel.recipe.layer_patterns import LayerPatterns
+
+from .adapted import Adapted
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_learned(
+    adapted: Adapted, layers: Sequence[LayerPatterns], places: Mapping[str, str], head_dim: int
+) -> None:
+    """Raise ValueError unless each layer whose pattern learns finds its weights, if the adapter has any.
+
+    Args:
+        adapted: the adapter in a transformer.
+        layers: what the recipe says of each layer.
+        places: by layer, the name of its attention module.
+        head_dim: of the layers.
+    """
+    found, file = adapted.part.learned, adapted.file
+    if not found:
+        return
+    shapes = {layer.name: _taken(layer, head_dim) for layer in layers}
+    if not any(shapes.values()):
+        some = {name: one.shape for own in found.values() for name, one in own.items()}
+        raise ValueError(
+            f"adapter {file} has {noun(next(iter(some)))}, which no layer of this recipe takes; use "
+            f"{_pattern(some)}"
+        )
+    for layer, taken in shapes.items():
+        own = {name: one.shape for name, one in found.get(places[layer], {}).items()}
+        if taken and taken != own:
+            raise ValueError(
+                f"layer {layer} takes {_said(taken)}, and adapter {file} has {_said(own) or 'none'} for it: "
+                "it was made for another pattern"
+            )
+
+
+def _taken(layer: LayerPatterns, head_dim: int) -> dict[str, tuple[int, ...]]:
+    variants = [variant for pattern in layer.patterns for variant in pattern.variants]
+    return {name: tuple(x.shape) for one in variants for name, x in one.learned(head_dim).items()}
+
+
+def _said(shapes: Shapes) -> str:
+    """In words: `"pooling weights of 4 x 4"`."""
+    first = {noun(name): " x ".join(map(str, shape)) for name, shape in reversed(shapes.items())}
+    return " and ".join(f"{kind} of {shape}" for kind, shape in reversed(first.items()))
+
+
+def _pattern(shapes: Shapes) -> str:
+    """A pattern that takes them."""
+    return f"`Clear(radius, downsample={shapes[POOLING][0]})`"
