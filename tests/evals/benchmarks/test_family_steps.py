@@ -1,0 +1,103 @@
+"""The table of a step in every family: real widths, one block, nothing left dense, rows that stay."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from dit_accel.evals.benchmarks import family_steps
+from dit_accel.evals.benchmarks.family_steps import (
+    CASES,
+    Case,
+    main,
+    measure,
+    one_block_each,
+    sparse_everywhere,
+)
+from dit_accel.pipelines.families import families
+from dit_accel.planning.model_config import published
+
+HERE = {
+    "cpu": {"name": "a CPU", "torch_threads": 1, "instructions": "AVX2"},
+    "packages": {"dit-accel": "1", "torch": "2"},
+    "python": "3",
+    "commit": "abc",
+}
+
+
+def test_every_family_has_a_case():
+    assert {case.family for case in CASES} == {family.name for family in families()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.variant)
+def test_a_case_is_the_published_model_with_one_block_of_each_kind(case):
+    whole = published(case.family, case.variant)
+    model = one_block_each(whole)
+    cut = model.transformer()
+    lists = model.description.blocks(cut) if case.family != "z-image" else (cut.layers,)
+    assert [len(blocks) for blocks in lists] == [1] * len(lists)
+    layers = {n for n in whole.config if whole.config[n] != model.config[n]}
+    assert layers
+    assert all("layers" in name or "blocks" in name for name in layers)
+    grid = model.grid(cut, case.size)
+    assert 5_000 < model.layout(grid).seq_len < 30_000
+    recipe = sparse_everywhere(case.recipe)
+    assert recipe.family == case.family
+    assert not recipe.dense_layers
+    assert not recipe.dense_steps
+
+
+def test_untouched_and_accelerated_calls_are_measured_on_the_same_weights(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        family_steps,
+        "interleaved",
+        lambda stock, ours, repeats: called.append((stock()[0], ours()[0])) or [(1, 2000, 3), (1, 500, 3)],
+    )
+    model = published("wan", "wan2.1-1.3b")
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "text_dim": 8, "num_layers": 2}
+    monkeypatch.setattr(
+        family_steps,
+        "published",
+        lambda *names: family_steps.dataclasses.replace(model, config={**model.config, **small}),
+    )
+    rows = measure(Case("wan", "wan2.1-1.3b", (9, 128, 128), "wan-radial"), 1, HERE)
+    found = {r["metric"]: float(r["median"]) for r in rows}
+    assert (found["heads"], found["head_dim"], found["tokens"]) == (2, 12, 192)
+    assert (found["untouched_s"], found["accelerated_s"]) == (2.0, 0.5)
+    assert 0 < found["block_density"] <= 1
+    ((stock, ours),) = called
+    assert stock.shape == ours.shape
+    assert stock.isfinite().all()
+
+
+def test_families_measured_before_stay_in_the_table(monkeypatch, tmp_path, capsys):
+    taken = iter([[(2.0, 4.0, 6.0), (1.0, 2.0, 3.0)]] * 2 + [[(8.0, 9.0, 9.0), (2.0, 3.0, 3.0)]])
+
+    def measured(case, repeats, here):
+        stock, ours = next(taken)
+        values = (24, 128, 9216, 0.25, stock, ours)
+        return [
+            family_steps.row("family_step", "transformer", metric, case.shape, value, HERE)
+            for metric, value in zip(family_steps.METRICS, values, strict=True)
+        ]
+
+    monkeypatch.setattr(family_steps, "measure", measured)
+    assert main(["--family", "wan", "--out", str(tmp_path)]) == 0
+    assert main(["--family", "flux", "--out", str(tmp_path)]) == 0
+    assert main(["--family", "wan", "--out", str(tmp_path)]) == 0
+    lines = [
+        line for line in (tmp_path / "family_steps_cpu.md").read_text().splitlines() if "| 9216 |" in line
+    ]
+    assert [line.split(" | ")[0] for line in lines] == ["| flux.1-dev", "| wan2.1-1.3b"]
+    assert lines[0].endswith("| 4.00 | 2.00 | 2.00x |")
+    assert lines[1].endswith("| 9.00 | 3.00 | 3.00x |")
+    with (tmp_path / "family_steps_cpu.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(family_steps.METRICS)
+
+
+def test_an_unknown_family_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--family", "sana"])
+    assert "wan-animate" in capsys.readouterr().err
