@@ -12,8 +12,9 @@ _name: ContextVar[str | None] = ContextVar("dit_accel_cache_context", default=No
 
 
 def branch_name() -> str | None:
-    """Such as `"cond"` or `"uncond"`; None outside of a `cache_context` that is listened to."""
-    return _name.get()
+    """Such as `"cond"` or `"uncond"`; None of both in one call, and where no `cache_context` is heard."""
+    name = _name.get()
+    return None if name == "cond_uncond" else name
 
 
 class BranchNames:
