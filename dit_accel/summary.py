@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any
 
 from .patterns import Pattern
@@ -11,6 +12,7 @@ from .pipelines.families import family_of
 from .recipe.layer_patterns import LayerPatterns
 from .recipe.noise import NoiseRange
 from .recipe.recipe import Recipe
+from .runtime.geometry import Geometry
 from .runtime.switching import Handle, handle_of, transformers_of
 
 _COLUMNS = ("layer", "pattern", "backend", "density", "block density", "dense steps", "note")
@@ -87,6 +89,7 @@ def _titles(handle: Handle) -> list[str]:
             titles.append(
                 f"{binding.shards}, sent in the latest run: {handle.latest.sent_bytes / 2**20:.1f} MiB"
             )
+            titles += _balance(binding.geometry)
         if binding.branch is not None:
             forwards = binding.branch.run(handle.latest.run).forwards
             titles.append(binding.branch.describe(forwards))
@@ -98,6 +101,18 @@ def _titles(handle: Handle) -> list[str]:
         )
         titles.append(f"by step: {_stretches(stats['step_densities'])}")
     return titles
+
+
+def _balance(geometry: Geometry | None) -> list[str]:
+    """How evenly the work of heads that differ is shared, where some do."""
+    found = [] if geometry is None else list(geometry.balances.values())
+    if not found:
+        return []
+    before, after = (fmean(getattr(one, name) for one in found) for name in ("neighbours", "balanced"))
+    return [
+        f"heads of {len(found)} layers are dealt out by their work: the busiest process computes {after:.2f} "
+        f"times the mean, with neighbouring heads {before:.2f}"
+    ]
 
 
 def _rows(handle: Handle, name: str) -> list[dict[str, Any]]:
@@ -123,6 +138,10 @@ def _rows(handle: Handle, name: str) -> list[dict[str, Any]]:
             }
         if steps := handle.latest.achieved_by_step(name, layer.name):
             row |= _achieved(steps, geometry.densities[index])
+        if geometry is not None and (balance := geometry.balances.get(layer.name)):
+            own = ", ".join(map(str, balance.groups[binding.shards.rank]))
+            work = f"at most {balance.balanced:.2f} x the mean work, neighbours {balance.neighbours:.2f} x"
+            row["note"] = "; ".join(filter(None, [row["note"], f"heads {own} here: {work}"]))
         if layer.name in temporal:
             row["note"] = f"{temporal[layer.name]:.0%} temporal heads in the latest call"
         if binding.branch is not None and (perturbed := binding.branch.layers.get(layer.name)):

@@ -1,7 +1,7 @@
 """Context parallelism (Ulysses): the tokens of a call over several processes, and in attention its heads.
 
 Outside attention every process has some of the tokens and all heads; inside, all tokens and some of the
-heads. A joint model splits text and visual tokens each by itself, so that what comes together from the
+heads. Most joint models split text and visual tokens each by itself, so that what comes together from the
 processes are the stretches v0 t0 v1 t1 ...; here each stretch goes where its tokens stand in the call, before
 anything is masked, and back after it.
 
@@ -18,6 +18,8 @@ from torch import distributed
 
 from dit_accel.masks.layout import TokenLayout
 
+from .head_balance import Balance
+
 
 @dataclass(frozen=True, eq=False)
 class Shards:
@@ -29,6 +31,7 @@ class Shards:
         heads: of a layer, over all processes.
         layers: names of the layers whose tokens are split.
         uneven: whether tokens may be split into parts that differ by one (`ulysses_anything`).
+        together: whether all tokens are split as one stream; if not, visual tokens and text each by itself.
     """
 
     rank: int
@@ -37,6 +40,7 @@ class Shards:
     heads: int
     layers: frozenset[str]
     uneven: bool = False
+    together: bool = False
 
     def __str__(self) -> str:
         own = self.own_heads
@@ -48,32 +52,38 @@ class Shards:
 
     @property
     def own_heads(self) -> range:
-        """The heads that this process computes."""
+        """The heads that this process computes of layers whose heads have as much to do."""
         sizes = self.sizes(self.heads)
         first = sum(sizes[: self.rank])
         return range(first, first + sizes[self.rank])
 
     def check(self, layout: TokenLayout) -> None:
         """Raise ValueError where tokens cannot be split among the processes."""
-        for name, tokens in (("visual", layout.seq_len - layout.text_len), ("text", layout.text_len)):
+        for name, tokens in self._parts(layout).items():
             if tokens % self.count and not self.uneven:
                 raise ValueError(
-                    f"{tokens} {name} tokens do not divide by {self.count} processes; switch parallelism on "
+                    f"{tokens} {name}tokens do not divide by {self.count} processes; switch parallelism on "
                     "with `ContextParallelConfig(..., ulysses_anything=True)`, or change their number"
                 )
             if 0 < tokens < self.count:
                 raise ValueError(
-                    f"{tokens} {name} tokens are fewer than the {self.count} processes; use fewer of them"
+                    f"{tokens} {name}tokens are fewer than the {self.count} processes; use fewer of them"
                 )
 
     def to_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        balance: Balance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Own tokens of all heads, (B, s, H, D) each, to all tokens of own heads in the order of the call.
 
         Args:
             q, k, v: of this process.
             layout: of all tokens of the layer.
+            balance: which heads each process computes; None: neighbours.
 
         Returns:
             q, k, v (B, S, h, D).
@@ -91,7 +101,12 @@ class Shards:
             )
         x = torch.stack((q, k, v))
         batch, dim = x.shape[1], x.shape[4]
-        sent = [part.reshape(-1) for part in x.split(self.sizes(self.heads), dim=3)]
+        sizes = self.sizes(self.heads)
+        if balance is None:
+            groups = x.split(sizes, dim=3)
+        else:
+            groups = [x.index_select(3, heads) for heads in balance.order.split(sizes)]
+        sent = [part.reshape(-1) for part in groups]
         received = exchange(sent, [3 * batch * count * own * dim for count in counts], self.group)
         parts = [part.view(3, batch, -1, own, dim) for part in received]
         by_stream = zip(
@@ -101,7 +116,9 @@ class Shards:
         q, k, v = torch.cat([part for stream in by_stream for part in stream], dim=2)
         return q, k, v
 
-    def to_tokens(self, out: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    def to_tokens(
+        self, out: torch.Tensor, layout: TokenLayout, balance: Balance | None = None
+    ) -> torch.Tensor:
         """The inverse: all tokens of own heads (B, S, h, D) to own tokens of all heads (B, s, H, D)."""
         streams = self._streams(layout)
         batch, dim, heads = out.shape[0], out.shape[3], self.sizes(self.heads)
@@ -111,7 +128,8 @@ class Shards:
         count = sum(stream[self.rank] for stream in streams)
         received = exchange(sent, [batch * count * n * dim for n in heads], self.group)
         parts = [part.view(batch, count, n, dim) for part, n in zip(received, heads, strict=True)]
-        return torch.cat(parts, dim=2)
+        joined = torch.cat(parts, dim=2)
+        return joined if balance is None else joined.index_select(2, balance.inverse)
 
     def sent_bytes(self, layout: TokenLayout, batch: int, width: int, itemsize: int) -> int:
         """What this process sends to others for one call of a layer: q, k, v, and the output back.
@@ -130,8 +148,14 @@ class Shards:
 
     def _streams(self, layout: TokenLayout) -> list[list[int]]:
         """Of each stream that is split by itself, in the order of the call, the tokens of every process."""
-        visual, text = self.sizes(layout.seq_len - layout.text_len), self.sizes(layout.text_len)
-        return [text, visual] if layout.text_first else [visual, text]
+        return [self.sizes(tokens) for tokens in self._parts(layout).values()]
+
+    def _parts(self, layout: TokenLayout) -> dict[str, int]:
+        """How many tokens each stream has, in the order of the call, by what they are called."""
+        if self.together:
+            return {"": layout.seq_len}
+        parts = {"visual ": layout.seq_len - layout.text_len, "text ": layout.text_len}
+        return dict(reversed(parts.items())) if layout.text_first else parts
 
 
 def exchange(sent: list[torch.Tensor], received: list[int], group: Any) -> tuple[torch.Tensor, ...]:

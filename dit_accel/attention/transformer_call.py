@@ -7,7 +7,7 @@ the next one could take for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ import torch
 from dit_accel.masks.layout import TokenLayout
 
 from .call import AttentionCall, LayerAttention, ModelAttention
+from .head_balance import Balance
 from .run_memory import CallMemory
 from .shards import Shards
 
@@ -47,6 +48,7 @@ class TransformerCall:
         guidance: what this call is to guidance, see `dit_accel.guidance.branch`.
         rows: of which branch its samples are, see `dit_accel.attention.dual_path`; None: there are no two.
         shards: what this process has of it, of several that share it; `layers` are then of its own heads.
+        balances: by the name of each layer whose heads differ, which of them each process computes.
         notes: by layer, what kinds of attention told.
         outer: the call of another transformer in which this one was made.
     """
@@ -69,6 +71,7 @@ class TransformerCall:
     guidance: Any = None
     rows: Any = None
     shards: Shards | None = None
+    balances: Mapping[str, Balance] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     outer: TransformerCall | None = None
 
@@ -83,6 +86,14 @@ class TransformerCall:
     def shards_of(self, layer: str) -> Shards | None:
         """What this process has of a layer, where several share it."""
         return None if self.shards is None or layer not in self.shards.layers else self.shards
+
+    def own_heads(self, layer: str, count: int) -> Sequence[int]:
+        """Which of the `count` heads of a layer this process computes."""
+        shards = self.shards_of(layer)
+        if shards is None:
+            return range(count)
+        balance = self.balances.get(layer)
+        return shards.own_heads if balance is None else balance.groups[shards.rank]
 
     def count_exchange(self, layer: str, q: torch.Tensor) -> None:
         """Records the bytes that the shared call of a layer sends; q of own heads, (B, S, h, D)."""

@@ -174,9 +174,8 @@ class Branch:
         """What layers do in the perturbed branch of a call, from what they do otherwise."""
         layers = dict(call.layers)
         for name, row in self.layers.items():
-            shared = call.shards_of(name)
-            own = range(self.heads) if shared is None else shared.own_heads
-            chosen = {head - own.start: weight for head, weight in row.items() if head in own}
+            own = call.own_heads(name, self.heads)
+            chosen = {own.index(head): weight for head, weight in row.items() if head in own}
             if chosen:
                 layers[name] = Perturbed(
                     inner=layers.get(name, ModelAttention()),

@@ -27,7 +27,7 @@ from dit_accel.recipe.recipe import Recipe
 from . import checkpointing, guard
 from .adapted import Adapted
 from .dual_paths import DualPaths
-from .geometry import Geometry, backend, block_sizes, cheapest, of_heads
+from .geometry import Geometry, backend, block_sizes, cheapest, of_process
 from .geometry_cache import GeometryCache
 from .learned_weights import check_learned
 from .measured_speed import MeasuredSpeed, measured_speed
@@ -220,7 +220,7 @@ class Binding:
         )
         if self.shards is None:
             return geometry
-        return of_heads(geometry, layers, self.shards.own_heads, device, moves)
+        return of_process(geometry, layers, self.shards, device, moves, like)
 
     # -- patching ------------------------------------------------------------------------------------------
 
@@ -346,6 +346,7 @@ class Binding:
             any_length=not self.family.moves_tokens,
             moved=moved,
             shards=self.shards,
+            balances={} if dense else geometry.balances,
         )
 
     def _learned(self) -> dict[str, Mapping[str, torch.Tensor]]:

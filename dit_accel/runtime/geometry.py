@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dit_accel import kernels
 from dit_accel.attention.call import LayerAttention
+from dit_accel.attention.head_balance import Balance
 from dit_accel.attention.layer_masks import LayerMasks, layer_attention
+from dit_accel.attention.shards import Shards
 from dit_accel.attention.tail_densities import tail_densities
 from dit_accel.kernels import least_pooled_density
 from dit_accel.masks.block_mask import BlockMask
@@ -37,6 +39,8 @@ class Geometry:
         formats: numeric formats, by the name of each layer that has one.
         densities: of each layer, 1 where it is dense; with a tail, of blocks that are computed whole.
         block_densities: the same in whole blocks, pooled keys of a tail among them: what a kernel pays.
+        balances: where processes share layers by heads, which each computes, by the name of each layer whose
+            heads differ.
     """
 
     layout: TokenLayout
@@ -50,6 +54,7 @@ class Geometry:
     formats: dict[str, str]
     densities: list[float]
     block_densities: list[float]
+    balances: dict[str, Balance] = field(default_factory=dict)
 
     @property
     def sparse_pairs(self) -> float:
@@ -124,20 +129,65 @@ def cheapest(
     return min(built, key=lambda geometry: geometry.sparse_pairs * sizes[geometry.block_size])
 
 
-def of_heads(
-    geometry: Geometry, layers: Sequence[LayerPatterns], heads: range, device: torch.device, moves: bool
+def of_process(
+    geometry: Geometry,
+    layers: Sequence[LayerPatterns],
+    shards: Shards,
+    device: torch.device,
+    moves: bool,
+    like: Geometry | None = None,
 ) -> Geometry:
-    """The same with what layers compute for some of their heads alone; order and densities stay those of all.
+    """The same with what one process computes of its heads alone; order and densities stay those of all.
 
     Args:
         layers: those that the geometry was made of.
-        heads: which, neighbours.
+        shards: what the process has.
         device, moves: as of `cheapest`.
+        like: of the same run: heads that keep something from step to step stay in their process.
     """
-    own = [replace(layer, heads=layer.heads[heads.start : heads.stop]) for layer in layers]
-    made = _attentions(geometry.order, own, geometry.layouts, geometry.block_size, device, moves)
+    order, size = geometry.order, geometry.block_size
+    works = head_works(layers, geometry.layouts, geometry.attentions, order, size)
+    sizes, balances, own = shards.sizes(shards.heads), {}, []
+    for layer, work in zip(layers, works, strict=True):
+        stays = like is not None and any(pattern.online for pattern in layer.heads)
+        balance = like.balances.get(layer.name) if stays else Balance.of(work, sizes, device)
+        if balance is not None:
+            balances[layer.name] = balance
+        heads = shards.own_heads if balance is None else balance.groups[shards.rank]
+        own.append(replace(layer, heads=tuple(layer.heads[head] for head in heads) if layer.heads else ()))
+    made = _attentions(order, own, geometry.layouts, size, device, moves)
     kept = zip(geometry.attentions, made, strict=True)
-    return replace(geometry, attentions=[None if every is None else one for every, one in kept])
+    attentions = [None if every is None else one for every, one in kept]
+    return replace(geometry, attentions=attentions, balances=balances)
+
+
+def head_works(
+    layers: Sequence[LayerPatterns],
+    layouts: Sequence[TokenLayout],
+    attentions: Sequence[LayerAttention | None],
+    order: torch.Tensor,
+    size: tuple[int, int],
+) -> list[tuple[float, ...]]:
+    """Of each layer the block density of every head; one number where all do alike.
+
+    Args:
+        layers, layouts, attentions: of all heads, as a geometry has them.
+        order: of the visual tokens in masks.
+        size: of blocks.
+    """
+    cpu = torch.device("cpu")
+    masks = {own: LayerMasks(own, order, size, cpu) for own in layouts}
+    known: dict[tuple, float] = {}
+    works = []
+    for layer, own, attention in zip(layers, layouts, attentions, strict=True):
+        if attention is None or len(layer.patterns) == 1:
+            works.append((1.0,))
+            continue
+        for pattern in layer.patterns:
+            if (pattern, own) not in known:
+                known[pattern, own] = layer_attention((pattern,), masks[own]).block_density
+        works.append(tuple(known[pattern, own] for pattern in layer.heads))
+    return works
 
 
 def _densities(

@@ -92,8 +92,9 @@ class Accelerated:
                 "transformer itself (not its `forward` or its blocks), or `dit_accel.disable` it first"
             )
         shards = call.shards_of(self.layer)
+        balance = call.balances.get(self.layer)
         if shards is not None:
-            q, k, v = shards.to_heads(q, k, v, call.layouts[self.layer])
+            q, k, v = shards.to_heads(q, k, v, call.layouts[self.layer], balance)
             call.count_exchange(self.layer, q)
         qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
         masked = attn_mask is not None and call.text_valid is None
@@ -103,7 +104,7 @@ class Accelerated:
             )
         dense = partial(self.dense, attn_mask=attn_mask) if shards is None else self._dense_of_all
         out = call.attend(self.layer, *qkv, dense=dense, scale=scale).transpose(1, 2)
-        return out if shards is None else shards.to_tokens(out, call.layouts[self.layer])
+        return out if shards is None else shards.to_tokens(out, call.layouts[self.layer], balance)
 
     def _dense_of_all(self, call: AttentionCall) -> torch.Tensor:
         """`dense`, of the tokens of all processes, whose mask none of them has."""
