@@ -43,6 +43,7 @@ class Bands:
     Attributes:
         rank, count: which of how many, from the top.
         reach: rows of the halo on each side that has a neighbour.
+        least: rows that every band must have for that to be enough.
         averaged: whether text takes the mean of what it reads in each band, instead of the exact attention.
         patch: rows of a patch whose keys are pooled; 1: none are.
         group: of processes; None: the default one.
@@ -52,6 +53,7 @@ class Bands:
     rank: int
     count: int
     reach: int
+    least: int = 1
     averaged: bool = False
     patch: int = 1
     group: Any = None
@@ -74,6 +76,14 @@ class Bands:
     def sizes(self, height: int) -> list[int]:
         """How many rows each process has."""
         return [stop - start for start, stop in pairwise(self._edges(height))]
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError where a band of so many rows is too small for the pattern."""
+        if min(sizes) < self.least:
+            raise ValueError(
+                f"{self.count} processes have bands of {min(sizes)} rows, and the pattern needs bands of at "
+                f"least {self.least}; use fewer processes, a larger picture or a smaller window"
+            )
 
     def _edges(self, height: int) -> list[int]:
         """Where bands begin, and where the last one ends."""
@@ -133,15 +143,11 @@ class BandedAttention(LayerAttention):
         """Of a layer with these heads and, of the process' own tokens, this geometry.
 
         Raises:
-            ValueError: fewer rows than the pattern reaches.
+            ValueError: fewer rows than the pattern needs.
         """
         layout, device = masks.layout, masks.device
         frames, height, width = layout.grid
-        if height < bands.reach:
-            raise ValueError(
-                f"a band of {height} rows is less than the {bands.reach} rows that the pattern reaches into "
-                "the next band; use fewer processes, a larger picture or a smaller window"
-            )
+        bands.check([height])
         rows = bands.above + height + bands.below
         places = torch.arange(layout.visual_len, device="cpu") if masks.places is None else masks.places.cpu()
         at = torch.arange(frames * rows * width, device="cpu").view(frames, rows, width)

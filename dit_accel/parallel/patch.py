@@ -48,7 +48,7 @@ def patch_parallel(
     Raises:
         UnavailableError: a family whose rows cannot be told apart outside, a recipe that needs more than the
             neighbouring rows, or no `torch.distributed`.
-        ValueError: another `text`; in a call, bands of fewer rows than a pattern reaches.
+        ValueError: another `text`; in a call, bands of fewer rows than a pattern needs.
     """
     if text not in TEXTS:
         raise ValueError(f"`text` must be 'exact' or 'averaged', got {text!r}")
@@ -63,7 +63,8 @@ def patch_parallel(
     rank, count = (f(group) for f in (torch.distributed.get_rank, torch.distributed.get_world_size))
     reach = max(pattern.row_reach or 0 for pattern in recipe.patterns)
     patch = max(max(pattern.pools for pattern in recipe.patterns), 1)
-    bands = Bands(rank, count, reach, text == "averaged", patch, group)
+    least = max(pattern.band_rows for pattern in recipe.patterns)
+    bands = Bands(rank, count, reach, least, text == "averaged", patch, group)
     with accelerated(target, _banded(recipe, bands)) as handle:
         hooks: list[Any] = []
         try:
@@ -186,12 +187,7 @@ class _Cropped:
         layout = family.layout(module, inputs, self._memo)
         self._height = layout.grid[1]
         self.bands.picture["height"] = self._height
-        if min(self.bands.sizes(self._height)) < max(self.bands.reach, 1):
-            raise ValueError(
-                f"{self._height} rows over {self.bands.count} processes are bands of fewer rows than the "
-                f"{self.bands.reach} that the pattern reaches; use fewer processes, a larger picture or a "
-                "smaller window"
-            )
+        self.bands.check(self.bands.sizes(self._height))
         return (), family.band(inputs, layout, self.bands.rows(self._height))
 
     @torch.compiler.disable

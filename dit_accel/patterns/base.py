@@ -66,6 +66,11 @@ class Pattern:
         """
         return {}
 
+    @property
+    def band_rows(self) -> int:
+        """How many rows a part of a grid must have at least for `row_reach` more to be enough."""
+        return max(self.row_reach or 0, 1)
+
     def without_pooled_keys(self) -> Pattern:
         """The same with no key but those of tokens."""
         return self

@@ -38,6 +38,11 @@ class InwardWindow(AxisWise):
     def row_reach(self) -> int:
         return self.half_window[0]
 
+    @property
+    def band_rows(self) -> int:
+        """At a border of the picture a window lies on one side of its query."""
+        return self.half_window[0] + 1
+
     def axis_tables(self, layout: TokenLayout) -> list[torch.Tensor]:
         frames, height, width = layout.grid
         windows = [_axis_table(n, d) for n, d in zip((height, width), self.half_window, strict=True)]

@@ -48,10 +48,22 @@ class Neighborhood(AxisWise):
     @property
     def row_reach(self) -> int | None:
         """Half a window; none where windows are set by more than their query's place: strides, dilation."""
-        windows = self.window if isinstance(self.window, tuple) else (self.window,) * 2
-        others = (self.stride, self.dilation)
+        rows, others = self._window_rows, (self.stride, self.dilation)
         plain = not self.hides and all(set(x if isinstance(x, tuple) else (x,)) == {1} for x in others)
-        return windows[-2] // 2 if plain and len(windows) > 1 else None
+        return rows // 2 if plain and rows is not None else None
+
+    @property
+    def band_rows(self) -> int:
+        """At a border of the picture a window lies on one side of its query."""
+        reach, rows = self.row_reach, self._window_rows
+        other_side = 0 if reach is None or rows is None else rows - reach
+        return max(super().band_rows, other_side)
+
+    @property
+    def _window_rows(self) -> int | None:
+        if isinstance(self.window, tuple):
+            return self.window[-2] if len(self.window) > 1 else None
+        return self.window
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation", "is_causal"):

@@ -15,13 +15,15 @@ from dit_accel.patterns import Clear, Dense, InwardWindow, Neighborhood, Routed,
 
 ROUNDING = 1e-6  # of the largest value
 WIDTH, ROWS, HEADS, HEAD_DIM, FLOAT = 8, 2, 2, 16, 4  # of the cases whose halo has two rows
+BAND = 6  # rows of a process
 
 
 def check(told: list[dict]) -> None:
     cases = {name: [one[name] for one in told] for name in told[0]}
     assert [one["equal"] for one in cases.pop("restored")] == [True] * len(told)
     for one in cases.pop("refused"):
-        assert "fewer rows than the 19 that the pattern reaches; use fewer processes" in one["raised"]
+        assert f"{len(told)} processes have bands of {BAND} rows" in one["raised"]
+        assert "needs bands of at least 19; use fewer processes" in one["raised"]
     for one in cases.pop("replaced"):
         assert "end its `with` block first" in one["raised"]
     for name, of_case in cases.items():
@@ -50,10 +52,11 @@ def test_other_processes(tmp_path, count, family):
     st.sampled_from([Clear(2), Clear(2.5), InwardWindow((2, 1)), Neighborhood((3, 3)), Neighborhood((4, 3))]),
     st.integers(1, 2),
     st.integers(2, 3),
-    st.integers(5, 9),
+    st.integers(0, 4),
 )
-def test_a_crop_shows_a_band_the_same_keys(pattern, frames, count, rows):
-    """`row_reach` is enough: with so many rows more, the mask is that of the whole picture."""
+def test_a_crop_shows_a_band_the_same_keys(pattern, frames, count, more):
+    """Of bands of `band_rows`, `row_reach` is enough: the mask is then that of the whole picture."""
+    rows = pattern.band_rows + more
     width, height = 4, rows * count
     whole = pattern.token_mask(TokenLayout((frames, height, width))).view((frames, height, width) * 2)
     for rank in range(count):
@@ -73,6 +76,8 @@ def test_a_crop_shows_a_band_the_same_keys(pattern, frames, count, rows):
 def test_reach():
     assert [Clear(r).row_reach for r in (1, 2, 2.5, 16)] == [0, 1, 2, 15]
     assert Neighborhood(5).row_reach == Neighborhood((3, 5, 7)).row_reach == 2
+    assert [Clear(1).band_rows, Clear(16).band_rows, InwardWindow((2, 1)).band_rows] == [1, 15, 3]
+    assert [Neighborhood(n).band_rows for n in (4, 5, 11)] == [2, 3, 6]
     for pattern in (
         Neighborhood(5, stride=2),
         Neighborhood(5, dilation=(1, 2)),
@@ -98,6 +103,14 @@ def test_recipes_that_need_more_are_named(recipe, reason):
     import re
 
     assert re.search(reason, patch.unbanded(recipe))
+
+
+def test_bands_smaller_than_a_window():
+    """A band and its halo of five rows would have ten, which a window of eleven does not fit into."""
+    bands = Bands(0, 2, 5, Neighborhood(11).band_rows)
+    with pytest.raises(ValueError, match=r"^2 processes have bands of 5 rows.* at least 6; use fewer proc"):
+        bands.check(bands.sizes(10))
+    bands.check(bands.sizes(12))
 
 
 class TestRefused:
