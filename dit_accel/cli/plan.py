@@ -217,6 +217,12 @@ def _show_shared(shared: tuple[Sharing, ...], link: float | None) -> None:
     ]
     columns = ("shared by", "sent in a call", "of it rows", "work", "exchange", "a call, modelled")
     print_table(f"On {shared[0].gpus} GPUs, of the one that does most, batch of one", columns, rows)
+    for one in shared:
+        if one.imbalance is not None:
+            typer.echo(
+                f"- by heads, the GPU with most attention computes {one.imbalance:.2f} times the mean, with "
+                f"neighbouring heads {one.neighbours:.2f}"
+            )
     if link is not None:
         typer.echo(
             "- times on several GPUs are a model: one device's time divided as the work is, then the "

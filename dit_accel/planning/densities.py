@@ -6,8 +6,9 @@ densities are counted on a sample of the query blocks; the densities of patterns
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from dit_accel.patterns import Pattern
 from dit_accel.patterns.base import StaticPattern
 from dit_accel.recipe.layer_patterns import LayerPatterns
 from dit_accel.runtime.binding import Binding
-from dit_accel.runtime.geometry import block_sizes, token_order, too_short, visual_permutation
+from dit_accel.runtime.geometry import block_sizes, head_works, token_order, too_short, visual_permutation
 
 EXACT_UP_TO = 2**17  # tokens: a picture of 7680x4320 pixels, 129 frames of 720p
 BlockSize = tuple[int, int]
@@ -61,6 +62,7 @@ class LayerDensities:
         orders: of each pattern under each order worth trying.
         attentions: what sparse layers compute, None for the others; None for all where masks were not built.
         sampled: "N of M query blocks" that block densities are estimated from; empty where they are exact.
+        head_works: makes, of each layer, the block density of every head; one number where all do alike.
     """
 
     block_size: BlockSize
@@ -72,6 +74,7 @@ class LayerDensities:
     orders: tuple[OrderDensity, ...]
     attentions: list[LayerAttention | None] | None = None
     sampled: str = ""
+    head_works: Callable[[], list[tuple[float, ...]]] = list
 
     def over_layers(self, densities: list[float]) -> float:
         """The density of all layers together, from one per layer."""
@@ -96,17 +99,19 @@ def plans(binding: Binding, moment: Moment | None) -> list[LayerPatterns]:
 
 
 def _of_masks(binding: Binding, layout: TokenLayout, moment: Moment | None) -> LayerDensities:
-    geometry = binding.geometry_of(layout, *(moment or ()))
-    used = _patterns_and_layouts(plans(binding, moment), geometry.layouts)
+    geometry, layers = binding.geometry_of(layout, *(moment or ())), plans(binding, moment)
+    used = _patterns_and_layouts(layers, geometry.layouts)
+    size, attentions = geometry.block_size, geometry.attentions
     return LayerDensities(
-        block_size=geometry.block_size,
+        block_size=size,
         layouts=geometry.layouts,
-        sparse=[attention is not None for attention in geometry.attentions],
+        sparse=[attention is not None for attention in attentions],
         densities=geometry.densities,
         block_densities=geometry.block_densities,
         dense_reasons=geometry.dense_reasons,
-        orders=tuple(order for pair in used for order in _orders(*pair, geometry.block_size)),
-        attentions=geometry.attentions,
+        orders=tuple(order for pair in used for order in _orders(*pair, size)),
+        attentions=attentions,
+        head_works=partial(head_works, layers, geometry.layouts, attentions, geometry.order, size),
     )
 
 
@@ -168,7 +173,23 @@ def _estimated(binding: Binding, layout: TokenLayout, moment: Moment | None) -> 
     alone = recipe.order == "auto" and len(used) == 1 and not leading
     known = by_size[best.block_size] if alone else {}
     orders = (row for pair in used for row in _estimated_orders(*pair, best.block_size, known.get(pair)))
-    return replace(best, orders=tuple(orders))
+    works = partial(_head_works, layers, best, by_size[best.block_size])
+    return replace(best, orders=tuple(orders), head_works=works)
+
+
+def _head_works(
+    layers: Iterable[LayerPatterns],
+    found: LayerDensities,
+    masks: Mapping[tuple[Pattern, TokenLayout], MaskEstimate],
+) -> list[tuple[float, ...]]:
+    def work(pattern: Pattern, layout: TokenLayout) -> float:
+        mask = masks.get((pattern, layout))
+        return 1.0 if mask is None else mask.block_density
+
+    return [
+        tuple(work(pattern, own) for pattern in layer.heads) if sparse else (1.0,)
+        for layer, own, sparse in zip(layers, found.layouts, found.sparse, strict=True)
+    ]
 
 
 def _layer(

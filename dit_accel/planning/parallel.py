@@ -14,6 +14,7 @@ import torch
 
 from dit_accel.arguments import positive
 from dit_accel.attention.banded import Bands
+from dit_accel.attention.head_balance import Balance
 from dit_accel.attention.shards import Shards
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.pipelines.families.registry import family_named
@@ -33,6 +34,8 @@ class Sharing:
         sent_bytes: what the device that sends most sends in all layers, and `halo_bytes` what of that are
             neighbouring rows.
         work: its share of what one device computes.
+        imbalance, neighbours: attention that the device with most of it computes in the layers, as a
+            multiple of the mean, with heads dealt out by their work, and with neighbouring heads.
         seconds: the modelled time of the call, of which `exchange_seconds` are the exchange's; None where
             the time of one device or the link is not known.
         speedup: times faster than one device.
@@ -44,6 +47,8 @@ class Sharing:
     sent_bytes: int | None = None
     halo_bytes: int | None = None
     work: float | None = None
+    imbalance: float | None = None
+    neighbours: float | None = None
     exchange_seconds: float | None = None
     seconds: float | None = None
     speedup: float | None = None
@@ -78,20 +83,53 @@ def sharings(
 
 
 def by_heads(plan: Plan, gpus: int) -> Sharing:
-    """Every layer's q, k, v and output go to other heads and back."""
+    """Every layer's q, k, v and output go to other heads and back; heads are dealt out by their work.
+
+    What plans join besides (Helios does in each layer) is counted; the output's tokens, which have few
+    channels, and attention of refiners are not.
+    """
+    family = family_named(plan.family)
+    if family.parallel_refusal is not None:
+        return Sharing("heads", gpus, f"{plan.family}: {family.parallel_refusal}")
     if gpus > plan.heads:
         return Sharing("heads", gpus, f"{plan.heads} heads are shared by at most as many GPUs")
-    shards = Shards(0, gpus, None, plan.heads, frozenset(), uneven=True)
+    shards = Shards(0, gpus, None, plan.heads, frozenset(), uneven=True, together=family.split_together)
     width, itemsize = plan.heads * plan.head_dim, getattr(torch, plan.dtype).itemsize
+    joined = family.gathered_per_layer * shards.sizes(plan.tokens)[0] * (gpus - 1) * width * itemsize
     sent = sum(
-        len(group.names) * shards.sent_bytes(_layout(plan, group.tokens), 1, width, itemsize)
+        len(group.names) * (shards.sent_bytes(_layout(plan, group.tokens), 1, width, itemsize) + joined)
         for group in plan.layers
     )
+    balanced, neighbours = _imbalance(plan, shards.sizes(plan.heads))
     tokens = shards.sizes(plan.tokens)[0] / plan.tokens
-    heads = len(shards.own_heads) / plan.heads
     attention = plan.flops.attention * plan.block_density
     share = attention / (attention + plan.flops.rest)
-    return Sharing("heads", gpus, sent_bytes=sent, halo_bytes=0, work=share * heads + (1 - share) * tokens)
+    return Sharing(
+        "heads",
+        gpus,
+        sent_bytes=sent,
+        halo_bytes=0,
+        work=share * balanced / gpus + (1 - share) * tokens,
+        imbalance=balanced,
+        neighbours=neighbours,
+    )
+
+
+def _imbalance(plan: Plan, sizes: list[int]) -> tuple[float, float]:
+    """What the device with most attention computes in the layers, as a multiple of the mean.
+
+    With heads that are dealt out by their work, and with neighbouring ones. Devices wait in each layer.
+    """
+    works, even = plan.head_works(), sizes[0] * len(sizes) / sum(sizes)
+    total = balanced = neighbours = 0.0
+    for group in plan.layers:
+        pairs = group.tokens**2 * group.block_density
+        for name in group.names:
+            balance = Balance.of(works.get(name, (1.0,)), sizes, "cpu")
+            total += pairs
+            balanced += pairs * (even if balance is None else balance.balanced)
+            neighbours += pairs * (even if balance is None else balance.neighbours)
+    return balanced / total, neighbours / total
 
 
 def by_rows(plan: Plan, recipe: Recipe, gpus: int) -> Sharing:
@@ -108,13 +146,14 @@ def by_rows(plan: Plan, recipe: Recipe, gpus: int) -> Sharing:
         rank=1,
         count=gpus,
         reach=max(pattern.row_reach or 0 for pattern in recipe.patterns),
+        least=max(pattern.band_rows for pattern in recipe.patterns),
         patch=max(max(pattern.pools for pattern in recipe.patterns), 1),
         picture={"height": height},
     )
     sizes = bands.sizes(height)
-    if min(sizes) < max(bands.reach, 1):
+    if min(sizes) < bands.least:
         return Sharing(
-            "rows", gpus, f"bands of {min(sizes)} rows, fewer than the {bands.reach} that a token reaches"
+            "rows", gpus, f"bands of {min(sizes)} rows, fewer than the {bands.least} that the pattern needs"
         )
     rows, itemsize = max(sizes), getattr(torch, plan.dtype).itemsize
     own = replace(_layout(plan, plan.tokens), grid=(plan.grid[0], rows, plan.grid[2]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,8 @@ class Plan:
         flops: of one call of the transformer, dense.
         attention, step, run: times faster than dense: attention of the sparse layers, a sparse step, a run.
         notes: what the predictions rest on.
+        head_works: makes, by the names of layers, the block density of every head; one number where all
+            heads of a layer do alike.
         layer_attention, layout: of the first sparse layer; None and the model's layout where nothing is, or
             where block densities are estimated and no mask is built.
     """
@@ -126,6 +128,7 @@ class Plan:
     memory: Memory
     rates: MeasuredSpeed
     notes: tuple[str, ...]
+    head_works: Callable[[], dict[str, tuple[float, ...]]] = field(repr=False, compare=False)
     layer_attention: LayerAttention | None = field(repr=False, compare=False)
     layout: TokenLayout = field(repr=False, compare=False)
 
@@ -135,8 +138,9 @@ class Plan:
         return None if self.layer_attention is None else self.layer_attention.mask
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the attention, as plain data."""
-        shown = (f.name for f in dataclasses.fields(self) if f.name not in ("layer_attention", "layout"))
+        """Everything but the attention and the work of heads, as plain data."""
+        hidden = ("head_works", "layer_attention", "layout")
+        shown = (f.name for f in dataclasses.fields(self) if f.name not in hidden)
         return {name: _plain(getattr(self, name)) for name in shown}
 
 
@@ -236,6 +240,7 @@ def plan(
             *_notes(model_config, binding, rates, layout.seq_len, found.sampled, device),
             *([] if adapted is None else [_of_adapter(adapted, lora, flops)]),
         ),
+        head_works=lambda: dict(zip(binding.modules, found.head_works(), strict=True)),
         layer_attention=attention,
         layout=of_mask,
     )

@@ -24,7 +24,8 @@ def planned(side: int, family: str = "flux", **changes) -> SimpleNamespace:
         "head_dim": HEAD_DIM,
         "dtype": "bfloat16",
         "block_density": 0.25,
-        "layers": (SimpleNamespace(names=tuple(range(LAYERS)), tokens=tokens),),
+        "layers": (SimpleNamespace(names=tuple(range(LAYERS)), tokens=tokens, block_density=0.25),),
+        "head_works": dict,
         "layout": TokenLayout((1, side, side), TEXT, text_first=True),
         "flops": SimpleNamespace(attention=4e12, rest=3e12),
     }
@@ -64,7 +65,7 @@ def test_rows_do_not_depend_on_how_many_gpus():
     [
         (planned(64), Recipe(Clear(8)), 25, 0, "24 heads are shared by at most as many"),
         (planned(64), Recipe(Clear(8), dense_steps=1), 2, 1, "`dense_steps=1` needs what all tokens have"),
-        (planned(64), Recipe(Clear(8)), 16, 1, "bands of 4 rows, fewer than the 7"),
+        (planned(64), Recipe(Clear(8)), 16, 1, "bands of 4 rows, fewer than the 7 that the pattern needs"),
         (planned(64, "wan"), Recipe(Neighborhood(3)), 2, 1, "wan places its tokens inside"),
     ],
     ids=["heads", "dense", "bands", "family"],
