@@ -9,14 +9,15 @@ from torch import nn
 
 from dit_accel.errors import UnavailableError
 from dit_accel.pipelines.families import family_of
+from dit_accel.runtime.splitting import keep_output, no_plan
 from dit_accel.runtime.switching import handle_of, transformers_of
 
 
 def plan_of(transformer: Any) -> dict[str, Any]:
     """The `cp_plan` for `transformer.enable_parallelism`: what is split among processes where.
 
-    Diffusers' own for families that it has one for. The plans that are ours (SD3, HunyuanVideo, HunyuanVideo
-    1.5) are for accelerated transformers: their stock attention knows nothing of other processes, so
+    Diffusers' own for most families that it has one for. Plans for others are for accelerated transformers,
+    as their stock attention knows nothing of other processes or masks tokens in another order: so
     `dit_accel.enable` them, with the recipe `Dense()` at least.
 
     Raises:
@@ -26,8 +27,8 @@ def plan_of(transformer: Any) -> dict[str, Any]:
     plan = family.parallel_plan(transformer)
     if plan is None:
         raise UnavailableError(
-            f"there is no plan for context parallelism of {type(transformer).__name__} ({family.name}); use "
-            "one process for each prompt (`accelerate launch`)"
+            f"there is no plan for context parallelism of {type(transformer).__name__} ({family.name}): "
+            f"{no_plan(family)}; use one process for each prompt (`accelerate launch`)"
         )
     return plan
 
@@ -65,6 +66,8 @@ def context_parallel(target: Any, degree: int | None = None) -> None:
                 "call `context_parallel` before `dit_accel.enable`, which asks what a process shares"
             )
         _enable(transformer, degree, plan)
+        _leave_whole(transformer)
+        keep_output(transformer)
         if getattr(transformer, "_cp_plan", None) is None:
             transformer.register_forward_pre_hook(_check_enabled)
 
@@ -92,9 +95,19 @@ def _enable(transformer: Any, degree: int, plan: dict[str, Any]) -> None:
     apply_context_parallel(transformer, config, plan)
 
 
+def _leave_whole(transformer: Any) -> None:
+    """Attention to keys that every process has, such as those of text, exchanges nothing."""
+    family = family_of(transformer)
+    split = {*family.layers(transformer).values(), *family.exchanging(transformer)}
+    for module in set(transformer.modules()) - split:
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None
+
+
 def _check_enabled(transformer: nn.Module, args: tuple) -> None:
     if handle_of(transformer) is None:
         raise UnavailableError(
-            f"the stock attention of {type(transformer).__name__} knows nothing of other processes; call "
-            "`dit_accel.enable(transformer, recipe)` first, with `Dense()` where nothing is to be sparse"
+            f"the plan for context parallelism of {type(transformer).__name__} is for accelerated attention; "
+            "call `dit_accel.enable(transformer, recipe)` first, with `Dense()` where nothing is to be sparse"
         )

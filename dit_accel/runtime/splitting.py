@@ -26,8 +26,8 @@ def shards_of(transformer: Any, family: Family, layers: list[str], heads: int) -
         return None
     if family.parallel_plan(transformer) is None:
         raise UnavailableError(
-            f"context parallelism is not supported for {type(transformer).__name__} ({family.name}): there "
-            "is no plan of what is split where; use one process for each prompt"
+            f"context parallelism is not supported for {type(transformer).__name__} ({family.name}): "
+            f"{no_plan(family)}; use one process for each prompt (`accelerate launch`)"
         )
     ulysses = config.context_parallel_config
     if heads < ulysses.ulysses_degree:
@@ -42,7 +42,13 @@ def shards_of(transformer: Any, family: Family, layers: list[str], heads: int) -
         heads=heads,
         layers=frozenset(layers),
         uneven=ulysses.ulysses_anything,
+        together=family.split_together,
     )
+
+
+def no_plan(family: Family) -> str:
+    """Why a transformer of a family has no plan of context parallelism."""
+    return family.parallel_refusal or "diffusers has no plan for this one of the family's transformers"
 
 
 def unshared(config: Any) -> str | None:
@@ -74,6 +80,14 @@ def is_split(module: nn.Module) -> bool:
     registry = module.__dict__.get("_diffusers_hook")
     hooks = registry.hooks.values() if registry is not None else ()
     return bool(hooks) and all(type(hook).__name__ in _HOOKS for hook in hooks)
+
+
+def keep_output(transformer: nn.Module) -> None:
+    """Where a plan splits what a transformer takes, let it give what it wants: diffusers asks for tensors."""
+    registry = transformer.__dict__.get("_diffusers_hook")
+    for hook in registry.hooks.values() if registry is not None else ():
+        if type(hook).__name__ == _SPLITS:
+            hook.fn_ref.post_forward = lambda module, output: output
 
 
 class BeforeSplit:

@@ -56,7 +56,11 @@ class Family:
         highres_refusal: why runs above native size (`dit_accel.highres`) cannot be made; None: they can.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
         batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
-        parallel: whether diffusers' own plan of context parallelism does for its accelerated layers.
+        parallel_refusal: why calls cannot be shared by context parallelism; None: they can, see
+            `parallel_plan`.
+        split_together: whether that plan splits all tokens of a layout as one stream; if not, visual tokens
+            (with those of references behind them) and text each by itself.
+        gathered_per_layer: how often that plan joins all tokens again in a layer.
         band_dim: dimension of the output along which bands of rows of the picture stand one after the other;
             None: rows cannot be told apart outside (see `band`).
         hidden_config: values that a transformer's forward must see in its configuration in accelerated calls,
@@ -78,7 +82,9 @@ class Family:
     stays_dense: str = ""
     text_name: str = "text"
     moves_tokens: bool = True
-    parallel: bool = False
+    parallel_refusal: str | None = "there is no plan of what is split where"
+    split_together: bool = False
+    gathered_per_layer: int = 0
     band_dim: int | None = None
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     beside: str = "of a reference image"
@@ -224,11 +230,12 @@ class Family:
         return moved(output) if isinstance(output, torch.Tensor) else tuple(map(moved, output))
 
     def parallel_plan(self, transformer: Any) -> dict[str, Any] | None:
-        """What `enable_parallelism(cp_plan=...)` takes: which tokens are split where; None: there is no plan.
+        """Which tokens are split where, as `enable_parallelism(cp_plan=...)` takes it; None: no plan."""
+        return getattr(transformer, "_cp_plan", None) if self.parallel_refusal is None else None
 
-        Visual tokens (with those of references behind them) and text are split each by itself.
-        """
-        return getattr(transformer, "_cp_plan", None) if self.parallel else None
+    def exchanging(self, transformer: Any) -> list[nn.Module]:
+        """Attention modules beside `layers` whose keys the plan splits: they exchange by diffusers' code."""
+        return []
 
     def not_parallel(self, transformer: Any, inputs: dict[str, Any]) -> str | None:
         """Why a call with these inputs cannot be split by the plan, with the remedy, or None."""

@@ -22,7 +22,6 @@ class ChronoEdit(Wan):
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
     originals = ("WanAttnProcessor",)
-    parallel = False  # by its plan in diffusers it was not tried
     upscaled_shift = None
 
     def rotary_module(self, transformer: Any) -> None:

@@ -18,6 +18,7 @@ from dit_accel.masks.layout import TokenLayout
 from .base import Family, Fill
 from .joint import PlainProcessor
 from .registry import register
+from .splits import split_inputs, split_outputs, split_pair
 from .tokens import Permute, move_patches
 
 _FUSED = "FusedCogVideoXAttnProcessor2_0"
@@ -67,6 +68,7 @@ class CogVideoX(Family):
     originals = ("CogVideoXAttnProcessor2_0", _FUSED)
     processor = CogVideoXProcessor
     stays_dense = "text tokens"
+    parallel_refusal = None
     pure_noise = None  # it is no flow
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
@@ -92,6 +94,11 @@ class CogVideoX(Family):
     ) -> torch.Tensor:
         frames_last = sample.transpose(1, 2)  # (B, C, F, H, W)
         return move_patches(frames_last, layout.grid, self.patch(transformer.config), restore).transpose(1, 2)
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        rotary = {"transformer_blocks.*": {"image_rotary_emb": split_pair(0)}}
+        first = split_inputs("transformer_blocks.0", ("hidden_states", "encoder_hidden_states"))
+        return rotary | first | split_outputs({})
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.patch_embed: 1}

@@ -27,7 +27,7 @@ class Flux(Family):
     stays_dense = "text tokens; Kontext's reference image"
     shared_inputs = ("img_ids", "txt_ids")
     pure_noise = 1.0
-    parallel = True
+    parallel_refusal = None
     band_dim = 1
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

@@ -30,7 +30,8 @@ class Helios(Wan):
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
     originals = ("HeliosAttnProcessor",)
-    parallel = False  # by its plan in diffusers it was not tried
+    split_together = True
+    gathered_per_layer = 3  # attention to video and to text, feed-forward
     stays_dense = "cross-attention to text; tokens of the history before a chunk"
     text_name = "history"
     moves_tokens = False
@@ -50,6 +51,25 @@ class Helios(Wan):
         shape = inputs["hidden_states"].shape[2:]
         grid = tuple(n // p for n, p in zip(shape, patch, strict=True))
         return TokenLayout(grid, text_len=history, text_first=history > 0)
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        """diffusers', which is of forty blocks, of the blocks that there are."""
+        blocks = len(transformer.blocks)
+        numbers = {place: place.split(".")[1] for place in transformer._cp_plan}
+        return {
+            place: part
+            for place, part in transformer._cp_plan.items()
+            if numbers[place] == "*" or int(numbers[place]) < blocks
+        }
+
+    def not_parallel(self, transformer: Any, inputs: dict[str, Any]) -> str | None:
+        history = [name for name in _HISTORY if inputs.get(f"latents_history_{name}") is not None]
+        if history and transformer.config.is_amplify_history:
+            return (
+                "a model with `is_amplify_history` counts the history's tokens inside, where each process "
+                "has others; use one process for each prompt"
+            )
+        return super().not_parallel(transformer, inputs)
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {}

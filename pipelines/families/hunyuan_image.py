@@ -43,9 +43,6 @@ class HunyuanImage(HunyuanVideo):
     def leading(self, transformer: Any, layout: TokenLayout) -> int:
         return 0
 
-    def parallel_plan(self, transformer: Any) -> None:
-        """HunyuanVideo's was not tried with it."""
-
     def enter(self, transformer: Any, inputs: dict[str, Any], layout: TokenLayout, permute: Permute) -> dict:
         patch = self.patch(transformer.config)
         return inputs | {"hidden_states": move_patches(inputs["hidden_states"], layout.grid, patch, permute)}

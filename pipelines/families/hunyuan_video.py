@@ -16,15 +16,8 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill, double_and_single, double_and_single_blocks
 from .registry import register
-from .tokens import (
-    Permute,
-    grid_positions,
-    move_patches,
-    read_once,
-    split_inputs,
-    split_outputs,
-    valid_lengths,
-)
+from .splits import split_inputs, split_outputs
+from .tokens import Permute, grid_positions, move_patches, read_once, valid_lengths
 
 
 @register
@@ -35,6 +28,7 @@ class HunyuanVideo(Family):
     transformer = "HunyuanVideoTransformer3DModel"
     originals = ("HunyuanVideoAttnProcessor2_0",)
     stays_dense = "text tokens; the text's own refiner"
+    parallel_refusal = None
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return double_and_single(transformer)

@@ -15,6 +15,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill
 from .registry import register
+from .splits import split_blocks
 from .tokens import Permute, move_patches
 
 
@@ -26,6 +27,7 @@ class Kandinsky5(Family):
     transformer = "Kandinsky5Transformer3DModel"
     originals = ("Kandinsky5AttnProcessor",)
     stays_dense = "cross-attention to text; the text's own blocks"
+    parallel_refusal = None
 
     def heads(self, transformer: Any) -> tuple[int, int]:
         dim = sum(transformer.config.axes_dims)
@@ -60,6 +62,9 @@ class Kandinsky5(Family):
         self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
         return _moved(transformer, sample, layout, restore)
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        return split_blocks("visual_transformer_blocks", transformer, {"visual_embed": 3}, {"rope": None})
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.visual_rope_embeddings: (1, 3)}

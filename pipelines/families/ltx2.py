@@ -17,6 +17,7 @@ from dit_accel.masks.layout import TokenLayout
 from .base import Fill
 from .ltx_video import Grid, LTXVideo
 from .registry import register
+from .splits import split_outputs, split_tokens
 from .tokens import Permute, move_part
 
 
@@ -56,8 +57,22 @@ class LTX2(LTXVideo):
             moved["video_keyframes_mask"] = move_part(keyframes, 1, layout.visual_slice, permute)
         return moved
 
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        """Of the video; audio, which is short, is in every process."""
+        tables = dict.fromkeys(("rope", "cross_attn_rope"), dict.fromkeys((0, 1), _rotary_dim(transformer)))
+        return split_tokens(("hidden_states", 3), ("timestep", 2)) | split_outputs(tables)
+
+    def not_parallel(self, transformer: Any, inputs: dict[str, Any]) -> str | None:
+        marked = inputs.get("video_keyframes_mask") is not None
+        if marked and transformer.config.get("use_keyframes_abs_pos_embedding"):
+            return "`video_keyframes_mask` is of all tokens, and no plan splits it; use one process a prompt"
+        return super().not_parallel(transformer, inputs)
+
+    def exchanging(self, transformer: Any) -> list[nn.Module]:
+        return [block.video_to_audio_attn for block in transformer.transformer_blocks]
+
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
-        dim = 2 if transformer.config.rope_type == "split" else 1
+        dim = _rotary_dim(transformer)
         return {transformer.rope: dim, transformer.cross_attn_rope: dim}
 
     # -- what is known before a run --------------------------------------------------------------------------
@@ -84,3 +99,8 @@ class LTX2(LTXVideo):
 
     def prompt_tokens(self, folder: Any, longest: int | None) -> int:
         return longest or 1024
+
+
+def _rotary_dim(transformer: Any) -> int:
+    """The dimension of tokens in tables of the rotary embedding."""
+    return 2 if transformer.config.rope_type == "split" else 1

@@ -15,6 +15,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill
 from .registry import register
+from .splits import split_outputs, split_tokens
 from .tokens import Permute, move_part, read_once
 
 Grid = tuple[int, int, int]
@@ -29,6 +30,8 @@ class LTXVideo(Family):
     originals = ("LTXVideoAttnProcessor",)
     stays_dense = "cross-attention to text; tokens of conditions beside the video"
     text_name = "condition"
+    parallel_refusal = None
+    split_together = True
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.transformer_blocks)}
@@ -61,6 +64,10 @@ class LTXVideo(Family):
         self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
         return move_part(sample, 1, layout.visual_slice, restore)
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        """diffusers' splits text as well, whose mask then no longer fits the heads."""
+        return split_tokens(("hidden_states", 3), ("timestep", 2)) | split_outputs({"rope": {0: 1, 1: 1}})
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 1}

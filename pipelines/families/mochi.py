@@ -20,6 +20,7 @@ from dit_accel.masks.layout import TokenLayout
 from .base import Family, Fill
 from .joint import JointProcessor
 from .registry import register
+from .splits import split_inputs, split_outputs
 from .tokens import Permute, move_patches, read_once, valid_lengths
 
 
@@ -56,6 +57,7 @@ class Mochi(Family):
     originals = ("MochiAttnProcessor2_0",)
     processor = MochiProcessor
     stays_dense = "text tokens"
+    parallel_refusal = None
     pure_noise = 0.0
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
@@ -81,6 +83,10 @@ class Mochi(Family):
         self, transformer: Any, sample: torch.Tensor, layout: TokenLayout, restore: Permute
     ) -> torch.Tensor:
         return move_patches(sample, layout.grid, self.patch(transformer.config), restore)
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        first = split_inputs("transformer_blocks.0", ("hidden_states", "encoder_hidden_states"))
+        return split_outputs({"rope": {0: 0, 1: 0}}) | first
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.rope: 0}

@@ -32,7 +32,7 @@ class QwenImage(Family):
     originals = ("QwenDoubleStreamAttnProcessor2_0",)
     stays_dense = "text tokens; given images (Edit, Layered)"
     pure_noise = 1.0
-    parallel = True
+    parallel_refusal = None
     beside = "of given images"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

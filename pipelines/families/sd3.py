@@ -19,7 +19,8 @@ from dit_accel.masks.layout import TokenLayout
 from .base import Family, Fill, HeadSearch
 from .joint import JointProcessor
 from .registry import register
-from .tokens import Permute, move_patches, split_outputs
+from .splits import split_outputs
+from .tokens import Permute, move_patches
 
 _FUSED = "FusedJointAttnProcessor2_0"
 
@@ -79,6 +80,8 @@ class SD3(Family):
 
     def placed_outputs(self, transformer: Any) -> dict[nn.Module, int | tuple[int, int]]:
         return {transformer.pos_embed: 1}
+
+    parallel_refusal = None
 
     def parallel_plan(self, transformer: Any) -> dict[str, Any]:
         return split_outputs({"pos_embed": {0: 1}, "context_embedder": {0: 1}})

@@ -25,6 +25,7 @@ class SkyReelsV2(Wan):
     name = "skyreels-v2"
     transformer = "SkyReelsV2Transformer3DModel"
     variants = ()
+    parallel_refusal = "its timesteps of frames, and its mask of chunks, are made inside for all tokens"
     originals = ("SkyReelsV2AttnProcessor",)
     accelerates_dense = True
     hidden_config = MappingProxyType({"num_frame_per_block": 1})

@@ -102,25 +102,3 @@ def valid_lengths(mask: torch.Tensor, name: str = "encoder_attention_mask") -> t
             'its length; tokenize with padding_side="right", or `dit_accel.disable` it for such calls'
         )
     return valid
-
-
-def split_outputs(places: dict[str, dict[int, int]]) -> dict[str, Any]:
-    """A plan of diffusers' context parallelism that splits outputs of modules and gathers that of `proj_out`.
-
-    Args:
-        places: by module name, of each output that is split (by its number) the dimension of tokens.
-    """
-    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-
-    plan: dict[str, Any] = {
-        name: {i: ContextParallelInput(split_dim=dim, split_output=True) for i, dim in outputs.items()}
-        for name, outputs in places.items()
-    }
-    return plan | {"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
-
-
-def split_inputs(module: str, names: Sequence[str]) -> dict[str, Any]:
-    """The part of such a plan that splits inputs (B, S, C) of a module along their tokens."""
-    from diffusers.models._modeling_parallel import ContextParallelInput
-
-    return {module: {name: ContextParallelInput(split_dim=1, expected_dims=3) for name in names}}

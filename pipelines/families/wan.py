@@ -26,7 +26,7 @@ class Wan(Family):
     transformer = "WanTransformer3DModel"
     variants: tuple[str, ...] = ("WanVACETransformer3DModel",)
     originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
-    parallel = True
+    parallel_refusal = None
     stays_dense = "cross-attention to text and to a given image"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

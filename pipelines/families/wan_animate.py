@@ -22,6 +22,7 @@ class WanAnimate(Wan):
     transformer = "WanAnimateTransformer3DModel"
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
+    parallel_refusal = "its face adapter tells frames by the places of all tokens"
     originals = ("WanAttnProcessor",)
     stays_dense = "cross-attention to text and to the character's image; the face adapter"
     moves_tokens = False

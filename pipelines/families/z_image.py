@@ -18,6 +18,7 @@ from dit_accel.masks.layout import TokenLayout
 
 from .base import Family, Fill
 from .registry import register
+from .splits import split_blocks
 from .tokens import Grid
 
 _MULTIPLE = 32  # a number that stands in diffusers
@@ -33,6 +34,8 @@ class ZImage(Family):
     stays_dense = "caption tokens; tokens that fill up the image; the refiners of image and caption"
     beside = "that fill up the image"
     moves_tokens = False
+    parallel_refusal = None
+    split_together = True
     pure_noise = 1.0
 
     def heads(self, transformer: Any) -> tuple[int, int]:
@@ -56,6 +59,15 @@ class ZImage(Family):
             "guidance needs a transformer whose samples are one tensor, and Z-Image takes and gives lists of "
             "them; use guidance=None"
         )
+
+    def parallel_plan(self, transformer: Any) -> dict[str, Any]:
+        """Of the image's refiner and of the blocks; captions are refined whole in every process."""
+        parts = ("noise_refiner", "layers")
+        plans = [split_blocks(part, transformer, {"x": 3}, {"freqs_cis": 3}) for part in parts]
+        return {place: split for plan in plans for place, split in plan.items()}
+
+    def exchanging(self, transformer: Any) -> list[nn.Module]:
+        return [block.attention for block in transformer.noise_refiner]
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         shapes = {tuple(sample.shape[1:]) for sample in _samples(inputs)}

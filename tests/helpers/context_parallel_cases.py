@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dit_accel import Recipe, disable, enable, handle_of
+from dit_accel import Recipe, disable, enable, handle_of, summary
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.parallel import context_parallel
 from dit_accel.patterns import (
@@ -33,13 +33,19 @@ from dit_accel.patterns import (
 )
 
 TESTS = Path(__file__).parents[1]
-GRIDS = dict.fromkeys(("flux", "flux2", "sd3", "qwen"), (8, 12))
-GRIDS |= dict.fromkeys(("wan", "hunyuan", "hunyuan15"), (3, 6, 8))
+PICTURES = ("flux", "flux2", "sd3", "qwen", "zimage", "hunyuanimage")
+VIDEOS = ("wan", "hunyuan", "hunyuan15", "ltx", "ltx2", "cogvideox", "mochi", "kandinsky5", "chrono")
+VIDEOS += ("helios",)
+GRIDS = dict.fromkeys(PICTURES, (8, 12)) | dict.fromkeys(VIDEOS, (3, 6, 8))
+GRIDS["zimage"] = (9, 11)  # which 29 more tokens fill up
+ALL = ("flux", "wan", "flux2", "sd3", "qwen", "hunyuan", "hunyuan15")  # the others have the cases FEW
+FEW = ("dense", "static, CFG, a dense step and layer", "per head", "int8", "routed", "guidance, CFG")
+FOUR = {"num_attention_heads": 4}
 CONFIG = {
-    "flux": {"num_attention_heads": 4},
-    "flux2": {"num_attention_heads": 4},
-    "wan": {"num_attention_heads": 4, "num_layers": 2},
-    "qwen": {"num_attention_heads": 4, "num_layers": 2},
+    "flux": FOUR,
+    "flux2": FOUR,
+    "wan": FOUR | {"num_layers": 2},
+    "qwen": FOUR | {"num_layers": 2},
     "sd3": {
         "num_attention_heads": 4,
         "num_layers": 2,
@@ -49,12 +55,23 @@ CONFIG = {
     },
     "hunyuan": {"num_attention_heads": 4, "num_layers": 1, "num_single_layers": 1},
     "hunyuan15": {"num_attention_heads": 4, "num_layers": 2},
+    "zimage": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4},
+    "hunyuanimage": FOUR,
+    "ltx": FOUR | {"num_layers": 2, "cross_attention_dim": 64},
+    "ltx2": FOUR
+    | {"num_layers": 2, "cross_attention_dim": 64, "audio_num_attention_heads": 4}
+    | {"audio_cross_attention_dim": 32},
+    "cogvideox": FOUR | {"num_layers": 2},
+    "mochi": FOUR | {"num_layers": 2},
+    "kandinsky5": {"model_dim": 64, "num_visual_blocks": 2},
+    "chrono": FOUR | {"num_layers": 2},
+    "helios": FOUR | {"num_layers": 2},
 }
 CFG = {"steps": 2, "cfg": 3.0, "batch": 2}
 
 
-def cases(family: str, transformer: Any) -> dict[str, tuple[Recipe, dict[str, Any]]]:
-    """Recipes and how they are run."""
+def cases(family: str, transformer: Any) -> dict[str, tuple[Recipe | None, dict[str, Any]]]:
+    """Recipes and how they are run; None is diffusers' own attention."""
     import calibrations
 
     video = len(GRIDS[family]) == 3
@@ -68,12 +85,16 @@ def cases(family: str, transformer: Any) -> dict[str, tuple[Recipe, dict[str, An
         ),
         "static in model order": (Recipe(near, order="raster"), {"text_len": 8}),
         "per head": (Recipe({"heads.0": near, "heads.2-3": far}, order="hilbert"), {}),
+        "last heads": (Recipe({"heads.2-3": near}, guidance=guidance), CFG),
         "calibrated": (Recipe(Calibrated(calibrations.drawn_for(transformer, GRIDS[family], steps=2))), {}),
         "tail": (Recipe(near, tail="pooled"), {}),
         "int8": (Recipe(near, quantization="int8"), {}),
         "dense int8": (Recipe(Dense(), quantization="int8"), {}),
         "routed": (Recipe(Routed(top_k=0.4, block_size=(16, 16), refresh=2)), {}),
         "routed, some heads": (Recipe({"heads.1-2": Routed(top_p=0.5, block_size=(16, 16))}), {}),
+        "routed, last heads": (
+            Recipe({"heads.2-3": Routed(top_p=0.5, block_size=(16, 16), refresh=2)}), {"steps": 3},
+        ),
         "clustered": (Recipe(Clustered(4, 8)), {}),
         "rectified": (Recipe(Rectified(near, block_size=16), block_size=(16, 16)), {}),
         "skipping": (Recipe(Skipping()), {}),
@@ -86,7 +107,20 @@ def cases(family: str, transformer: Any) -> dict[str, tuple[Recipe, dict[str, An
         found["pooled keys"] = Recipe(Clear(3, downsample=2)), {}
     if video:
         found["chosen by heads"] = Recipe(SparseVideoGen(keep=0.5, block_size=16)), {}
+    if family not in ALL:
+        few = (
+            FEW[:-1] if family == "zimage" else FEW
+        )  # which takes and gives lists, so that there is no guidance
+        found = {name: found[name] for name in few}
+    if getattr(transformer, "_cp_plan", None) is not None:
+        found["stock, CFG"] = None, CFG
     return found
+
+
+def sizes_of(pipe: Any) -> list[int]:
+    """Tokens, channels and number of the layers of a pipeline that was run."""
+    binding = handle_of(pipe).bindings["transformer"]
+    return [binding.geometry.layout.seq_len, binding.heads * binding.head_dim, len(binding.layers)]
 
 
 def main(rank: int, count: int, folder: Path, families: list[str]) -> None:
@@ -106,21 +140,29 @@ def main(rank: int, count: int, folder: Path, families: list[str]) -> None:
         for name, (recipe, options) in cases(family, alone.transformer).items():
             if only not in ("", name):
                 continue
-            key, options = f"{family}: {name}", {"steps": 2, **options}
+            key, options = f"{family}: {name}", {"steps": 2, "grid": GRIDS[family], **options}
             said[key] = {}
             try:
                 outputs = []
                 for pipe in (alone, shared):
-                    enable(pipe, recipe)
+                    if recipe is not None:
+                        enable(pipe, recipe)
                     outputs.append(run(pipe, **options))
-                stock = handle_of(alone).stats(), handle_of(shared).stats()
                 scale = float(outputs[0].abs().max())
-                said[key] = {
-                    "error": float((outputs[0] - outputs[1]).abs().max()) / scale,
-                    "densities": [one["density"] for one in stock],
-                    "sent": stock[1]["sent_bytes"],
-                    "calls": stock[1]["calls"],
-                }
+                said[key] = {"error": float((outputs[0] - outputs[1]).abs().max()) / scale}
+                if recipe is not None:
+                    stats = [handle_of(pipe).stats() for pipe in (alone, shared)]
+                    said[key] |= {
+                        "densities": [one["density"] for one in stats],
+                        "sent": stats[1]["sent_bytes"],
+                        "calls": stats[1]["calls"],
+                        "sizes": sizes_of(shared),
+                        "balance": [
+                            (one.groups, one.neighbours, one.balanced)
+                            for one in handle_of(shared).bindings["transformer"].geometry.balances.values()
+                        ],
+                        "summary": str(summary(shared)),
+                    }
             except Exception:
                 said[key] = {"raised": traceback.format_exc()}
             finally:
