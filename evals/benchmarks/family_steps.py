@@ -80,6 +80,8 @@ def one_block_each(model: ModelConfig) -> ModelConfig:
     }
     if "dual_attention_layers" in model.config:
         cut["dual_attention_layers"] = (0,)
+    if model.family == "wan-animate":
+        cut["inject_face_latents_blocks"] = 1  # of as many blocks one has an adapter of faces
     return dataclasses.replace(model, config={**model.config, **cut})
 
 
