@@ -116,19 +116,33 @@ class RectifiedAttention(AroundAnother):
         return replace(self, inner=self.inner.resolved(call))
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
+        inner, moved = self._entered(call)
+        out = _masked(inner)(moved)
+        return inner.leave(self._rectified(moved, inner.mask, out)[0])
+
+    def with_lse(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """As R is the share of the keys in O, their log-sum-exp less log R is that of all."""
+        inner, moved = self._entered(call)
+        out, lse = _masked(inner).with_lse(moved)
+        out, rest = self._rectified(moved, inner.mask, out)
+        visual = self.layout.visual_len
+        rest = rest.clamp(min=torch.finfo(lse.dtype).tiny).log().to(lse.dtype)
+        lse = torch.cat([lse[:, :, :visual, None] - rest, lse[:, :, visual:, None]], 2)
+        return inner.leave(out), inner.leave(lse).squeeze(-1)
+
+    def _entered(self, call: AttentionCall) -> tuple[Any, AttentionCall]:
+        """The other attention as this call decides it, and the call in the order of its mask."""
         if call.tail is not None:
             raise UnavailableError(
                 f"`tail={call.tail!r}` and Rectified both stand for what is left out; use one of them"
             )
         inner: Any = self.inner.resolved(call)
-        moved = inner.enter(call)
-        out = Masked(inner.mask, None, getattr(inner, "pv_threshold", None))(moved)
-        visual = self.layout.visual_len
-        rectified = self._rectified(moved, inner.mask, out[:, :, :visual])
-        return inner.leave(torch.cat([rectified, out[:, :, visual:]], 2))
+        return inner, inner.enter(call)
 
-    def _rectified(self, call: AttentionCall, mask: BlockMask, out: torch.Tensor) -> torch.Tensor:
-        """Of the visual tokens, (B, H, V, D) like `out`."""
+    def _rectified(
+        self, call: AttentionCall, mask: BlockMask, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`out` (B, H, S, D) with its visual tokens rectified, and R of those, (B, H, V, 1)."""
         size, visual = self.pattern.block_size, self.layout.visual_len
         q, k, v = (x[:, :, :visual] for x in (call.q, call.k, call.v))
         q_means, k_means, v_means = (block_means(x, size) for x in (q, k, v))
@@ -139,4 +153,10 @@ class RectifiedAttention(AroundAnother):
             pooled = pooled * trusted(q, k, size)
         added, rest = pooled @ v_means, 1 - pooled.sum(-1, keepdim=True)
         added, rest = (x.repeat_interleave(size, 2)[:, :, :visual] for x in (added, rest))
-        return (rest * out + added).to(out.dtype)
+        own = (rest * out[:, :, :visual] + added).to(out.dtype)
+        return torch.cat([own, out[:, :, visual:]], 2), rest
+
+
+def _masked(inner: Any) -> Masked:
+    """The other attention in the order of its mask."""
+    return Masked(inner.mask, None, getattr(inner, "pv_threshold", None))

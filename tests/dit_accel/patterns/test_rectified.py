@@ -63,13 +63,17 @@ def call_of(q, k, v, layout, **options):
 
 
 def expected(pattern, q, k, v, layout, order, kept, text_valid=None):
-    """The definition in loops, given which pairs are kept, bool (B, H, S, S), in the model's order."""
+    """The definition in loops, given which pairs are kept, bool (B, H, S, S), in the model's order.
+
+    Returns:
+        the output, and the log-sum-exp: of a row's own scores less the logarithm of their share.
+    """
     start, others = layout.visual_slice.start, layout.text_last[layout.visual_len :].tolist()
     visual = [start + int(t) for t in order]
     blocks = [
         torch.tensor(visual[at : at + pattern.block_size]) for at in range(0, len(visual), pattern.block_size)
     ]
-    scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
+    scale, out, lse = q.shape[-1] ** -0.5, torch.empty_like(q), torch.empty_like(q[..., 0])
     for b in range(q.shape[0]):
         hidden = torch.zeros(layout.seq_len, dtype=torch.bool)
         if text_valid is not None:
@@ -79,7 +83,7 @@ def expected(pattern, q, k, v, layout, order, kept, text_valid=None):
             Q, K, V = q[b, h], k[b, h], v[b, h]
             scores = (Q @ K.T * scale).masked_fill(~kept[b, h] | hidden, -math.inf)
             sparse = scores.softmax(-1) @ V
-            out[b, h] = sparse
+            out[b, h], lse[b, h] = sparse, scores.logsumexp(-1)
             for row in blocks:
                 mean, spread = Q[row].mean(0), (Q[row] - Q[row].mean(0)).abs().mean(0)
                 weights = [len(c) * math.exp(float(mean @ K[c].mean(0)) * scale) for c in blocks]
@@ -94,7 +98,8 @@ def expected(pattern, q, k, v, layout, order, kept, text_valid=None):
                     share -= weight / total * (1 - part)
                     added += weight / total * (1 - part) * V[column].mean(0)
                 out[b, h, row] = share * sparse[row] + added
-    return out
+                lse[b, h, row] -= math.log(max(share, 1e-300))
+    return out, lse
 
 
 @pytest.mark.parametrize("order", ["raster", "hilbert"])
@@ -109,9 +114,10 @@ def test_computes_what_the_method_says(name, layout, order):
     inner = layer.inner.resolved(call)
     kept = inner.mask.to_token_mask().expand(*q.shape[:2], layout.seq_len, layout.seq_len)
     visual = getattr(orders, order)(layout.grid)
-    assert torch.allclose(
-        layer(call), expected(pattern, q, k, v, layout, visual, kept, text_valid), rtol=0, atol=1e-11
-    )
+    out, lse = expected(pattern, q, k, v, layout, visual, kept, text_valid)
+    assert torch.allclose(layer(call), out, rtol=0, atol=1e-11)
+    for found, said in zip(layer.with_lse(call), (out, lse), strict=True):
+        assert torch.allclose(found, said, rtol=0, atol=1e-11)
     if pattern.base is not None and not pattern.base.online:
         assert torch.equal(kept[0, 0], pattern.base.token_mask(layout))
 
@@ -221,9 +227,8 @@ def test_any_layout(layout, size, mass, gain_aware):
     q, k, v = inputs(layout)
     kept = pattern.select(q, k, layout).to_token_mask()
     actual = attention(q, k, v, pattern, layout)
-    assert torch.allclose(
-        actual, expected(pattern, q, k, v, layout, orders.raster(layout.grid), kept), rtol=0, atol=1e-11
-    )
+    said, _ = expected(pattern, q, k, v, layout, orders.raster(layout.grid), kept)
+    assert torch.allclose(actual, said, rtol=0, atol=1e-11)
 
 
 class RectifyingProcessor:
@@ -290,8 +295,6 @@ def test_bad_arguments(arguments, message):
 def test_what_does_not_go_together_is_refused():
     layout = TokenLayout((1, 8, 8), 4)
     q, k, v = inputs(layout)
-    with pytest.raises(UnavailableError, match="returns no lse"):
-        attention(q, k, v, ALONE, layout, return_lse=True)
     with pytest.raises(UnavailableError, match="both stand for what is left out"):
         attention(q, k, v, ALONE, layout, tail="pooled")
     with pytest.raises(ValueError, match=r"`block_size` 48 must be a multiple"):
