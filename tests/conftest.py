@@ -331,6 +331,11 @@ def flux(families):
 
 
 @pytest.fixture
+def chroma(families):
+    return _with_pipeline(families["chroma"])
+
+
+@pytest.fixture
 def flux2(families):
     return _with_pipeline(families["flux2"])
 
@@ -388,6 +393,11 @@ def chrono(families):
 @pytest.fixture
 def helios(families):
     return _with_pipeline(families["helios"])
+
+
+@pytest.fixture
+def minimaxh3(families):
+    return _with_pipeline(families["minimaxh3"])
 
 
 @pytest.fixture

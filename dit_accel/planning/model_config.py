@@ -110,15 +110,16 @@ class ModelConfig:
             ValueError: a size that the pipeline would round, or frames of an image model.
         """
         frames, height, width = size
-        temporal, spatial = self.vae
+        (temporal, spatial), (beside, latents, each) = self.vae, self.description.whole_latents
         patch = self.description.patch(transformer.config)
         if not self.video and frames != 1:
             raise ValueError(f"`frames` is for video models, and {self.name} makes images; leave it out")
-        if self.video and (frames - 1) % temporal:
-            lower = (frames - 1) // temporal * temporal + 1
+        if self.video and (frames - beside) % temporal:
+            lower = (frames - beside) // temporal * temporal + beside
+            tries = " or ".join(str(n) for n in (lower, lower + temporal) if n > 0)
             raise ValueError(
-                f"`frames` must be a multiple of {temporal} plus 1 for {self.name}, got {frames}; "
-                f"try {lower} or {lower + temporal}"
+                f"`frames` must be a multiple of {temporal} plus {beside} for {self.name}, got {frames}; "
+                f"try {tries}"
             )
         for name, value, step in zip(("height", "width"), (height, width), patch[1:], strict=True):
             if value % (spatial * step):
@@ -128,8 +129,9 @@ class ModelConfig:
                     f"`size`: {name} must be a multiple of {spatial * step} for {self.name}, got {value}; "
                     f"try {tries}"
                 )
+        latents += (frames - beside) // temporal * each
         return (
-            -(-((frames - 1) // temporal + 1) // patch[0]),  # CogVideoX 1.5 fills its last patch up
+            -(-latents // patch[0]),  # CogVideoX 1.5 fills its last patch up
             height // (spatial * patch[1]),
             width // (spatial * patch[2]),
         )

@@ -282,7 +282,7 @@ class Binding:
             check_shared(self.family, self.transformer, inputs)
         tick = self.steps.tick(self.family.timestep(inputs))
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)
-        sigma = self.steps.noise_level(self.family.pure_noise) if noisy else None
+        sigma = self.steps.noise_level(self.family.pure_noise, self.family.clean) if noisy else None
         dense = self.recipe.is_dense_step(tick.step, tick.total, sigma)
         call = TransformerCall(
             self,
@@ -329,12 +329,16 @@ class Binding:
         )
         self._hide_config()
         call.record.grids[self.name] = layout.grid
-        layers = zip(self.layers, geometry.attentions, strict=True)
+        layers = {
+            layer.name: own
+            for layer, own in zip(self.layers, geometry.attentions, strict=True)
+            if own is not None
+        }
         dense = dense and not causal  # where the model's own mask is one of ours
         moved = geometry.permutation is not None and (not dense or self._may_carry_tokens(tick))
         return replace(
             call,
-            layers={} if dense else {layer.name: own for layer, own in layers if own is not None},
+            layers={} if dense else self.family.around(layers, inputs, self._memo),
             layouts={layer.name: own for layer, own in zip(self.layers, geometry.layouts, strict=True)},
             text_valid=self.family.text_valid(inputs, self._memo),
             memory=self._memory(tick),

@@ -82,11 +82,12 @@ class StepTracker:
             raise RuntimeError("this thread has made no call of the transformer yet")
         return run.memory
 
-    def noise_level(self, pure_noise: float | None) -> float:
+    def noise_level(self, pure_noise: float | None, clean: float = 1000.0) -> float:
         """The flow's noise level at which the step of this thread's latest tick begins, 1 for pure noise.
 
         By the scheduler where that tells the step, so that all evaluations of a step have one; else by the
-        call's timestep, of which `pure_noise` is the one at level 1, None: not known.
+        call's timestep, of which `pure_noise` is the one at level 1, None: not known. Of 0 they rise to
+        `clean`.
 
         Raises:
             UnavailableError: a scheduler of something else than a flow, or timesteps of unknown meaning.
@@ -104,9 +105,10 @@ class StepTracker:
         if run is None or run.value is None:
             raise RuntimeError("this thread has made no call of the transformer yet")
         rises = pure_noise == 0
-        level = round(1 - run.value / 1000 if rises else run.value / pure_noise, 6)
+        level = round(1 - run.value / clean if rises else run.value / pure_noise, 6)
         if not 0 <= level <= 1:
-            ends = "0, which is pure noise, to 1000" if rises else f"0 to {pure_noise:g}, which is pure noise"
+            noise = "which is pure noise"
+            ends = f"0, {noise}, to {clean:g}" if rises else f"0 to {pure_noise:g}, {noise}"
             raise ValueError(
                 f"timestep {run.value:g} is no noise level of a flow: this transformer takes timesteps "
                 f"from {ends}"

@@ -69,6 +69,7 @@ SKYREELS = [Model("skyreels-v2-14b-540p", "SkyReels-V2 14B", (960, 544), 97)]
 FLUX2 = [Model("flux.2-dev", "FLUX.2-dev", (side, side)) for side in (1024, 2048, 4096)]
 Z_IMAGE = [Model("z-image", "Z-Image", (side, side)) for side in (1024, 2048)]
 HUNYUAN_IMAGE = [Model("hunyuan-image-2.1", "HunyuanImage 2.1", (side, side)) for side in (2048, 4096)]
+CHROMA = [Model("chroma1-hd", "Chroma1-HD", (side, side)) for side in (1024, 2048)]
 QWEN = [Model("qwen-image", "Qwen-Image", (side, side)) for side in (1328, 2656)]
 LTX = [
     Model("ltx-video-2b", "LTX-Video 2B", (1216, 704), 257),
@@ -86,12 +87,14 @@ KANDINSKY = [
 ]
 ANIMATE = [Model("wan2.2-animate-14b", "Wan 2.2 Animate 14B", (1280, 720), 77)]
 CHRONO = [Model("chrono-edit-14b", "ChronoEdit 14B", (1280, 720), 29)]
+MINIMAX = [Model("minimax-h3", "MiniMax H3", (1344, 768), 124)]
 HELIOS = [Model("helios-14b", "Helios 14B", (640, 384), 33)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
     "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
     "kandinsky-5": KANDINSKY, "wan-animate": ANIMATE, "chrono-edit": CHRONO, "helios": HELIOS,
     "z-image": Z_IMAGE, "hunyuan-image": HUNYUAN_IMAGE, "qwen-image": QWEN, "flux2": FLUX2,
+    "chroma": CHROMA, "minimax-h3": MINIMAX,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(
@@ -115,6 +118,8 @@ FRONT = [  # what the README shows: recipe, model, and what is known of the qual
         HUNYUAN_IMAGE[1],
         "window, stride and dense steps are ours, untried on this model",
     ),
+    ("minimax-h3-radial", MINIMAX[0], "Wan 2.1's settings, not published for this model"),
+    ("chroma-neighborhood", CHROMA[1], "window, stride and dense steps are ours, untried on this model"),
 ]
 EXTRA = {  # models beside those of the presets, of which shares are told
     "wan": WAN22,

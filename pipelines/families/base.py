@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.attention.call import LayerAttention
 from dit_accel.errors import UnavailableError
 from dit_accel.json_files import read_json
 from dit_accel.masks.layout import TokenLayout
@@ -52,6 +53,8 @@ class Family:
         text_name: what the tokens are that a layout has as its text, where they are not that.
         moves_tokens: whether tokens are laid out where they enter the transformer; if not, in each layer.
         video: whether its models make videos.
+        whole_latents: the frames that a video has beside whole chunks of those per latent, their latents, and
+            the latents of a chunk.
         head_search: defaults of a search for heads.
         highres_refusal: why runs above native size (`dit_accel.highres`) cannot be made; None: they can.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
@@ -70,7 +73,8 @@ class Family:
         shared_inputs: names of inputs of the transformer's forward that all samples of a call share, as they
             say where tokens are.
         pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; 0
-            where they rise from it to 1000; None: not known.
+            where they rise from it to `clean`; None: not known.
+        clean: the timestep without noise where they rise.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Family:
     beside: str = "of a reference image"
     shared_inputs: tuple[str, ...] = ()
     pure_noise: float | None = 1000.0
+    clean: float = 1000.0
 
     def matches(self, transformer: Any) -> bool:
         named = (self.transformer, *self.variants)
@@ -182,6 +187,12 @@ class Family:
         """
         return None
 
+    def around(
+        self, attentions: dict[str, LayerAttention], inputs: dict[str, Any], memo: dict
+    ) -> dict[str, LayerAttention]:
+        """What sparse layers compute in a call, by layer name, with what the model does beside a mask."""
+        return attentions
+
     def chunk_frames(self, transformer: Any, inputs: dict[str, Any]) -> int | None:
         """Frames of a chunk where each frame has its own timestep (diffusion forcing), otherwise None.
 
@@ -272,6 +283,7 @@ class Family:
     # -- what is known before a run: for plans, benchmarks and searches without weights ----------------------
 
     video: bool = False
+    whole_latents: tuple[int, int, int] = (1, 1, 1)
     head_search: HeadSearch = HeadSearch()
     highres_refusal: str | None = None
     upscaled_shift: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from video_pipelines import TEXT_DIM, MaskedProcessor, embeddings, tell_norms_apart
+from video_pipelines import TEXT_DIM, MaskedProcessor, both, embeddings, padded_prompt, tell_norms_apart
 
 
 def make_flux2(seed: int = 0, **config):
@@ -55,6 +55,41 @@ def make_qwen(seed: int = 0, **config):
     return pipe
 
 
+def make_chroma(seed: int = 0, **config):
+    """A ChromaPipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in and latents out."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
+    sizes |= {"approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 2}
+    torch.manual_seed(seed)
+    transformer = ChromaTransformer2DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attn.norm_")
+    pipe = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_chroma(
+    pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, mask_dtype=None, **kwargs
+) -> torch.Tensor:
+    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
+
+    Masks are of numbers as the pipeline's own, in the transformer's dtype unless another is given.
+    """
+    dtype, signs = pipe.transformer.dtype, ("", "negative_")
+    for i, sign in enumerate(signs[: 1 + (cfg > 1)], start=1):
+        given = padded_prompt(batch, text_len, seed + i, sign)
+        kwargs[f"{sign}prompt_embeds"] = given[f"{sign}prompt_embeds"].to(dtype)
+        kwargs[f"{sign}prompt_attention_mask"] = given[f"{sign}prompt_attention_mask"].to(mask_dtype or dtype)
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
 def run_flux2(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
     embeds, negative = (embeddings(batch, text_len, seed + i).to(pipe.transformer.dtype) for i in (1, 2))
@@ -98,7 +133,7 @@ class MaskedTwiceProcessor(MaskedProcessor):
         def masked_twice(query, key, value, attn_mask=None, **options):
             length = key.shape[1]
             mask = self.mask[..., :length, :length]
-            mask = mask if attn_mask is None else mask & attn_mask
+            mask = mask if attn_mask is None else both(mask, attn_mask)
             return dispatch(query, key, value, attn_mask=mask, **options)
 
         with mock.patch.dict(names, dispatch_attention_fn=masked_twice):
@@ -218,6 +253,7 @@ def run_hunyuanimage(
 
 
 PIPELINES = {
+    "chroma": (make_chroma, run_chroma),
     "flux2": (make_flux2, run_flux2),
     "hunyuanimage": (make_hunyuanimage, run_hunyuanimage),
     "qwen": (make_qwen, run_qwen),

@@ -129,6 +129,20 @@ def make_helios(seed: int = 0, **config):
     return _wan_like("HeliosTransformer3DModel", seed, **{**sizes, **config})
 
 
+def make_minimaxh3(seed: int = 0, **config):
+    """A loop around MiniMax H3's transformer of 3 blocks, 2 heads of 16."""
+    from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
+    from loops import Loop
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_layers": 3}
+    sizes |= {"num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 2, "audio_in_channels": 4}
+    sizes |= {"text_dim": TEXT_DIM, "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2}
+    torch.manual_seed(seed)
+    transformer = MiniMaxH3Transformer3DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attn.norm_")
+    return Loop(transformer, MiniMaxH3Scheduler(shift=1.0))
+
+
 def embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
     return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
 
@@ -246,6 +260,48 @@ def run_mochi(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=
     return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=True)
 
 
+def both(mask: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """A mask of booleans together with one that a model gives, which may be of numbers that are added."""
+    return mask & given if given.dtype == torch.bool else given.masked_fill(~mask, -torch.inf)
+
+
+def packed(grid: tuple[int, int, int], texts: int, sounds: int) -> dict[str, torch.Tensor]:
+    """How MiniMax H3 is told of a sequence of text, sound and a video of so many tokens."""
+    every, first = torch.arange(texts + sounds + grid[0] * grid[1] * grid[2]), texts + sounds
+    places = torch.zeros(len(every), 3, dtype=torch.float64)
+    places[:first, 0] = every[:first]
+    times = 5 / 3 * torch.cumsum(torch.tensor([1, 4, 4] * grid[0])[: grid[0]], 0)
+    axes = [texts + times.double(), *(torch.linspace(0, 32, n + 1).double()[:n] for n in grid[1:])]
+    places[first:] = torch.cartesian_prod(*axes)
+    return {
+        "timestep_indices": torch.zeros_like(every),
+        "token_tags": (every < texts).long() + 2 * ((every >= texts) & (every < first)),
+        "position_ids": places,
+        "video_indices": every[first:],
+        "audio_indices": every[texts:first],
+        "text_indices": every[:texts],
+    }
+
+
+def run_minimaxh3(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """The video's rows (B, F * H * W, C) behind `text_len` others, 3 of them of sound.
+
+    The model knows no guidance; `cfg` above 1 calls the transformer twice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sound = torch.randn(batch, 3, 4, generator=generator)
+    layout = packed(grid, text_len - 3, 3)
+
+    def given(seed: int) -> dict:
+        text = embeddings(batch, text_len - 3, seed)
+        return {"audio_hidden_states": sound, "encoder_hidden_states": text, **layout, **kwargs}
+
+    latents = torch.randn(batch, grid[0] * grid[1] * grid[2], 8, generator=generator)
+    return pipe(latents, given(seed + 1), given(seed + 2), steps + 1, cfg, batched=False)
+
+
 class MaskedProcessor:
     """The oracle: the diffusers processor itself under a dense mask, in the model's own token order."""
 
@@ -258,7 +314,7 @@ class MaskedProcessor:
         mask = self.mask
         if attention_mask is not None:  # padded text, which stands last and may be shorter in this call
             length = attention_mask.shape[-1]
-            mask = mask[..., :length, :length] & attention_mask
+            mask = both(mask[..., :length, :length], attention_mask)
         return self.original(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
@@ -307,10 +363,12 @@ PIPELINES = {
     "animate": (make_animate, run_wan_like),
     "chrono": (make_chrono, run_wan_like),
     "helios": (make_helios, run_wan_like),
+    "minimaxh3": (make_minimaxh3, run_minimaxh3),
 }
 MASKED = {
     "LTXVideoAttnProcessor": masked_dispatch,
     "HeliosAttnProcessor": masked_dispatch,
+    "MiniMaxH3AttnProcessor": masked_dispatch,
     "Kandinsky5AttnProcessor": masked_dispatch,
     "LTX2AudioVideoAttnProcessor": masked_dispatch,
     "LTX2PerturbedAttnProcessor": masked_dispatch,

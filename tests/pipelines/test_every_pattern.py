@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 from unittest import mock
@@ -52,6 +52,7 @@ from dit_accel.runtime.switching import accelerated
 
 MODELS = {  # family, configuration, what it makes
     "flux": ("flux", {}, "image"),
+    "chroma": ("chroma", {}, "image"),
     "flux2": ("flux2", {}, "image"),
     "sd3": ("sd3", {}, "image"),
     "sd3.5": ("sd3", {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"}, "image"),
@@ -69,6 +70,7 @@ MODELS = {  # family, configuration, what it makes
     "animate": ("animate", {}, "video"),
     "chrono": ("chrono", {}, "video"),
     "helios": ("helios", {}, "video"),
+    "minimaxh3": ("minimaxh3", {}, "video"),
 }
 NO_FP64 = {"kandinsky-5": "its queries and keys are in bf16 in every dtype: families/test_kandinsky5.py"}
 SIZES = {"image": ((8, 12), (6, 14)), "video": ((4, 4, 6), (3, 5, 7))}  # in tokens
@@ -302,7 +304,7 @@ class Model:
         if len(self.branches) == 1:
             self.run(pipe, cfg=3.0)
         else:
-            pipe.transformer(**joined(*self.branches))
+            pipe.transformer(**joined(*self.branches, self.oracle.family.shared_inputs))
 
     def cfg_in_two_calls(self, pipe) -> None:
         if len(self.branches) == 2:
@@ -319,11 +321,14 @@ class Model:
             self.run(pipe, size)
 
 
-def joined(a: dict, b: dict) -> dict:
-    """The inputs of two calls in one batch; text of different lengths, which has a mask, is padded."""
+def joined(a: dict, b: dict, shared: Sequence[str]) -> dict:
+    """The inputs of two calls in one batch; text of different lengths, which has a mask, is padded.
+
+    Those that samples share stay as they are.
+    """
 
     def join(name: str):
-        if not isinstance(a[name], torch.Tensor) or name.endswith(("_ids", "_pos")):  # without a batch
+        if not isinstance(a[name], torch.Tensor) or name in shared or name.endswith("_pos"):
             return a[name]
         parts = [a[name], b[name]]
         if name in ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask"):

@@ -47,7 +47,7 @@ def test_planned_geometry_is_what_the_family_reads_from_a_call(name):
     ("name", "billions"),
     [
         ("flux.1-dev", 11.9), ("flux.2-dev", 32.2), ("flux.2-klein-4b", 3.88), ("flux.2-klein-9b", 9.08),
-        ("qwen-image", 20.4),
+        ("qwen-image", 20.4), ("chroma1-hd", 8.9),
         ("sd3-medium", 2.03), ("sd3.5-medium", 2.24), ("sd3.5-large", 8.06),
         ("hunyuan-video", 12.8), ("hunyuan-video-1.5", 8.3),
         ("ltx-video-2b", 1.92), ("ltx-video-13b", 13.0), ("ltx-2-19b", 18.9), ("mochi-1", 10.0),

@@ -6,6 +6,7 @@ import torch
 from dit_accel.errors import UnavailableError
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.highres import Rotary, Swim, generate
+from dit_accel.layer_names import flat_indices
 from dit_accel.patterns import Clear, Dense
 from dit_accel.pipelines import families as known
 from dit_accel.pipelines import family_of
@@ -15,6 +16,7 @@ from dit_accel.summary import summary
 
 PIPELINES = (
     "animate",
+    "chroma",
     "chrono",
     "cogvideox",
     "flux",
@@ -26,6 +28,7 @@ PIPELINES = (
     "kandinsky5",
     "ltx",
     "ltx2",
+    "minimaxh3",
     "mochi",
     "qwen",
     "sd3",
@@ -60,7 +63,21 @@ def test_a_pattern_that_covers_all_is_stock_and_disable_restores(families, name)
     assert all(module.processor is own for module, own in processors.items())
 
 
-@pytest.mark.parametrize("name", ["flux2", "hunyuanimage", "qwen", "zimage"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_dense_layers_are_those_of_diffusers_bit_by_bit(families, name):
+    """But where diffusers' own waste memory, and ours stand in for them."""
+    tools = families[name]
+    pipe = tools.make()
+    stock = tools.run(pipe, batch=2, cfg=3.0, steps=2)
+    with accelerated(pipe, Dense()):
+        found = tools.run(pipe, batch=2, cfg=3.0, steps=2)
+    if family_of(pipe.transformer).accelerates_dense:
+        torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(found, stock)
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux2", "hunyuanimage", "qwen", "zimage"])
 def test_runs_above_native_size_are_refused_with_the_reason(families, name):
     """Whole runs, and their parts on a transformer."""
     pipe = families[name].make()
@@ -79,16 +96,30 @@ def test_every_family_is_in_the_table(families):
     assert all(presets(name) for name in tried)
 
 
-@pytest.mark.parametrize("name", ["flux2", "hunyuanimage", "qwen"])
-def test_guidance_by_perturbed_heads(request, name):
-    tools = request.getfixturevalue(name)
-    guidance = HeadPerturbation({(1, 1): 1.0, (2, 0): 0.5}, scale=2.5)
-    inputs, transformer = tools.inputs(tools.pipe), tools.pipe.transformer
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "zimage"])
+def test_guidance_by_perturbed_heads(families, name):
+    """Two layers' heads, one of them by half; Z-Image's refusal is in its own tests."""
+    tools = families[name]
+    pipe = tools.make()
+    heads = {(1, 1): 1.0, (2, 0): 0.5}
+    guidance = HeadPerturbation(heads, scale=2.5)
+    inputs, transformer = tools.inputs(pipe), pipe.transformer
     with torch.no_grad():
         own = transformer(**inputs)[0]
         with guidance.applied(transformer):
             perturbed = transformer(**inputs)[0]
-        with accelerated(transformer, Recipe(Dense(), guidance=guidance)):
+        with HeadPerturbation([(1, 1)]).applied(transformer):
+            one = transformer(**inputs)[0]
+        with accelerated(transformer, Recipe(Dense(), guidance=guidance)) as handle:
             guided = transformer(**inputs)[0]
+            assert set(handle.bindings["transformer"].branch.layers) == chosen_layers(transformer, (1, 2))
     torch.testing.assert_close(guided, own + 2.5 * (own - perturbed), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(guided, own, atol=1e-3)
+    for other in (guided, perturbed, one):
+        assert not torch.allclose(other, own, atol=1e-3)
+    assert not torch.allclose(perturbed, one, atol=1e-3)
+
+
+def chosen_layers(transformer, indices) -> set[str]:
+    """Names of layers by their flat index, which a layer's second attention (SD3.5) shares with it."""
+    names = list(family_of(transformer).layers(transformer))
+    return {name for name, index in zip(names, flat_indices(names), strict=True) if index in indices}
