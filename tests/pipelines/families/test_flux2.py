@@ -2,80 +2,22 @@
 
 import pytest
 import torch
+from dense_masks import close, mask_layers
 
 from dit_accel import TokenLayout
 from dit_accel.errors import UnavailableError
-from dit_accel.patterns import Clear, Dense, Neighborhood
+from dit_accel.patterns import Clear
 from dit_accel.pipelines import family_named, family_of
 from dit_accel.recipe.recipe import Recipe
-from dit_accel.runtime.switching import accelerated, disable, enable
+from dit_accel.runtime.switching import disable, enable
 from dit_accel.summary import summary
 
 FAMILY = family_named("flux2")
 CURVE = Recipe(Clear(3), order="hilbert")
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 def layout(grid=(8, 12), text_len=7, anchor=None):
     return TokenLayout((1, *grid), text_len=text_len, text_first=True, anchor=anchor)
-
-
-def mask_layers(transformer, masked, pattern, layers=None, **geometry):
-    modules = FAMILY.layers(transformer)
-    masked(modules, dict.fromkeys(layers or modules, pattern.token_mask(layout(**geometry))))
-
-
-def under_masks(flux2, masked, pattern, layers=None, grid=(8, 12), text_len=7, **run):
-    """The untouched pipeline's output when diffusers' own attention gets the pattern's token mask."""
-    pipe = flux2.make()
-    mask_layers(pipe.transformer, masked, pattern, layers, grid=grid, text_len=text_len)
-    return flux2.run(pipe, grid=grid, text_len=text_len, **run)
-
-
-class TestMatchesMaskedDense:
-    @pytest.mark.parametrize("order", ["raster", "tile", "hilbert", "auto"])
-    @pytest.mark.parametrize("pattern", [Clear(3), Neighborhood((3, 5))], ids=["clear", "neighborhood"])
-    def test_orders_and_patterns(self, flux2, masked, pattern, order):
-        with accelerated(flux2.pipe, Recipe(pattern, order=order, block_size=(16, 16))):
-            close(flux2.run(flux2.pipe, steps=2), under_masks(flux2, masked, pattern, steps=2))
-
-    @pytest.mark.parametrize(
-        "run",
-        [{"batch": 2, "cfg": 3.0}, {"grid": (5, 13)}, {"grid": (16, 3), "text_len": 1}],
-        ids=lambda run: "-".join(f"{k}{v}" for k, v in run.items()).replace(" ", ""),
-    )
-    def test_runs(self, flux2, masked, run):
-        with accelerated(flux2.pipe, CURVE):
-            close(flux2.run(flux2.pipe, **run), under_masks(flux2, masked, Clear(3), **run))
-
-    def test_some_layers(self, flux2, masked):
-        layers = ["double.1", "single.0"]
-        with accelerated(flux2.pipe, Recipe({"1-2": Clear(3)}, order="hilbert")):
-            close(flux2.run(flux2.pipe), under_masks(flux2, masked, Clear(3), layers))
-
-
-class TestDense:
-    def test_is_that_of_diffusers_bit_by_bit(self, flux2):
-        dense = flux2.run(flux2.pipe, batch=2, cfg=3.0)
-        with accelerated(flux2.pipe, Dense()):
-            assert torch.equal(flux2.run(flux2.pipe, batch=2, cfg=3.0), dense)
-
-    def test_disable_is_bit_identical(self, flux2):
-        dense = flux2.run(flux2.pipe, batch=2, cfg=3.0)
-        before = list(flux2.pipe.transformer.attn_processors.values())
-        with accelerated(flux2.pipe, CURVE):
-            assert not torch.allclose(flux2.run(flux2.pipe, batch=2, cfg=3.0), dense, atol=1e-3)
-        after = flux2.pipe.transformer.attn_processors.values()
-        assert all(a is b for a, b in zip(after, before, strict=True))
-        assert torch.equal(flux2.run(flux2.pipe, batch=2, cfg=3.0), dense)
-
-    def test_a_pattern_that_covers_all(self, flux2):
-        dense = flux2.run(flux2.pipe)
-        with accelerated(flux2.pipe, Recipe(Clear(20), order="hilbert")):
-            close(flux2.run(flux2.pipe), dense)
 
 
 def with_references(inputs: dict, *grids: tuple[int, int]) -> dict:
@@ -106,7 +48,7 @@ class TestReferences:
     def test_matches_masked_dense(self, flux2, masked, grids, anchor):
         pipe, ref = flux2.pipe, flux2.make().transformer
         inputs = with_references(flux2.inputs(pipe), *grids)
-        mask_layers(ref, masked, Clear(3), anchor=anchor)
+        mask_layers(ref, masked, Clear(3), layout(anchor=anchor))
         enable(pipe, CURVE)
         with torch.no_grad():
             expected = ref(**inputs)[0]

@@ -2,97 +2,34 @@
 
 import pytest
 import torch
+from dense_masks import close, mask_layers
 
 from dit_accel import TokenLayout
 from dit_accel.errors import UnavailableError
 from dit_accel.highres import generate
-from dit_accel.patterns import Clear, Dense, Neighborhood
+from dit_accel.patterns import Clear, Neighborhood
 from dit_accel.pipelines import family_named, family_of
 from dit_accel.pipelines.families.qwen_image import shapes_of
 from dit_accel.recipe.recipe import Recipe
-from dit_accel.runtime.switching import accelerated, disable, enable
+from dit_accel.runtime.switching import disable, enable
 from dit_accel.summary import summary
 
 FAMILY = family_named("qwen-image")
 CURVE = Recipe(Clear(3), order="hilbert")
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 def layout(grid=(1, 8, 12), text_len=7, anchor=None):
     return TokenLayout(grid, text_len=text_len, text_first=True, anchor=anchor)
 
 
-def mask_layers(transformer, masked, pattern, layers=None, **geometry):
-    modules = FAMILY.layers(transformer)
-    masked(modules, dict.fromkeys(layers or modules, pattern.token_mask(layout(**geometry))))
-
-
-def under_masks(qwen, masked, pattern, layers=None, grid=(8, 12), text_len=7, **run):
-    """The untouched pipeline's output when diffusers' own attention gets the pattern's token mask too."""
-    pipe = qwen.make()
-    mask_layers(pipe.transformer, masked, pattern, layers, grid=(1, *grid), text_len=text_len)
-    return qwen.run(pipe, grid=grid, text_len=text_len, **run)
-
-
-class TestMatchesMaskedDense:
-    @pytest.mark.parametrize("order", ["raster", "tile", "hilbert", "auto"])
-    @pytest.mark.parametrize("pattern", [Clear(3), Neighborhood((3, 5))], ids=["clear", "neighborhood"])
-    def test_orders_and_patterns(self, qwen, masked, pattern, order):
-        with accelerated(qwen.pipe, Recipe(pattern, order=order, block_size=(16, 16))):
-            expected = under_masks(qwen, masked, pattern, batch=2, steps=2)
-            close(qwen.run(qwen.pipe, batch=2, steps=2), expected)
-
-    @pytest.mark.parametrize(
-        "run",
-        [
-            {"batch": 3, "cfg": 3.0, "text_len": 9},
-            {"grid": (5, 13)},
-            {"grid": (16, 3), "text_len": 3},
-            {"text_len": 40, "steps": 1},
-        ],
-        ids=lambda run: "-".join(f"{k}{v}" for k, v in run.items()).replace(" ", ""),
-    )
-    def test_runs(self, qwen, masked, run):
-        with accelerated(qwen.pipe, CURVE):
-            close(qwen.run(qwen.pipe, **run), under_masks(qwen, masked, Clear(3), **run))
-
-    def test_some_layers(self, qwen, masked):
-        layers = ["blocks.0", "blocks.2"]
-        with accelerated(qwen.pipe, Recipe({"0": Clear(3), "-1": Clear(3)}, order="hilbert")):
-            close(qwen.run(qwen.pipe, batch=2), under_masks(qwen, masked, Clear(3), layers, batch=2))
-
-    def test_controlnet_residuals(self, qwen, masked):
-        inputs, ref = qwen.inputs(qwen.pipe), qwen.make().transformer
-        generator = torch.Generator().manual_seed(0)
-        inputs["controlnet_block_samples"] = [torch.randn(1, 96, 32, generator=generator) for _ in range(2)]
-        mask_layers(ref, masked, Clear(3))
-        enable(qwen.pipe, CURVE)
-        with torch.no_grad():
-            close(qwen.pipe.transformer(**inputs)[0], ref(**inputs)[0])
-
-
-class TestDense:
-    def test_is_that_of_diffusers_bit_by_bit(self, qwen):
-        dense = qwen.run(qwen.pipe, batch=2, cfg=3.0)
-        with accelerated(qwen.pipe, Dense()):
-            assert torch.equal(qwen.run(qwen.pipe, batch=2, cfg=3.0), dense)
-
-    def test_disable_is_bit_identical(self, qwen):
-        dense = qwen.run(qwen.pipe, batch=2, cfg=3.0)
-        before = list(qwen.pipe.transformer.attn_processors.values())
-        with accelerated(qwen.pipe, CURVE):
-            assert not torch.allclose(qwen.run(qwen.pipe, batch=2, cfg=3.0), dense, atol=1e-3)
-        after = qwen.pipe.transformer.attn_processors.values()
-        assert all(a is b for a, b in zip(after, before, strict=True))
-        assert torch.equal(qwen.run(qwen.pipe, batch=2, cfg=3.0), dense)
-
-    def test_a_pattern_that_covers_all(self, qwen):
-        dense = qwen.run(qwen.pipe, batch=2)
-        with accelerated(qwen.pipe, Recipe(Clear(20), order="hilbert")):
-            close(qwen.run(qwen.pipe, batch=2), dense)
+def test_controlnet_residuals(qwen, masked):
+    inputs, ref = qwen.inputs(qwen.pipe), qwen.make().transformer
+    generator = torch.Generator().manual_seed(0)
+    inputs["controlnet_block_samples"] = [torch.randn(1, 96, 32, generator=generator) for _ in range(2)]
+    mask_layers(ref, masked, Clear(3), layout())
+    enable(qwen.pipe, CURVE)
+    with torch.no_grad():
+        close(qwen.pipe.transformer(**inputs)[0], ref(**inputs)[0])
 
 
 class TestText:
@@ -111,7 +48,7 @@ class TestText:
     def test_without_a_mask_all_of_it_is_seen(self, qwen, masked):
         inputs = qwen.inputs(qwen.pipe) | {"encoder_hidden_states_mask": None}
         ref = qwen.make().transformer
-        mask_layers(ref, masked, Clear(3))
+        mask_layers(ref, masked, Clear(3), layout())
         enable(qwen.pipe, CURVE)
         with torch.no_grad():
             close(qwen.pipe.transformer(**inputs)[0], ref(**inputs)[0])
@@ -156,7 +93,7 @@ class TestGivenImages:
     def test_matches_masked_dense(self, qwen, masked, grids, anchor, config):
         pipe, ref = qwen.make(**config), qwen.make(**config).transformer
         inputs = with_images(qwen.inputs(pipe), *grids)
-        mask_layers(ref, masked, Clear(3), anchor=anchor)
+        mask_layers(ref, masked, Clear(3), layout(anchor=anchor))
         enable(pipe, CURVE)
         with torch.no_grad():
             expected = ref(**inputs)[0]
@@ -171,7 +108,7 @@ class TestGivenImages:
         inputs = qwen.inputs(qwen.pipe) | {"additional_t_cond": torch.tensor([0])}
         inputs = with_images(inputs, (1, 8, 12), (1, 8, 12), (1, 4, 6))
         pattern = Neighborhood((3, 3, 3))
-        mask_layers(ref, masked, pattern, grid=(3, 8, 12), anchor=(1, 4, 6))
+        mask_layers(ref, masked, pattern, layout((3, 8, 12), anchor=(1, 4, 6)))
         enable(pipe, Recipe(pattern, order="hilbert"))
         with torch.no_grad():
             close(pipe.transformer(**inputs)[0], ref(**inputs)[0])
