@@ -51,6 +51,7 @@ class Case:
 
 CASES = (
     Case("flux", "flux.1-dev", (1, 1536, 1536), "flux-clear-r16"),
+    Case("chroma", "chroma1-hd", (1, 1536, 1536), "chroma-clear-r16"),
     Case("flux2", "flux.2-klein-4b", (1, 1536, 1536), "flux2-clear-r16"),
     Case("sd3", "sd3.5-medium", (1, 1536, 1536), "sd3-clear-r16"),
     Case("qwen-image", "qwen-image", (1, 1536, 1536), "qwen-image-clear-r16"),
@@ -68,6 +69,7 @@ CASES = (
     Case("ltx-video", "ltx-video-2b", (257, 512, 768), "ltx-video-radial"),
     Case("ltx-2", "ltx-2-19b", (241, 512, 768), "ltx-2-radial"),
     Case("kandinsky-5", "kandinsky-5-lite", (33, 512, 768), "kandinsky-5-radial"),
+    Case("minimax-h3", "minimax-h3", (56, 480, 832), "minimax-h3-radial"),
 )
 
 

@@ -27,7 +27,7 @@ class Chroma(Flux):
     name = "chroma"
     transformer = "ChromaTransformer2DModel"
     stays_dense = "text tokens, padded ones among them"
-    parallel = False
+    parallel_refusal = "its mask of text, which diffusers adds to scores, is of all tokens"
     band_dim = None
 
     def text_valid(self, inputs: dict[str, Any], memo: dict) -> torch.Tensor | None:

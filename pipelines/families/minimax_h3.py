@@ -34,6 +34,9 @@ class MiniMaxH3(Family):
     originals = ("MiniMaxH3AttnProcessor",)
     stays_dense = "tokens of text, of sound, and of given pictures, videos and sounds; the text's own refiner"
     text_name = "text, sound and given"
+    parallel_refusal = (
+        "diffusers' plan splits one packed sequence, and fails where processes do not divide its length"
+    )
     shared_inputs = (
         "timestep", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices",
         "text_indices",

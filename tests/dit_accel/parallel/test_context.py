@@ -111,6 +111,8 @@ class TestRefused:
         [
             ("skyreels", "SkyReelsV2", "its timesteps of frames, and its mask of chunks"),
             ("animate", "WanAnimate", "its face adapter tells frames by the places of all tokens"),
+            ("chroma", "Chroma", "its mask of text, which diffusers adds to scores, is of all tokens"),
+            ("minimaxh3", "MiniMaxH3", "diffusers' plan splits one packed sequence, and fails where"),
         ],
     )
     def test_family_without_a_plan(self, families, family, name, reason):
