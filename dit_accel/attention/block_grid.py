@@ -86,6 +86,19 @@ class BlockGrid:
         rows, columns = self.always.shape
         return F.pad(chosen, (0, columns - chosen.shape[3], 0, rows - chosen.shape[2])) | self.always
 
+    def density(self, share: float) -> float:
+        """The share of all pairs that is computed where this share of the blocks is chosen by content."""
+        (rows, columns), tokens = self.chosen, self.layout.seq_len
+        blocks = self.always.cpu().double()
+        blocks[:rows, :columns] = blocks[:rows, :columns].clamp(min=share)
+        sizes = [
+            torch.full((n,), size, dtype=torch.float64, device="cpu")
+            for n, size in zip(blocks.shape, self.size, strict=True)
+        ]
+        for one in sizes:
+            one[-1] -= one.sum() - tokens
+        return float(sizes[0] @ blocks @ sizes[1]) / tokens**2
+
     def padding(self, text_valid: torch.Tensor) -> torch.Tensor:
         """Which tokens are padded text, bool (B, S); `text_valid` says how many are real, integers (B,)."""
         place = torch.arange(self.layout.seq_len, device=text_valid.device)

@@ -18,7 +18,7 @@ from .layer_masks import LayerMasks
 from .masked import Masked
 
 if TYPE_CHECKING:
-    from dit_accel.patterns import Rectified, Routed
+    from dit_accel.patterns import Rectified, Routed, SparseLinear
 
 
 class Choice(NamedTuple):
@@ -43,14 +43,14 @@ class BlockRouted(LayerAttention):
         arrangement: from the order of calls to that of the blocks; None where they are the same.
     """
 
-    pattern: Routed | Rectified
+    pattern: Routed | Rectified | SparseLinear
     grid: BlockGrid
     block_size: tuple[int, int]
     arrangement: Arrangement | None = None
     mask = None
 
     @classmethod
-    def of(cls, pattern: Routed | Rectified, masks: LayerMasks) -> BlockRouted:
+    def of(cls, pattern: Routed | Rectified | SparseLinear, masks: LayerMasks) -> BlockRouted:
         """Of a layer with this geometry. Masks take the kernel's blocks of queries where they divide its."""
         grid = pattern.grid(masks.layout, masks.order, masks.device)
         queries, keys = grid.size

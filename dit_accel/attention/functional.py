@@ -102,9 +102,10 @@ def check_tail(tail: str | None, pattern: Pattern) -> None:
             f"{pattern} hides keys on purpose, not to save time, and `tail` would bring them back; use "
             "tail=None for it"
         )
-    if tail is not None and any(variant.pools for variant in pattern.variants):
+    rest = next((variant.rest for variant in pattern.variants if variant.rest), "")
+    if tail is not None and rest:
         raise ValueError(
-            f"{pattern} has pooled keys for what it leaves out, and a tail would count that twice; use "
+            f"{pattern} has {rest} for what it leaves out, and a tail would count that twice; use "
             "tail=None with it"
         )
     if tail is not None and pattern.own_tail:

@@ -17,6 +17,7 @@ from .routed import Routed
 from .shifted_window import ShiftedWindow
 from .skipping import Skipping
 from .sliding_tile import SlidingTile
+from .sparse_linear import SparseLinear
 from .sparse_videogen import SparseVideoGen, SpatialHead, TemporalHead
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ShiftedWindow",
     "Skipping",
     "SlidingTile",
+    "SparseLinear",
     "SparseVideoGen",
     "SpatialHead",
     "StaticPattern",

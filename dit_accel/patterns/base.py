@@ -42,6 +42,7 @@ class Pattern:
     file_fields: tuple[str, ...] = ()  # that in files of recipes are paths, relative to theirs
     notes: Sequence[str] = ()  # what summaries and plans say of it
     causal_chunks: int | None = None  # frames of a chunk, of what chooses by content and sees none to come
+    rest = ""  # what it has of its own for what it leaves out, in words: then a tail is refused
     own_tail = False  # whether it says itself where there is a tail: then another is refused
     trained: tuple[str, ...] = (
         "to_q",

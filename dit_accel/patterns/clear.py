@@ -55,6 +55,10 @@ class Clear(StaticPattern):
     def pools(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.downsample or 0
 
+    @property
+    def rest(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "pooled keys" if self.downsample else ""
+
     def pooled_keys(self, layout: TokenLayout) -> int:
         return layout.grid[0] * math.prod(patch_rows(layout, self.downsample)) if self.downsample else 0
 

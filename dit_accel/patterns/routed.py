@@ -191,18 +191,9 @@ class Routed(OnlinePattern):
         Blocks that `similarity` adds are not counted, nor the one that crosses.
         """
         grid = self.grid(layout)
-        rows, columns = grid.chosen
+        columns = grid.chosen[1]
         share = 0.0 if self.top_k is None else max(1, int(self.top_k * columns)) / max(1, columns)
-        share = max(share, self.top_p or 0.0)
-        blocks = grid.always.double()
-        blocks[:rows, :columns] = blocks[:rows, :columns].clamp(min=share)
-        sizes = [
-            torch.full((n,), size, dtype=torch.float64, device="cpu")
-            for n, size in zip(blocks.shape, self.block_size, strict=True)
-        ]
-        for one in sizes:
-            one[-1] -= one.sum() - layout.seq_len
-        return float(sizes[0] @ blocks @ sizes[1]) / layout.seq_len**2
+        return grid.density(max(share, self.top_p or 0.0))
 
 
 def _share(pattern: Any, name: str) -> None:

@@ -4,7 +4,8 @@ Learned weights are those that a layer's pattern has beside the projections (`Pa
 and pooling weights have the names of the published CLEAR checkpoints (`clear_local_16_down_4.safetensors`):
 `LAYER.to_q.weight`, `LAYER.to_q.bias`, ..., and `LAYER.processor.spatial_weight` of shape (1, 1, 1, f, 1, f,
 1): the weight of a token by its row and column in a patch of f x f. Other learned weights have such names
-too, `LAYER.processor.NAME`, and their own shapes.
+too, `LAYER.processor.NAME`, and their own shapes; SLA's projections also those of the TurboWan checkpoints,
+`blocks.0.self_attn.attn_op.local_attn.proj_l.weight`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from dit_accel.arguments import shown
 from dit_accel.attention.pooled import POOLING
 
 DTYPES = {"F16", "BF16", "F32"}
-NOUNS = {POOLING: "pooling weights"}  # of learned weights, by the first part of their names
+NOUNS = {
+    POOLING: "pooling weights",
+    "proj_l": "projections of linear attention",
+}  # of learned weights, by the first part of their names
 _WEIGHT = re.compile(r"([\w.]+\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out))\.(weight|bias)")
 _LEARNED = re.compile(rf"([\w.]+)\.processor\.((?:{'|'.join(NOUNS)})(?:\.\w+)?)")
+
+_TURBO_WAN = re.compile(r"(blocks\.\d+)\.self_attn\.attn_op\.local_attn\.(proj_l\.(?:weight|bias))")
 
 Shapes = Mapping[str, tuple[list[int], str]]  # of the tensors of a file, with their dtypes
 
@@ -168,7 +174,7 @@ def weights_part(file: Path, keys: Iterable[str], shapes: Shapes, prefix: str = 
         match = _WEIGHT.fullmatch(key.removeprefix(prefix))
         if match is not None:
             tensors.setdefault(match[1], {})[match[2]] = key
-        elif _LEARNED.fullmatch(key.removeprefix(prefix)):
+        elif _learned_name(key.removeprefix(prefix)):
             learned.append(key)
         else:
             raise ValueError(
@@ -203,10 +209,10 @@ def learned_of(
     """
     found: dict[str, dict[str, Learned]] = {}
     for key in keys:
-        match, (shape, kind) = _LEARNED.fullmatch(key.removeprefix(prefix)), shapes[key]
-        if match is None:
+        place, (shape, kind) = _learned_name(key.removeprefix(prefix)), shapes[key]
+        if place is None:
             raise ValueError(f"{file} has the key {shown(key)}, which is none of learned weights")
-        module, name = match[1], match[2]
+        module, name = place
         if name == POOLING:
             factor = shape[3] if len(shape) == 7 else 0
             if factor < 2 or shape != [1, 1, 1, factor, 1, factor, 1]:
@@ -217,6 +223,14 @@ def learned_of(
         _check_dtypes(file, module, [kind])
         found.setdefault(module, {})[name] = Learned(key, tuple(shape))
     return found
+
+
+def _learned_name(key: str) -> tuple[str, str] | None:
+    """The attention module and the name of learned weights, by their key; None where it is of no such."""
+    if match := _LEARNED.fullmatch(key):
+        return match[1], match[2]
+    match = _TURBO_WAN.fullmatch(key)
+    return None if match is None else (f"{match[1]}.attn1", match[2])
 
 
 def in_files(learned: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

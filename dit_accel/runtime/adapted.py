@@ -149,6 +149,7 @@ class Adapted:
             ValueError: a file that has changed, or is not finite.
         """
         if tensors is not None or self._own is None:
+            self._moved = {}
             given = self.part.learned_weights() if learned is None else learned
             self._learned = {module: dict(own) for module, own in given.items()}
             tensors = self.part.tensors() if tensors is None else tensors

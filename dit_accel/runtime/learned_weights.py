@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dit_accel.attention.pooled import POOLING
+from dit_accel.attention.sparse_linear import WEIGHT
 from dit_accel.recipe.adapter_parts import noun
 from dit_accel.recipe.layer_patterns import LayerPatterns
 
@@ -50,10 +51,12 @@ def _taken(layer: LayerPatterns, head_dim: int) -> dict[str, tuple[int, ...]]:
 
 def _said(shapes: Shapes) -> str:
     """In words: `"pooling weights of 4 x 4"`."""
-    first = {noun(name): " x ".join(map(str, shape)) for name, shape in reversed(shapes.items())}
-    return " and ".join(f"{kind} of {shape}" for kind, shape in reversed(first.items()))
+    largest: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        largest[noun(name)] = max(largest.get(noun(name), ()), shape, key=len)
+    return " and ".join(f"{kind} of {' x '.join(map(str, shape))}" for kind, shape in largest.items())
 
 
 def _pattern(shapes: Shapes) -> str:
     """A pattern that takes them."""
-    return f"`Clear(radius, downsample={shapes[POOLING][0]})`"
+    return "`SparseLinear(...)`" if WEIGHT in shapes else f"`Clear(radius, downsample={shapes[POOLING][0]})`"

@@ -37,6 +37,7 @@ from dit_accel.patterns import (
     ShiftedWindow,
     Skipping,
     SlidingTile,
+    SparseLinear,
     SpatialHead,
     TemporalHead,
 )
@@ -95,6 +96,7 @@ EXAMPLES = {
     "clustered": Example(Clustered(8, 12, top_p=0.5), IMAGE, (0, 14, 12)),
     "rectified": Example(Rectified(mass=0.3, block_size=64), IMAGE, (0, 14, 12)),
     "skipping": Example(Skipping(-10, block_size=BLOCKS), IMAGE, (0, 14, 12), {"order": "tile"}),
+    "sparse-linear": Example(SparseLinear(0.1, block_size=BLOCKS), IMAGE, (0, 14, 12), {"order": "tile"}),
     "chunk-causal": Example(ChunkCausal(frames=2), VIDEO, (2, 4, 9)),
     "chunk-growth": Example(
         ChunkGrowth(2, 0.3, 0.1, top_frames=1, block_size=(32, 16)),

@@ -30,6 +30,7 @@ from dit_accel.patterns import (
     ShiftedWindow,
     Skipping,
     SlidingTile,
+    SparseLinear,
     SparseVideoGen,
     SpatialHead,
     StaticPattern,
@@ -134,6 +135,13 @@ ARGUMENTS = {  # of every pattern, good ones
         "every": integers,
         "reset": st.none() | integers,
         "block_size": st.tuples(st.sampled_from([16, 48, 64]), st.sampled_from([8, 48, 64])),
+    },
+    SparseLinear: {
+        "top_k": shares,
+        "form": st.sampled_from(["complement", "all"]),
+        "block_size": st.tuples(st.sampled_from([16, 48, 64]), st.sampled_from([8, 48, 64])),
+        "feature_map": st.sampled_from(["softmax", "elu", "relu"]),
+        "negligible": st.floats(0, 0.99),
     },
     SparseVideoGen: {**BAND, "profile_frames": numbers, "rows": integers, "seed": integers},
 }

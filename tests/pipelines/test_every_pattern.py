@@ -42,6 +42,7 @@ from dit_accel.patterns import (
     ShiftedWindow,
     Skipping,
     SlidingTile,
+    SparseLinear,
     SparseVideoGen,
     SpatialHead,
     TemporalHead,
@@ -113,6 +114,7 @@ CHOSEN = {
     "routed": ROUTED,
     "routed-antidiagonal": Routed(top_k=0.3, score="antidiagonal", stride=4, block_size=(16, 16)),
     "routed-union": Routed(top_k=0.2, union=SlidingTile((1, 1, 1), (1, 2, 2)), block_size=(16, 16)),
+    "sparse-linear": SparseLinear(0.3, block_size=(16, 16)),  # what an adapter adds: test_sparse_linear.py
     "clustered": Clustered(6, 8, 0.3, 0.1, (3, 1)),
     "routed-heads": Mixture(
         {"all": Neighborhood(3), "heads.1": ROUTED},

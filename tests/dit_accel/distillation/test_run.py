@@ -11,7 +11,7 @@ import dit_accel
 from dit_accel import Recipe, UnavailableError, accelerated
 from dit_accel.distillation import progress, run
 from dit_accel.json_files import read_json
-from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood
+from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood, SparseLinear
 from dit_accel.recipe.adapter_parts import Whole
 
 
@@ -42,6 +42,24 @@ def test_every_family_comes_nearer_to_its_teacher(families, tmp_path, name):
     (part,) = Recipe(recipe.attention, adapter=tmp_path / "out").adapter.parts.values()
     assert part.whole == (name == "wan")
     assert bool(part.learned) == (name != "sd3")
+
+
+@pytest.mark.parametrize("form", ["complement", "all"])
+def test_sparse_linear_attention_learns_its_projection(wan, tmp_path, form):
+    """From 0, and what is loaded is what was measured; whole weights and projections are in one file."""
+    recipe = Recipe(SparseLinear(0.2, form, block_size=(16, 16)), dense_steps=0)
+    options = {"steps": 12, "flow": 0, "rate": 0.01, "rank": None if form == "all" else 2}
+    said = distilled(wan.pipe, "wan", tmp_path, recipe, **options)
+    assert said["error"] < said["error_without"]
+    loaded = replace(recipe, adapter=tmp_path / "out")
+    (part,) = loaded.adapter.parts.values()
+    learned = part.learned_weights()
+    assert learned.keys() == {f"blocks.{n}.attn1" for n in range(len(wan.pipe.transformer.blocks))}
+    assert all(x.any() for own in learned.values() for x in own.values())
+    untouched = wan.run(wan.pipe, steps=1)
+    with accelerated(wan.pipe, loaded):
+        assert not torch.equal(wan.run(wan.pipe, steps=1), untouched)
+    assert torch.equal(wan.run(wan.pipe, steps=1), untouched)
 
 
 @pytest.mark.parametrize(

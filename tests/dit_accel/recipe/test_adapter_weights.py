@@ -97,3 +97,19 @@ def test_pooling_weights_beside_lora(tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "lora" / module.LEARNED_WEIGHTS)
     with pytest.raises(ValueError, match="has the key 'x', which is none of learned weights"):
         Adapter(tmp_path / "lora")
+
+
+def test_projections_as_turbo_wan_names_them(tmp_path):
+    """Alone in a file, and among weights that are not loaded: the first of which is named."""
+    key, file = "blocks.3.self_attn.attn_op.local_attn.proj_l", tmp_path / "proj_l.safetensors"
+    weight, bias = torch.randn(8, 8), torch.randn(8)
+    save_file({f"{key}.weight": weight, f"{key}.bias": bias}, file)
+    part = Adapter(file).parts[""]
+    (learned,) = part.learned_weights().items()
+    assert learned[0] == "blocks.3.attn1"
+    assert torch.equal(learned[1]["proj_l.weight"], weight)
+    assert torch.equal(learned[1]["proj_l.bias"], bias)
+    assert part.describe() == "projections of linear attention of 1 layers"
+    save_file({f"{key}.weight": weight, "blocks.3.ffn.0.weight": weight.clone()}, file)
+    with pytest.raises(ValueError, match=r"has the key 'blocks.3.ffn.0.weight', which is neither"):
+        Adapter(file)

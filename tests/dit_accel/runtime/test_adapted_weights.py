@@ -13,7 +13,7 @@ from torch import nn
 
 from dit_accel import UnavailableError, accelerated, disable, enable, summary
 from dit_accel.attention.pooled import Patches
-from dit_accel.patterns import Clear
+from dit_accel.patterns import Clear, SparseLinear
 from dit_accel.pipelines import family_of
 from dit_accel.recipe.recipe import Recipe
 
@@ -130,3 +130,45 @@ def test_what_does_not_fit_is_refused(flux, file):
         enable(flux.pipe, Recipe(PATTERN, adapter=file))
     del layer.forward
     assert state_of(flux.pipe.transformer) == before
+
+
+def test_projections_of_sparse_linear_attention(wan, tmp_path):
+    """Those of TurboWan's names act where the pattern takes them, and are gone with it."""
+    transformer, pattern = wan.pipe.transformer, SparseLinear(0.3, "all", block_size=(16, 16))
+    before, untouched = state_of(transformer), wan.run(wan.pipe, steps=1)
+    with accelerated(wan.pipe, pattern):
+        plain = wan.run(wan.pipe, steps=1)
+    key, dim = "self_attn.attn_op.local_attn.proj_l", transformer.config.attention_head_dim
+    blocks = range(len(transformer.blocks))
+
+    def saved(scale: float, size: int = dim, names=("weight", "bias")):
+        shapes = {"weight": (size, size), "bias": (size,)}
+        tensors = {
+            f"blocks.{n}.{key}.{name}": torch.full(shapes[name], scale) for n in blocks for name in names
+        }
+        file = tmp_path / f"{scale} {size} {len(names)}.safetensors"
+        save_file(tensors, file)
+        return Recipe(pattern, adapter=file)
+
+    with accelerated(wan.pipe, saved(0.0)):
+        torch.testing.assert_close(wan.run(wan.pipe, steps=1), plain)
+    with accelerated(wan.pipe, saved(0.1)):
+        assert not torch.allclose(wan.run(wan.pipe, steps=1), plain, atol=1e-4)
+        said = str(summary(wan.pipe))
+        assert f"projections of linear attention of {len(blocks)} layers" in said
+        assert "where an adapter brings its projection" in said
+    assert state_of(transformer) == before
+    assert torch.equal(wan.run(wan.pipe, steps=1), untouched)
+    for recipe, message in (
+        (
+            saved(0.1, dim + 1),
+            rf"takes projections of linear attention of {dim} x {dim}, and .* of {dim + 1} x",
+        ),
+        (saved(0.1, names=("weight",)), "it was made for another pattern"),
+        (
+            Recipe(Clear(2), adapter=saved(0.1).adapter.path),
+            r"no layer of this recipe takes; use `SparseLinear",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            enable(wan.pipe, recipe)

@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_accel.patterns import ChunkGrowth, Clustered, Pattern, Rectified, Routed, Skipping
+from dit_accel.patterns import ChunkGrowth, Clustered, Pattern, Rectified, Routed, Skipping, SparseLinear
+from dit_accel.pipelines import family_of
+from dit_accel.recipe import adapter
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"batch": 2, "cfg": 3.0, "steps": 3}
 VIDEOS = ("wan", "hunyuan", "hunyuan15", "skyreels", "ltx", "cogvideox", "mochi")
 
 
-def chosen_by_content(case, pattern: Pattern) -> None:
+def chosen_by_content(case, pattern: Pattern, **options) -> None:
     """As by the reference, other than dense, the same again in another run, and gone after `disable`."""
-    recipe = replace(case.recipe, attention=pattern, block_size=(16, 16))
+    recipe = replace(case.recipe, attention=pattern, block_size=(16, 16), **options)
     untouched = case.run(case.make(), **RUN)
     pipe = case.make()
     with accelerated(pipe, replace(recipe, backend="reference")):
@@ -50,3 +52,21 @@ def test_rectified(case):
 @pytest.mark.feature("Skip bits that last for a run (`Skipping`)")
 def test_skipping(case):
     chosen_by_content(case, Skipping(-0.05, block_size=(16, 16)))
+
+
+@pytest.mark.feature("Sparse-linear attention with a learned projection (`SparseLinear`)")
+@pytest.mark.parametrize("form", ["complement", "all"])
+def test_sparse_linear(case, form, tmp_path):
+    transformer = case.make().transformer
+    head_dim = family_of(transformer).heads(transformer)[1]
+    generator, pattern = torch.Generator().manual_seed(0), SparseLinear(0.3, form, block_size=(16, 16))
+    places = {module: name for name, module in transformer.named_modules()}
+    learned = {
+        places[module]: {
+            name: torch.randn(x.shape, generator=generator) / head_dim
+            for name, x in pattern.learned(head_dim).items()
+        }
+        for module in family_of(transformer).found_layers(transformer).values()
+    }
+    adapter.write_weights(tmp_path / "sla", {}, learned=learned)
+    chosen_by_content(case, pattern, adapter=tmp_path / "sla")
