@@ -7,8 +7,9 @@ with the specialisations of a real launch, up to machine code. Registers, stack 
 shared memory, the kind of tensor-core instruction, and what became of asynchronous multiplications (see
 `machine_code`) are read back from it. Exits with 1 if a configuration breaks a limit: more shared memory than
 the chip has, tensor-core instructions older than its own or of other numbers than a format has, an operand
-overwritten while a multiplication may be reading it, multiplications that wait for each other, or, at
-head_dim 64 and 128, more stack than `STACK_LIMIT`.
+overwritten while a multiplication may be reading it, multiplications that wait for each other, fences on
+sm_90 in the loops of a kernel whose copies need none, or, at head_dim 64 and 128, more stack than
+`STACK_LIMIT`.
 
 What comes out depends on Triton's version and the ptxas that it brings. `make old-triton` makes a second
 environment with the Triton of torch 2.11; its python runs this report at the root of the checkout.
@@ -27,7 +28,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,106 +36,16 @@ from dit_accel.kernels.block_sparse.formats import FORMATS, Format, key_group
 from dit_accel.kernels.block_sparse.quantized import Quantized
 from dit_accel.masks.block_mask import BlockMask
 
-from .machine_code import overwritten_operands, parse, waits, waits_asked_for
+from .compile_cases import ALL, CHIPS, GATE, GATED_HEAD_DIMS, KERNELS, PARTS, Case
+from .machine_code import Loop, loops, overwritten_operands, parse, waits, waits_asked_for
 
-
-@dataclass(frozen=True)
-class Chip:
-    """What a chip offers: shared memory per program (bytes), and its best tensor-core instruction."""
-
-    capability: tuple[int, int]
-    shared: int
-    instruction: str
-
-
-CHIPS = {
-    "sm_80": Chip((8, 0), 163 * 1024, "mma.sync"),
-    "sm_90": Chip((9, 0), 227 * 1024, "wgmma"),
-    "sm_100": Chip((10, 0), 227 * 1024, "tcgen05"),
-    "sm_120": Chip((12, 0), 99 * 1024, "mma.sync"),
-}
 STACK_LIMIT = {"sm_80": 128, "sm_90": 32, "sm_100": 32, "sm_120": 32}  # bytes per thread
-GATED_HEAD_DIMS = (64, 128)
 MACHINE_CODE = {"wgmma": r"\b[HIQ]GMMA", "tcgen05": r"\bUTC\w*MMA", "mma.sync": r"\b[HIQ]MMA"}
 PRODUCTS = {  # of what numbers, in PTX
     "s8": r"mma\S*\.s8\.s8|tcgen05\.mma\S*kind::i8",
     "e4m3": r"mma\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4",
 }
-PARTS = ("forward", "dq", "dkv")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compiled configuration.
-
-    Attributes:
-        text: a launch with a text length per sample.
-        format: quantized.
-        part: of attention: the forward pass, or what gives dQ, or dK and dV.
-    """
-
-    chip: str
-    head_dim: int
-    dtype: str
-    block_size: tuple[int, int] = (128, 64)
-    text: bool = False
-    format: str | None = None
-    part: str = "forward"
-
-    @property
-    def products(self) -> tuple[str, ...]:
-        """Of what numbers its tensor-core instructions have to be, beside those of 16 bits."""
-        if self.format is None:
-            return ()
-        return ("s8", "e4m3") if self.format == "int8-fp8" else ("s8",)
-
-
-def _backward(chip: str, head_dims: tuple[int, ...], *options: Any, text: bool = False) -> Iterator[Case]:
-    """A chip's cases of the backward pass."""
-    for head_dim in head_dims:
-        yield from (Case(chip, head_dim, *options, text=text, part=part) for part in PARTS[1:])
-
-
-def _quantized(chip: str, head_dims: tuple[int, ...], **options: Any) -> Iterator[Case]:
-    """A chip's cases in every format that it computes."""
-    for format in FORMATS:
-        if format != "int8-fp8" or CHIPS[chip].capability >= (8, 9):
-            yield from (Case(chip, d, "bf16", format=format, **options) for d in head_dims)
-
-
-GATE = tuple(
-    Case(chip, head_dim, "bf16", text=text)
-    for chip in CHIPS
-    for head_dim in GATED_HEAD_DIMS
-    for text in (False, True)
-) + tuple(
-    case
-    for chip in CHIPS
-    for case in (
-        *(Case(chip, d, "fp32") for d in GATED_HEAD_DIMS),
-        *_quantized(chip, GATED_HEAD_DIMS),
-        *_backward(chip, GATED_HEAD_DIMS, "bf16", text=True),
-    )
-)
-ALL = GATE + tuple(
-    case
-    for chip in CHIPS
-    for case in (
-        *(Case(chip, d, "bf16", text=text) for d in (16, 32, 72, 96, 256) for text in (False, True)),
-        *(Case(chip, d, "fp16") for d in (16, 32, 64, 72, 96, 128, 256)),
-        Case(chip, 256, "fp32"),
-        Case(chip, 128, "fp32", text=True),
-        *(Case(chip, 128, "bf16", block_size) for block_size in ((64, 64), (128, 32), (128, 128))),
-        *_quantized(chip, (72, 256)),
-        *_quantized(chip, (128,), text=True),
-        *_quantized(chip, (128,), block_size=(64, 32)),
-        *_backward(chip, (72, 256), "bf16"),
-        *_backward(chip, (128,), "fp16"),
-        *_backward(chip, (64, 128, 256), "fp32"),
-        *(case for size in ((64, 32), (128, 128)) for case in _backward(chip, (128,), "bf16", size)),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -148,6 +58,7 @@ class Row:
         instructions: the kinds of tensor-core instructions.
         overwritten: operands of asynchronous multiplications that are written to too early, in words.
         waits: for asynchronous multiplications, in PTX and in machine code.
+        loops: over full and over partial blocks.
         products: of what numbers of eight bits multiplications are.
     """
 
@@ -160,6 +71,7 @@ class Row:
     overwritten: tuple[str, ...] = ()
     waits: tuple[int, int] = (0, 0)
     products: tuple[str, ...] = ()
+    loops: tuple[Loop, ...] = ()
 
     def problems(self) -> list[str]:
         """Limits that this configuration breaks, in words."""
@@ -178,8 +90,10 @@ class Row:
         if self.waits[0] != self.waits[1]:
             asked, made = self.waits
             found.append(f"multiplications are serialised: {asked} waits in PTX, {made} in the machine code")
-        limit = STACK_LIMIT[case.chip]
-        if case.head_dim in GATED_HEAD_DIMS and case.block_size == (128, 64) and self.stack > limit:
+        if case.kernel != "pointer" and case.chip == "sm_90" and any(loop.fences for loop in self.loops):
+            found.append("fences in a loop whose copies need none")
+        limit, gated = STACK_LIMIT[case.chip], case.block_size == (128, 64) or case.kernel != "pointer"
+        if case.head_dim in GATED_HEAD_DIMS and gated and self.stack > limit:
             found.append(f"{self.stack} bytes of stack per thread, the limit is {limit}")
         return found
 
@@ -208,6 +122,7 @@ def compile_case(case: Case) -> Row:
         tuple(overwritten_operands(code)),
         (waits_asked_for(compiled.asm["ptx"]), waits(code)),
         tuple(name for name, pattern in PRODUCTS.items() if re.search(pattern, compiled.asm["ptx"])),
+        tuple(loops(code)),
     )
 
 
@@ -221,7 +136,13 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, BlockMask, torch.
 def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_configs.Gpu) -> tuple:
     """The kernel of the forward pass, and its grid, positional and keyword arguments."""
     from dit_accel.kernels.block_sparse import triton_forward as forward
+    from dit_accel.kernels.block_sparse import triton_tma as tma
 
+    if case.kernel == "tma":
+        return tma._forward, *tma.launch_arguments(
+            q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
+            case.block_size, mask.text, triton_configs.tma_config(case.head_dim, case.block_size, gpu),
+        )  # fmt: skip
     if case.format is None:
         config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, gpu), ()
     else:
@@ -308,8 +229,8 @@ def _inspect(cubin: bytes) -> tuple[str, str]:
 
 
 HEADER = (
-    "chip    dtype head_dim  block   text  format     part    rows x keys warps stages  registers stack "
-    "shared waits  instructions"
+    "chip    dtype head_dim  block   text  format     part    kernel  rows x keys warps stages  registers "
+    "stack shared waits  per 64 keys  barriers fences  instructions"
 )
 
 
@@ -321,10 +242,16 @@ def line(row: Row) -> str:
     text = "yes" if case.text else "no"
     what = (
         f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} "
-        f"{case.part:7} {tile:11}"
+        f"{case.part:7} {case.kernel:7} {tile:11}"
     )
-    launch = f"{options['num_warps']:5} {options['num_stages']:6}"
-    return f"{what} {launch}  {row.registers:9} {row.stack:5} {row.shared:6} {row.waits[1]:5}  {remarks}"
+    turns = {  # of the loops over full and partial blocks
+        "per 64 keys": [round(loop.instructions * 64 / options["TK"]) for loop in row.loops],
+        "barriers": [loop.barriers for loop in row.loops],
+        "fences": [loop.fences for loop in row.loops],
+    }
+    in_loops = " ".join(f"{'/'.join(map(str, turns[name])):{len(name)}}" for name in turns)
+    launch = f"{options['num_warps']:5} {options['num_stages']:6}  {row.registers:9} {row.stack:5}"
+    return f"{what} {launch} {row.shared:6} {row.waits[1]:5}  {in_loops}  {remarks}"
 
 
 def page(version: str, rows: list[Row]) -> str:
@@ -337,7 +264,8 @@ def page(version: str, rows: list[Row]) -> str:
         f"# What the Triton kernels compile to\n\nTriton {version}, compiled without a GPU by `python -m "
         f"dit_accel.evals.benchmarks.compile_report`: {len(rows)} configurations, {bad} beyond a limit; "
         f"{overwritten} with an operand overwritten too early, {serialised} serialised. Stack and shared "
-        f"memory in bytes. Nothing here was run.\n\n```\n{report}\n```\n"
+        "memory in bytes. Instructions of a warp for 64 keys, barriers of the whole program and fences are "
+        f"those of the loops over full / partial blocks. Nothing here was run.\n\n```\n{report}\n```\n"
     )
 
 
@@ -349,6 +277,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), help="chips (default: all)")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="passes (default: all)")
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=KERNELS,
+        default=list(KERNELS),
+        help="of the forward pass (default: all)",
+    )
     parser.add_argument("--gate", action="store_true", help="only what the stack limits apply to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report to this file")
@@ -367,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {version}\n{HEADER}", flush=True)
     rows = []
     for case in GATE if options.gate else ALL:
-        if case.chip in options.arch and case.part in options.part:
+        if case.chip in options.arch and case.part in options.part and case.kernel in options.kernel:
             rows.append(compile_case(case))
             print(line(rows[-1]), flush=True)
     if options.json:

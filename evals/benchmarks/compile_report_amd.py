@@ -15,7 +15,8 @@ from pathlib import Path
 
 from dit_accel.kernels.block_sparse import triton_configs
 
-from .compile_report import GATED_HEAD_DIMS, Case, forward_launch, gradients_launch, inputs_of, pretend_gpu
+from .compile_cases import GATED_HEAD_DIMS, Case
+from .compile_report import forward_launch, gradients_launch, inputs_of, pretend_gpu
 from .table import markdown
 
 WAVE = {"gfx942": 64, "gfx1100": 32, "gfx1201": 32}  # threads that run in step

@@ -26,6 +26,8 @@ NO_RESULT = (  # opcodes whose first register is read
     "DEPBAR", "LDGDEPBAR", "LDGSTS", "UTMA", "UBLK", "SYNCS", "ISETP", "FSETP", "DSETP", "HSETP", "UISETP",
     "PLOP", "FCHK", "R2P", "R2UR", "NOP", "BSSY", "BSYNC", "CCTL", "ERRBAR", "YIELD", "NANOSLEEP",
 )  # fmt: skip
+_MULTIPLIES = re.compile(r"[HIQ]G?MMA|UTC\w*MMA")
+FENCES = ("FENCE", "MEMBAR")
 MULTIPLICATIONS = ("HGMMA", "QGMMA", "IGMMA")  # in the order of the program, so that none overtakes another
 
 
@@ -114,6 +116,60 @@ def waits(instructions: list[Instruction]) -> int:
 def waits_asked_for(ptx: str) -> int:
     """How often PTX waits for multiplications."""
     return ptx.count("wgmma.wait_group")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop that multiplies matrices: what one turn of it has.
+
+    Attributes:
+        instructions: how many; each is issued by every warp.
+        multiplications: of them, on tensor cores.
+        barriers: at which all warps of a program meet.
+        fences: between writes by threads and reads by the tensor cores, or of memory.
+    """
+
+    instructions: int
+    multiplications: int
+    barriers: int
+    fences: int
+
+
+def loops(instructions: list[Instruction]) -> list[Loop]:
+    """The innermost loops that multiply matrices, in the order of the program.
+
+    A branch back from code that was put behind the program's end, such as a long wait, is none.
+    """
+    bounds = set()
+    for instruction in instructions:
+        if instruction.opcode.startswith("BRA"):
+            target = int(_ADDRESS.findall(instruction.operands)[-1], 16)
+            if target < instruction.address:
+                bounds.add((target, instruction.address))
+    innermost: list[tuple[int, int]] = []
+    found = {}
+    for first, last in sorted(bounds, key=lambda ends: ends[1] - ends[0]):
+        body = [i for i in instructions if first <= i.address <= last]
+        apart = all(last < other[0] or other[1] < first for other in innermost)
+        ends = any(i.opcode == "EXIT" and not i.predicate for i in body)
+        if apart and not ends and any(map(_multiplies, body)):
+            innermost.append((first, last))
+            found[first] = Loop(
+                len(body),
+                sum(map(_multiplies, body)),
+                sum(map(_is_barrier, body)),
+                sum(i.opcode.startswith(FENCES) for i in body),
+            )
+    return [found[first] for first in sorted(found)]
+
+
+def _multiplies(instruction: Instruction) -> bool:
+    return bool(_MULTIPLIES.match(instruction.opcode))
+
+
+def _is_barrier(instruction: Instruction) -> bool:
+    """Whether all warps of a program meet here: one that names how many threads is for some of them."""
+    return instruction.opcode.startswith("BAR.SYNC") and instruction.operands.count(",") == 0
 
 
 def _commits(instruction: Instruction) -> bool:

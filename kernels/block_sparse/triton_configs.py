@@ -42,6 +42,16 @@ CONFIGS = {
     ("any", 4, 256): (32, 32, 8, 1),
 }
 
+# (chip, largest padded head_dim), of the kernel whose keys the copy engine fetches (`triton_tma`)
+TMA_CONFIGS = {
+    ("sm_90", 64): (128, 128, 8, 2),
+    ("sm_90", 128): (128, 128, 8, 2),
+    ("sm_90", 256): (128, 64, 8, 2),
+    ("sm_100", 64): (128, 128, 8, 2),
+    ("sm_100", 128): (128, 128, 8, 2),
+    ("sm_100", 256): (128, 64, 8, 2),
+}
+
 QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P and V have eight bits
     ("sm_80", 64): (128, 64, 4, 4),
     ("sm_80", 128): (128, 64, 8, 4),
@@ -105,6 +115,12 @@ def config(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: 
     if not isinstance(gpu, str):
         launch = tuned.find(gpu, dtype.itemsize, max(padded_head_dim(head_dim), 64))
     return launch_options(launch or untuned(head_dim, dtype, gpu), block_size)
+
+
+def tma_config(head_dim: int, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
+    """The same of the kernel whose keys the copy engine fetches, in 16 bits."""
+    launch = tuned.Launch(*TMA_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)])
+    return launch_options(launch, block_size)
 
 
 def quantized_config(

@@ -14,6 +14,7 @@ import torch
 
 from dit_accel import BlockMask
 from dit_accel.evals.benchmarks import compile_report
+from dit_accel.evals.benchmarks.machine_code import Loop
 from dit_accel.kernels.block_sparse import triton_configs
 from dit_accel.kernels.block_sparse.formats import FORMATS, key_group
 from dit_accel.kernels.block_sparse.triton import DTYPES, KEY_BLOCKS, QUERY_BLOCKS
@@ -39,12 +40,16 @@ def log(capsys):
     return write
 
 
+def other_blocks(case):
+    return () if case.block_size == (128, 64) else case.block_size
+
+
 def kind(case):
     """What a case compiles, whatever its head_dim and chip; () is what most do."""
     return tuple(
         str(part)
-        for part in (case.dtype, case.text, case.format, case.part)
-        if part not in ("bf16", False, None, "forward")
+        for part in (case.dtype, case.text, case.format, case.part, case.kernel, *other_blocks(case))
+        if part not in ("bf16", False, None, "forward", "pointer")
     )
 
 
@@ -108,7 +113,7 @@ def test_the_same_under_another_triton(tmp_path, log):
 def test_every_chip_has_as_many_configurations():
     chips = [case.chip for case in compile_report.ALL]
     assert len(set(compile_report.ALL)) == len(chips)
-    assert [chips.count(chip) for chip in compile_report.CHIPS] == [66, 72, 72, 72]  # sm_80 has no fp8
+    assert [chips.count(chip) for chip in compile_report.CHIPS] == [66, 80, 80, 72]  # sm_80 has no fp8
     for chip in compile_report.CHIPS:
         formats = {case.format for case in compile_report.GATE if case.chip == chip}
         assert formats == {None, *FORMATS} - ({"int8-fp8"} if chip == "sm_80" else set())
@@ -131,6 +136,11 @@ def test_limits_are_enforced():
     assert problems(compile_report.Case("sm_90", 256, "fp32"), stack=4000, instructions=()) == []
     quantized = compile_report.Case("sm_90", 128, "bf16", format="int8-fp8")
     assert problems(quantized) == ["no products of s8", "no products of e4m3"]
+    fenced = compile_report.Case("sm_90", 128, "bf16", (128, 128), kernel="tma")
+    row = compile_report.Row(fenced, options, 255, 40, 0, ("wgmma",), loops=(Loop(300, 12, 2, 1),))
+    assert row.problems() == [
+        "fences in a loop whose copies need none", "40 bytes of stack per thread, the limit is 32",
+    ]  # fmt: skip
     row = compile_report.Row(case, options, 255, 0, 0, ("wgmma",), ("R1 is overwritten by MOV",), (4, 24))
     assert row.problems() == [
         "R1 is overwritten by MOV",
@@ -193,6 +203,20 @@ def test_the_backward_pass_compiles():
         assert not row.problems(), row
 
 
+@pytest.mark.parametrize("keys", [64, 128])
+def test_keys_by_the_copy_engine(keys):
+    """No spills and no fences in its loops, of which there are two; the kernel with pointers needs fences."""
+    row = compile_report.compile_case(
+        compile_report.Case("sm_90", 128, "bf16", (128, keys), text=True, kernel="tma")
+    )
+    assert not row.problems(), row
+    assert (row.options["TQ"], row.options["TK"]) == (128, keys)
+    full, partial = row.loops
+    assert full.multiplications == partial.multiplications
+    assert full.instructions < partial.instructions
+    assert f"{full.fences}/{partial.fences}" == "0/0"
+
+
 def test_report_writes_json(tmp_path, capsys, monkeypatch):
     case = compile_report.Case("sm_80", 16, "fp16")
     monkeypatch.setattr(compile_report, "ALL", (case,))
@@ -208,6 +232,10 @@ def test_the_report_lists_what_was_compiled():
     fine = compile_report.Row(case, options, 200, 0, 1024, ("wgmma",))
     broken = compile_report.Row(case, options, 255, 4000, 1024, ("wgmma",), ("R1 is overwritten",), (4, 9))
     text = compile_report.page("3.9", [fine, broken])
+    looping = compile_report.Row(
+        case, options, 200, 0, 9, ("wgmma",), loops=(Loop(300, 12, 2, 1), Loop(400, 12, 3, 0))
+    )
+    assert "300/400     2/3      1/0     wgmma" in compile_report.line(looping)
     assert "Triton 3.9" in text
     assert "2 configurations, 1 beyond a limit; 1 with an operand overwritten too early, 1 serialised" in text
     assert text.count(compile_report.line(fine)) == 1

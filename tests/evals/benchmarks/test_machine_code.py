@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dit_accel.evals.benchmarks import compile_report, machine_code
-from dit_accel.evals.benchmarks.machine_code import overwritten_operands, parse, waits
+from dit_accel.evals.benchmarks.machine_code import Loop, loops, overwritten_operands, parse, waits
 from dit_accel.kernels.block_sparse import triton_configs
 
 USE = "HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR4].tnspB, R24"
@@ -152,3 +152,20 @@ def test_serialised_multiplications_are_told_apart(kernel, compiled, monkeypatch
     assert row.waits[0] == 4
     assert row.waits[1] > 4
     assert any("multiplications are serialised: 4 waits in PTX" in problem for problem in row.problems())
+
+
+class TestLoops:
+    def test_of_multiplications_alone(self):
+        instructions = code(
+            "FADD R1, R1, R1", "@P0 BRA 0x1000",  # nothing is multiplied
+            f"{USE}, gsb0", "BAR.SYNC.DEFER_BLOCKING 0x0", "BAR.SYNC.DEFER_BLOCKING 0x1, 0x80",
+            "FENCE.VIEW.ASYNC", "@P0 BRA 0x1020", "EXIT",
+        )  # fmt: skip
+        assert loops(instructions) == [Loop(instructions=5, multiplications=1, barriers=1, fences=1)]
+
+    def test_the_innermost(self):
+        instructions = code(f"{USE}, gsb0", USE, "@P0 BRA 0x1010", "@P1 BRA 0x1000", "EXIT")
+        assert loops(instructions) == [Loop(2, 1, 0, 0)]
+
+    def test_a_way_back_from_behind_the_end_is_none(self):
+        assert loops(code(f"{USE}, gsb0", "EXIT", "NANOSLEEP", "BRA 0x1000")) == []

@@ -1,0 +1,54 @@
+"""The backend `"triton-tma"`: the Triton kernel whose keys the copy engine fetches; known without Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.masks.block_mask import BlockMask
+
+from . import triton, triton_configs
+from .problem import Backend, Lengths, Problem
+
+NAME = "triton-tma"
+MAJORS = (9, 10)  # compute capabilities whose copy engine and tensor cores the kernel was compiled for
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`block_sparse_attention` by the kernel of `triton_tma`."""
+    from . import triton_tma
+
+    return triton_tma.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
+
+
+def condition(problem: Problem) -> str | None:
+    """Why the kernel cannot run, or None: it needs what the one with pointers does, and a copy engine."""
+    reason = triton.condition(problem)
+    if reason is not None:
+        return reason
+    try:
+        from .triton_tma import INTERPRETED
+    except ImportError as error:
+        return f"{NAME} needs the host descriptors of Triton 3.4 or newer ({error}); use backend='triton'"
+    return None if INTERPRETED else unsuited(triton_configs.gpu(problem.device), NAME, MAJORS)
+
+
+def unsuited(gpu: triton_configs.Gpu, name: str, majors: tuple[int, ...]) -> str | None:
+    """Why a kernel that was written for GPUs of these major capabilities cannot run on one, or None."""
+    if not isinstance(gpu, str) and gpu[0] in majors:
+        return None
+    what = gpu if isinstance(gpu, str) else f"compute capability {gpu[0]}.{gpu[1]}"
+    known = " and ".join(f"{major}.x" for major in majors)
+    return f"{name} was written for compute capability {known}, got {what}; use backend='triton'"
+
+
+BACKEND = Backend(
+    NAME,
+    attend,
+    dtypes=(torch.float16, torch.bfloat16),
+    condition=condition,
+    backward=True,
+    gradients=triton.gradients,
+)

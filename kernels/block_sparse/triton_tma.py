@@ -1,0 +1,192 @@
+"""Block-sparse attention, forward, in Triton: keys and values are copied by the chip's copy engine (TMA).
+
+As `triton_forward`, whose formulas, lists and order of blocks it shares; other is how a block reaches the
+tensor cores. A descriptor of the whole tensor lets the copy engine of Hopper and Blackwell fetch a box of
+rows at any row of the block list: no address is computed by the threads, what lies past the last key or
+past head_dim arrives as zeros, and no fence is needed between the copy and the multiplication.
+
+It computes 16-bit attention, without quantization and thresholds, for which the kernel with pointers is.
+"""
+
+# pyright: reportOperatorIssue=false
+# (Triton's annotations leave out the remainder of an int by a `constexpr`)
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dit_accel.masks.block_mask import BlockMask
+
+from .triton_configs import gpu, padded_head_dim, tma_config
+from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, LN_2, LOWEST, mask_arguments, outputs, shown
+
+ALIGNED = 16  # bytes: of the first number of a tensor, and of every stride
+
+
+# -- kernel --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _box(desc, b, h, row, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Rows from `row` on of one head: [ROWS, DP]."""
+    return desc.load([b, h, row, 0]).reshape([ROWS, DP])
+
+
+@triton.jit
+def _stream(
+    acc, m, total, q, k_desc, v_desc, b, h, first, last, idx_ptr, tile_ptr, words_ptr,
+    scale, hidden_start, hidden_stop,
+    DP: tl.constexpr, TK: tl.constexpr, SPLIT: tl.constexpr, TILE_WORDS: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Attend the key blocks `idx_ptr[first:last]`, each in `SPLIT` steps of `TK` keys."""
+    for i in range(first * SPLIT, last * SPLIT):
+        start = (tl.load(idx_ptr + i // SPLIT) * SPLIT + i % SPLIT) * TK
+        k = _box(k_desc, b, h, start, TK, DP)
+        s = tl.dot(q, tl.trans(k))  # [TQ, TK]
+        if PARTIAL:
+            tile = tl.load(tile_ptr + i // SPLIT).to(tl.int64)
+            words = words_ptr + tile * TILE_WORDS + i % SPLIT * (TK // 32)
+            s = tl.where(shown(words, hidden_start - start, hidden_stop - start, TK), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)  # [TQ]
+        p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
+        alpha = tl.exp2(m - m_new)
+        total = total * alpha + tl.sum(p, 1)
+        v = _box(v_desc, b, h, start, TK, DP)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])  # [TQ, DP]
+        m = m_new
+    return acc, m, total
+
+
+@triton.jit(do_not_specialize=["seq_len", "num_rows", "heads", "groups_b", "text_start", "text_stop"])
+def _forward(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, launch_ptr, groups_ptr,
+    full_start_ptr, full_count_ptr, full_idx_ptr,
+    part_start_ptr, part_count_ptr, part_idx_ptr, part_tile_ptr, words_ptr, text_valid_ptr,
+    out_b, out_h, out_s, scale, seq_len, num_rows, heads, groups_b, text_start, text_stop,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Grid and arguments as in `triton_forward`, with descriptors of q, k and v, [1, 1, rows, DP] a box."""
+    b = tl.program_id(1)
+    item = tl.load(launch_ptr + b.to(tl.int64) * groups_b * num_rows + tl.program_id(0) // (BQ // TQ))
+    h = item // num_rows
+    block = item % num_rows
+    in_block = tl.program_id(0) % (BQ // TQ) * TQ + tl.arange(0, TQ)
+    rows = block * BQ + in_block
+    d = tl.arange(0, DP)
+    q = _box(q_desc, b, h, block * BQ + tl.program_id(0) % (BQ // TQ) * TQ, TQ, DP)
+    words_ptr += in_block * (BK // 32)
+    hidden_start = text_stop
+    if text_valid_ptr is not None:
+        hidden_start = text_start + tl.load(text_valid_ptr + b).to(tl.int32)
+    block += tl.load(groups_ptr + b * groups_b + h) * num_rows
+    first_full, first_part = tl.load(full_start_ptr + block), tl.load(part_start_ptr + block)
+    last_full = first_full + tl.load(full_count_ptr + block)
+    last_part = first_part + tl.load(part_count_ptr + block)
+
+    m = tl.full([TQ], LOWEST, tl.float32)
+    total = tl.zeros([TQ], tl.float32)
+    acc = tl.zeros([TQ, DP], tl.float32)
+    acc, m, total = _stream(
+        acc, m, total, q, k_desc, v_desc, b, h, first_full, last_full, full_idx_ptr, part_tile_ptr,
+        words_ptr, scale, hidden_start, text_stop, DP, TK, BK // TK, BQ * (BK // 32), False,
+    )  # fmt: skip
+    acc, m, total = _stream(
+        acc, m, total, q, k_desc, v_desc, b, h, first_part, last_part, part_idx_ptr, part_tile_ptr,
+        words_ptr, scale, hidden_start, text_stop, DP, TK, BK // TK, BQ * (BK // 32), True,
+    )  # fmt: skip
+
+    nothing = total == 0.0  # attended, and acc may be 0 * NaN
+    out = acc / tl.where(nothing, 1.0, total)[:, None]
+    out = tl.where(nothing[:, None], 0.0, out)
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    tile = rows.to(tl.int64)[:, None] * (out_s * ALIGN) + d[None, :]
+    inside = (rows < seq_len)[:, None] & (d < D)[None, :]
+    out_tile = out_ptr + (b64 * out_b + h64 * out_h) * ALIGN + tile
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=inside)
+    lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN_2)
+    tl.store(lse_ptr + (b64 * heads + h64) * seq_len + rows, lse, mask=rows < seq_len)
+
+
+# -- launch --------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    text_valid: torch.Tensor | None,
+    options: dict[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `triton_forward.attention`; `options` are a launch's, those of `tma_config` unless given.
+
+    Tensors that a descriptor cannot describe are copied first.
+    """
+    if q.numel() == 0:
+        return outputs(q)
+    if not scale > 0:  # the kernel takes maxima before it scales
+        q, scale = q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
+    if INTERPRETED and q.dtype == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
+        wide = (x.float() for x in (q, k, v))
+        out, lse = attention(*wide, mask, scale=scale, text_valid=text_valid, options=options)
+        return out.to(q.dtype), lse
+    if options is None:
+        device = (9, 0) if INTERPRETED else gpu(q.device)
+        options = tma_config(q.shape[3], mask.block_size, device)
+    q, k, v = (x if describable(x) else copied(x) for x in (q, k, v))
+    out, lse = outputs(q)
+    grid, args, chosen = launch_arguments(
+        q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
+        options,
+    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _forward[grid](*args, **chosen, **LAUNCH_OPTIONS)
+    return out, lse
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read x: rows contiguous, whole multiples of 16 bytes apart, none shared."""
+    apart = (s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1)
+    strides = [stride * x.element_size() for stride in apart]
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % ALIGNED == 0
+        and all(0 < stride < 2**40 and stride % ALIGNED == 0 for stride in strides)
+    )
+
+
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """x in memory that the copy engine can read: its rows begin at whole multiples of 16 bytes."""
+    step = ALIGNED // x.element_size()
+    room = x.new_empty(*x.shape[:3], -(-x.shape[3] // step) * step)
+    return room[..., : x.shape[3]].copy_(x)
+
+
+def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """x as the copy engine knows it: a box is `rows` rows of one head, [1, 1, rows, dim]."""
+    step = ALIGNED // x.element_size()
+    # of what there is one of, the stride is not looked at, but must be one that could be
+    strides = [step if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim])
+
+
+def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options):
+    """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`."""
+    order, groups = mask[:2]
+    (batch, heads, seq_len, head_dim), bq, dim = q.shape, block_size[0], padded_head_dim(q.shape[3])
+    align = 8 if all(stride % 8 == 0 for stride in out.stride()[:3]) else 1
+    args = (
+        descriptor(q, options["TQ"], dim), *(descriptor(x, options["TK"], dim) for x in (k, v)),
+        out, lse, *mask, text_valid, *(stride // align for stride in out.stride()[:3]),
+        scale * math.log2(math.e), seq_len, -(-seq_len // bq), heads, heads if len(groups) > 1 else 0, *text,
+    )  # fmt: skip
+    sizes = {"D": head_dim, "DP": dim, "BQ": bq, "BK": block_size[1], "ALIGN": align}
+    return (order.shape[1] * (bq // options["TQ"]), batch), args, options | sizes
