@@ -26,7 +26,7 @@ CHIPS = {
 }
 GATED_HEAD_DIMS = (64, 128)
 PARTS = ("forward", "dq", "dkv")
-KERNELS = {"pointer": tuple(CHIPS), "tma": ("sm_90", "sm_100")}  # of the forward pass, and their chips
+KERNELS = {"pointer": tuple(CHIPS), "tma": ("sm_90", "sm_100"), "gluon": ("sm_90",)}  # forward, their chips
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,12 @@ def _quantized(chip: str, head_dims: tuple[int, ...], **options: Any) -> Iterato
 def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
     """A chip's cases of the kernels beside the one with pointers, on blocks of 64 and of 128 keys."""
     for kernel in list(KERNELS)[1:]:
-        for keys in (64, 128) if chip in KERNELS[kernel] else ():
-            yield from (Case(chip, d, "bf16", (128, keys), text=True, kernel=kernel) for d in head_dims)
+        if chip not in KERNELS[kernel]:
+            continue
+        for keys in (64,) if kernel == "gluon" else (64, 128):
+            for head_dim in head_dims:
+                if kernel != "gluon" or head_dim <= 128:
+                    yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
 
 
 GATE = tuple(

@@ -18,6 +18,7 @@ environment with the Triton of torch 2.11; its python runs this report at the ro
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -136,12 +137,13 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, BlockMask, torch.
 def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_configs.Gpu) -> tuple:
     """The kernel of the forward pass, and its grid, positional and keyword arguments."""
     from dit_accel.kernels.block_sparse import triton_forward as forward
-    from dit_accel.kernels.block_sparse import triton_tma as tma
 
-    if case.kernel == "tma":
-        return tma._forward, *tma.launch_arguments(
+    if case.kernel != "pointer":
+        other = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{case.kernel}")
+        config = getattr(triton_configs, f"{case.kernel}_config")(case.head_dim, case.block_size, gpu)
+        return other._forward, *other.launch_arguments(
             q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
-            case.block_size, mask.text, triton_configs.tma_config(case.head_dim, case.block_size, gpu),
+            case.block_size, mask.text, config,
         )  # fmt: skip
     if case.format is None:
         config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, gpu), ()
@@ -244,10 +246,11 @@ def line(row: Row) -> str:
         f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} "
         f"{case.part:7} {case.kernel:7} {tile:11}"
     )
-    turns = {  # of the loops over full and partial blocks
-        "per 64 keys": [round(loop.instructions * 64 / options["TK"]) for loop in row.loops],
-        "barriers": [loop.barriers for loop in row.loops],
-        "fences": [loop.fences for loop in row.loops],
+    turns = sorted(set(row.loops), key=lambda loop: loop.instructions)  # over full blocks, then partial ones
+    turns = {
+        "per 64 keys": [round(loop.instructions * 64 / options["TK"]) for loop in turns],
+        "barriers": [loop.barriers for loop in turns],
+        "fences": [loop.fences for loop in turns],
     }
     in_loops = " ".join(f"{'/'.join(map(str, turns[name])):{len(name)}}" for name in turns)
     launch = f"{options['num_warps']:5} {options['num_stages']:6}  {row.registers:9} {row.stack:5}"
@@ -265,7 +268,8 @@ def page(version: str, rows: list[Row]) -> str:
         f"dit_accel.evals.benchmarks.compile_report`: {len(rows)} configurations, {bad} beyond a limit; "
         f"{overwritten} with an operand overwritten too early, {serialised} serialised. Stack and shared "
         "memory in bytes. Instructions of a warp for 64 keys, barriers of the whole program and fences are "
-        f"those of the loops over full / partial blocks. Nothing here was run.\n\n```\n{report}\n```\n"
+        "those of the loops over full / partial blocks, of each group of warps where they differ. Nothing "
+        f"here was run.\n\n```\n{report}\n```\n"
     )
 
 
@@ -284,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=list(KERNELS),
         help="of the forward pass (default: all)",
     )
+    parser.add_argument("--plain", action="store_true", help="only 16 bits, nothing quantized")
     parser.add_argument("--gate", action="store_true", help="only what the stack limits apply to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report to this file")
@@ -302,7 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {version}\n{HEADER}", flush=True)
     rows = []
     for case in GATE if options.gate else ALL:
-        if case.chip in options.arch and case.part in options.part and case.kernel in options.kernel:
+        asked = case.chip in options.arch and case.part in options.part and case.kernel in options.kernel
+        if asked and not (options.plain and (case.dtype == "fp32" or case.format is not None)):
             rows.append(compile_case(case))
             print(line(rows[-1]), flush=True)
     if options.json:

@@ -29,11 +29,11 @@ def dtype_on(device: str) -> torch.dtype:
 
 
 @lru_cache(maxsize=1)  # providers take their turns on one case
-def inputs(case: Case, device: str) -> Inputs:
+def inputs(case: Case, device: str, block_size: tuple[int, int] = BLOCK_SIZE) -> Inputs:
     """q, k, v (1, heads, tokens, head_dim), seen in (1, tokens, heads, head_dim) as models have them."""
     if device == "cuda":
         torch.cuda.empty_cache()
-    mask = case.pattern.block_mask(case.layout, BLOCK_SIZE, device=device)
+    mask = case.pattern.block_mask(case.layout, block_size, device=device)
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, case.layout.seq_len, case.heads, case.head_dim)
     like = {"device": device, "dtype": dtype_on(device), "generator": generator}
@@ -57,7 +57,7 @@ def run(device: str, case: list[str], provider: str) -> Iterator[Row]:
     chosen, what = BY_NAME[tuple(case)], PROVIDERS[provider]
     if (reason := what.missing()) is not None:
         raise UnavailableError(reason)
-    q, k, v, mask = inputs(chosen, device)
+    q, k, v, mask = inputs(chosen, device, what.block_size)
     call = what.prepare(q, k, v, mask)
     out = call()
     if what.sparse and not (error := wrong(q, k, v, mask, out, what.error)) <= 1:

@@ -19,7 +19,7 @@ from dit_accel.patterns import Clear, Dense, Neighborhood, Pattern
 
 from .attention import BLOCK_SIZE
 from .job import Row
-from .launches import attend
+from .launches import attend, block_size
 from .peers import PROVIDERS, kernel
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -54,9 +54,15 @@ def text_lengths(mask: BlockMask, device: str) -> torch.Tensor | None:
     return torch.tensor([[n, length] for n in lengths], dtype=torch.int32, device=device)[:, 0]
 
 
-def problem(geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Problem:
-    """A mask, text lengths, and q, k and v."""
-    mask = geometry.pattern.block_mask(geometry.layout, BLOCK_SIZE, device=device)
+def problem(
+    geometry: Geometry,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    size: tuple[int, int] = BLOCK_SIZE,
+) -> Problem:
+    """A mask of blocks of a size, text lengths, and q, k and v."""
+    mask = geometry.pattern.block_mask(geometry.layout, size, device=device)
     generator = torch.Generator(device).manual_seed(0)
     shape = (BATCH, mask.seq_len, HEADS, head_dim)
     q, k, v = (
@@ -65,12 +71,19 @@ def problem(geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) 
     return mask, text_lengths(mask, device), q, k, v
 
 
-def check(run: Attend, geometry: Geometry, head_dim: int, dtype: torch.dtype, device: str) -> Row:
+def check(
+    run: Attend,
+    geometry: Geometry,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    size: tuple[int, int] = BLOCK_SIZE,
+) -> Row:
     """Errors of output and log-sum-exp as multiples of what is allowed, and whether it repeats to the bit.
 
     Allowed is twice the error of dense attention under the same mask in the same dtype, plus eps.
     """
-    mask, lengths, q, k, v = problem(geometry, head_dim, dtype, device)
+    mask, lengths, q, k, v = problem(geometry, head_dim, dtype, device, size)
     scale = head_dim**-0.5
     exact, exact_lse = reference.attention(
         q.double(), k.double(), v.double(), mask, scale=scale, text_valid=lengths
@@ -146,8 +159,8 @@ def run(device: str, dtype: str, head_dims: list[int]) -> Iterator[Row]:
 
 
 def run_launch(device: str, launch: list[int], dtype: str, head_dims: list[int]) -> Iterator[Row]:
-    """The kernel under one launch configuration."""
-    run = partial(attend, Launch(*launch))
+    """A kernel under one launch configuration, on blocks as it is for."""
+    run, size = partial(attend, Launch(*launch)), block_size(Launch(*launch))
     for head_dim in head_dims:
         for geometry in GEOMETRIES if device == "cuda" else REHEARSAL:
-            yield {"launch": launch, **check(run, geometry, head_dim, DTYPES[dtype], device)}
+            yield {"launch": launch, **check(run, geometry, head_dim, DTYPES[dtype], device, size)}

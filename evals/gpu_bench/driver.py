@@ -119,6 +119,7 @@ class Bench:
         for head_dim, chosen in schedule.tuning_cases(self.device).items():
             running = list(dict.fromkeys([defaults[head_dim], *right.get(head_dim, ())]))
             for case in chosen:
+                running.sort(key=lambda launch: launch.block_keys)  # masks of one size are built once
                 for job in schedule.grid(case, running):
                     self._do("grid", job, worker, deadline)
                 running = tuning.promising(self._launches(), case, defaults[head_dim])

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
 import torch
 
-from dit_accel.kernels import block_sparse_attention
+from dit_accel.errors import UnavailableError
+from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse.problem import Problem
 from dit_accel.kernels.block_sparse.triton_configs import launch_options
 from dit_accel.kernels.block_sparse.tuned import Launch
 from dit_accel.masks.block_mask import BlockMask
 
-from .attention import dtype_on, inputs, tflops, wrong
+from .attention import BLOCK_SIZE, dtype_on, inputs, tflops, wrong
 from .cases import BY_NAME
 from .job import Row
 from .peers import kernel
 from .timing import measure
 
-GRID = tuple(Launch(*launch) for launch in product((128, 64), (64, 32), (8, 4), (5, 4, 3, 2)))
+GRID = (
+    *(Launch(*launch) for launch in product((128, 64), (64, 32), (8, 4), (5, 4, 3, 2))),
+    *(Launch(128, 64, 8, stages, "tma") for stages in (2, 3, 4)),
+    Launch(64, 64, 4, 3, "tma"),
+    *(Launch(128, 64, 8, stages, "gluon") for stages in (2, 3)),
+    *(Launch(128, 64, 8, stages, "pointer", 128) for stages in (5, 3)),
+    *(Launch(128, keys, 8, stages, "tma", 128) for keys, stages in ((128, 2), (128, 3), (64, 3))),
+)
 REHEARSAL_GRID = (Launch(64, 64, 4, 3), Launch(64, 32, 4, 2))
 
 
 def describe(launch: Launch) -> str:
-    """A launch in a few characters, such as `128x64 w4 s2`."""
-    return f"{launch.rows}x{launch.keys} w{launch.warps} s{launch.stages}"
+    """A launch in a few characters, such as `128x64 w8 s2`."""
+    what = f"{launch.rows}x{launch.keys} w{launch.warps} s{launch.stages}"
+    kernel = "" if launch.kernel == "pointer" else f" {launch.kernel}"
+    return what + kernel + ("" if launch.block_keys == 64 else f", blocks of {launch.block_keys} keys")
+
+
+def block_size(launch: Launch) -> tuple[int, int]:
+    """Of the masks that a launch is for."""
+    return BLOCK_SIZE[0], launch.block_keys
 
 
 def attend(
@@ -36,7 +53,11 @@ def attend(
     mask: BlockMask,
     text_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and log-sum-exp of the Triton kernel, launched so; of plain PyTorch where it cannot run."""
+    """The output and log-sum-exp of a Triton kernel, launched so; of plain PyTorch where none can run.
+
+    Raises:
+        UnavailableError: a kernel that this GPU or Triton does not have.
+    """
     if kernel(q.device.type) != "triton":
         options = {"text_valid": text_valid, "return_lse": True, "backend": "gather"}
         out, lse = block_sparse_attention(q, k, v, mask, **options)
@@ -44,19 +65,31 @@ def attend(
     from dit_accel.kernels.block_sparse import triton_forward as forward
 
     text_valid = None if text_valid is None else text_valid.int().contiguous()
+    options = launch_options(launch, mask.block_size)
+    if launch.kernel != "pointer":
+        return _by_another(launch.kernel, q, k, v, mask, text_valid, options)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, arguments, options = forward.launch_arguments(
         q, k, v, out, lse, forward.mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
-        mask.block_size, mask.text, launch_options(launch, mask.block_size),
+        mask.block_size, mask.text, options,
     )  # fmt: skip
     forward._forward[grid](*arguments, **options, **forward.LAUNCH_OPTIONS)
     return out, lse
 
 
+def _by_another(kernel: str, q, k, v, mask: BlockMask, text_valid, options: dict[str, int]):
+    """By another kernel than that with pointers."""
+    problem = Problem.of(q, k, v, mask)
+    if (reason := can_run(f"triton-{kernel}", **vars(problem))) is not None:
+        raise UnavailableError(reason)
+    module = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{kernel}")
+    return module.attention(q, k, v, mask, scale=q.shape[3] ** -0.5, text_valid=text_valid, options=options)
+
+
 def run(device: str, case: list[str], launch: list[int]) -> Iterator[Row]:
     """A row with the times of a launch on a case."""
     chosen, which = BY_NAME[tuple(case)], Launch(*launch)
-    q, k, v, mask = inputs(chosen, device)
+    q, k, v, mask = inputs(chosen, device, block_size(which))
     call = partial(attend, which, q, k, v, mask)
     out, _ = call()
     if not (error := wrong(q, k, v, mask, out)) <= 1:

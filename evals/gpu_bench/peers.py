@@ -32,6 +32,7 @@ class Provider:
         error: what a quantised one of ours may have, relative L1 of normal inputs.
         ours: a kernel of this project, whose results must be equal to the bit each time.
         package: what must be installed for it.
+        block_size: of the masks that it computes.
     """
 
     name: str
@@ -41,11 +42,14 @@ class Provider:
     error: float | None = None
     ours: bool = False
     package: str = "torch"
+    block_size: tuple[int, int] = (128, 64)
 
     def missing(self) -> str | None:
         """Why it cannot be tried here, or None."""
-        if importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
+        for depth in range(self.package.count(".") + 1):  # a package within another is looked up in it
+            name = ".".join(self.package.split(".")[: depth + 1])
+            if importlib.util.find_spec(name) is None:
+                return f"{name} is not installed"
         return None
 
 
@@ -101,6 +105,19 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -
     return lambda: flash_attn_func(q, k, v).transpose(1, 2)
 
 
+def _flash4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
+    """FlashAttention-4 on all pairs."""
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return lambda: flash_attn_func(q, k, v)[0].transpose(1, 2)
+
+
+def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
+    """FlashAttention-4 on a mask's blocks."""
+    return partial(block_sparse_attention, q, k, v, mask, backend="fa4")
+
+
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
     from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
@@ -115,6 +132,7 @@ def _sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) ->
 
 
 ERRORS = {"int8": 0.03, "int8-fp8": 0.06, "int8-int8": 0.04, "int8-int4": 0.25}
+OTHER_KERNELS = ("triton-tma", "triton-gluon")  # of ours in Triton, beside the one that "auto" takes
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -122,10 +140,13 @@ PROVIDERS = {
         sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),
         sdpa("sdpa-math", SDPBackend.MATH),
         Provider("flash-attn", _flash, package="flash_attn"),
+        Provider("flash-attn-4", _flash4, package="flash_attn.cute"),
+        Provider("fa4", _fa4, sparse=True, package="flash_attn.cute", block_size=(128, 128)),
         Provider("xformers", _xformers, package="xformers"),
         Provider("sageattention", _sage, exact=False, package="sageattention"),
         Provider("flex", _flex, sparse=True),
         block_sparse("triton", "triton", package="triton"),
+        *(block_sparse(name, name, package="triton") for name in OTHER_KERNELS),
         block_sparse("gather", "gather"),
         *(quantized("triton", format, error, package="triton") for format, error in ERRORS.items()),
         *(quantized("gather", format, error) for format, error in ERRORS.items()),

@@ -10,7 +10,7 @@ from dit_accel.kernels.block_sparse.tuned import Launch
 from . import cases, launches, steps
 from .cases import Case
 from .job import Job
-from .peers import ERRORS, PROVIDERS, kernel
+from .peers import ERRORS, OTHER_KERNELS, PROVIDERS, kernel
 
 PHASES = ("check", "rate", "shapes", "backward", "grid", "steps", "profile")
 SHARES = {  # of the time left when a phase begins, against those that follow it
@@ -27,6 +27,7 @@ PEERS = {  # on a CPU FlexAttention would compile for half a minute
     "cuda": ("flex", "flash-attn", "sageattention", "xformers"),
     "cpu": ("flash-attn",),
 }
+OTHERS = {"cuda": OTHER_KERNELS, "cpu": ()}  # kernels of ours, where there are peers
 QUANTIZED = {"cuda": tuple(ERRORS), "cpu": ("int8",)}  # formats of ours, where there are peers too
 SHAPES_WITH_PEERS = 3  # the first ones; FlexAttention compiles anew for each
 BACKWARD_PEERS = {"cuda": ("flex",), "cpu": ()}  # beside the yardsticks
@@ -97,8 +98,8 @@ def _check_launch(launch: Launch, dtype: str, head_dims: list[int]) -> Job:
 
 
 def _timed(chosen: Iterable[Case], device: str, with_peers: int) -> list[Job]:
-    """On each case the yardsticks, then ours, and on the first ones ours quantized and installed peers."""
-    peers = [f"{kernel(device)}-{format}" for format in QUANTIZED[device]]
+    """On each case the yardsticks, then ours, and on the first ones our others and installed peers."""
+    peers = [*OTHERS[device], *(f"{kernel(device)}-{format}" for format in QUANTIZED[device])]
     peers += [name for name in PEERS[device] if PROVIDERS[name].missing() is None]
     return [
         _attention(case, name)

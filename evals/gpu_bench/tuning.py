@@ -1,11 +1,12 @@
-"""Chooses the fastest launch of each head_dim from what was measured, as entries of the kernel's table."""
+"""Chooses the fastest launch of each kernel and head_dim from what was measured, as entries of the table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 
-from dit_accel.kernels.block_sparse.tuned import Entry, Launch
+from dit_accel.kernels.block_sparse.tuned import KERNELS, RANGES, Entry, Launch
 
 from .cases import Case
 from .job import Row
@@ -13,58 +14,69 @@ from .job import Row
 HOPELESS = 1.3  # times slower than the best on one case
 
 
-def choose(rows: Iterable[Row], default: Launch) -> tuple[Launch, float] | None:
-    """The fastest launch, and how many times faster than the default it is; None if that was not measured.
+def choose(
+    rows: Iterable[Row], default: Launch, kernel: str = "pointer", block_keys: int = 64
+) -> tuple[Launch, float] | None:
+    """The fastest launch of a kernel on blocks of so many keys; None if it or the default was not measured.
 
-    Of the launches measured on every case that the default was measured on, the one with the least geometric
-    mean of the times.
+    With how many times as many pairs per second it computes as the default, whose kernel and blocks may be
+    others. Of the launches measured on every case that the default was measured on, the one with the largest
+    geometric mean.
     """
-    times: dict[Launch, dict[tuple, float]] = {}
+    rates: dict[Launch, dict[tuple, float]] = {}
     for row in rows:
-        times.setdefault(Launch(*row["launch"]), {})[tuple(row["case"])] = row["ms"]
-    own = times.get(default)
+        rates.setdefault(Launch(*row["launch"]), {})[tuple(row["case"])] = row["tflops"]
+    own = rates.get(default)
     if not own:
         return None
     gains = {
-        launch: math.exp(sum(math.log(own[case] / seen[case]) for case in own) / len(own))
-        for launch, seen in times.items()
-        if seen.keys() >= own.keys()
+        launch: math.exp(sum(math.log(seen[case] / own[case]) for case in own) / len(own))
+        for launch, seen in rates.items()
+        if seen.keys() >= own.keys() and (launch.kernel, launch.block_keys) == (kernel, block_keys)
     }
+    if not gains:
+        return None
     best = max(gains, key=lambda launch: (gains[launch], launch == default))
     return best, gains[best]
 
 
 def promising(rows: Iterable[Row], case: Case, default: Launch) -> list[Launch]:
-    """The default, and the launches that are near enough to the best on a case to be tried on the next."""
+    """The default, and the launches that are near enough to the best on a case to be tried on the next.
+
+    The best of the same kernel on the same blocks.
+    """
     key = [case.name, case.preset]
-    times = {Launch(*row["launch"]): row["ms"] for row in rows if row["case"] == key}
-    least = min(times.values(), default=0.0)
-    near = sorted((launch for launch in times if times[launch] <= HOPELESS * least), key=times.get)
-    return list(dict.fromkeys([default, *near]))
+    rates = {Launch(*row["launch"]): row["tflops"] for row in rows if row["case"] == key}
+    most: dict[tuple, float] = {}
+    for launch, rate in rates.items():
+        most[launch[4:]] = max(rate, most.get(launch[4:], rate))
+    near = [launch for launch, rate in rates.items() if rate * HOPELESS >= most[launch[4:]]]
+    return list(dict.fromkeys([default, *sorted(near, key=rates.get, reverse=True)]))
 
 
 def entries(rows: Iterable[Row], defaults: dict[int, Launch], machine: Row) -> list[Entry]:
-    """An entry for each head_dim that was measured, with what it was measured on."""
+    """An entry for each head_dim, kernel and size of blocks that was measured, with the machine."""
     here, rows = machine["environment"], list(rows)
     gpu = here["gpus"][0]["name"] if here["gpus"] else here["cpu"]["name"]
     found = []
     for head_dim, default in defaults.items():
         measured = [row for row in rows if row["head_dim"] == head_dim]
-        if (chosen := choose(measured, default)) is None:
-            continue
-        launch, gain = chosen
-        found.append(
-            Entry(
-                capability=".".join(map(str, machine["capability"])),
-                element_bytes=measured[0]["element_bytes"],
-                head_dim=head_dim,
-                **launch._asdict(),
-                gain=round(gain, 4),
-                gpu=gpu,
-                torch=here["packages"]["torch"] or "unknown",
-                triton=here["packages"]["triton"] or "unknown",
-                cuda=here["cuda"] or "none",
-                commit=here["commit"] or "unknown",
+        for kernel, block_keys in product(KERNELS, RANGES["block_keys"]):
+            if (chosen := choose(measured, default, kernel, block_keys)) is None:
+                continue
+            launch, gain = chosen
+            found.append(
+                Entry(
+                    capability=".".join(map(str, machine["capability"])),
+                    element_bytes=measured[0]["element_bytes"],
+                    head_dim=head_dim,
+                    **launch._asdict(),
+                    gain=round(gain, 4),
+                    gpu=gpu,
+                    torch=here["packages"]["torch"] or "unknown",
+                    triton=here["packages"]["triton"] or "unknown",
+                    cuda=here["cuda"] or "none",
+                    commit=here["commit"] or "unknown",
+                )
             )
-        )
     return found

@@ -44,9 +44,10 @@ def block_sparse_attention(
             0 and the mask's text length; None: all. A tensor on a GPU is waited for when it is first seen.
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: `"auto"`, the fastest that can run here, or the name of one: `"triton"`, `"triton-tma"` (keys
-            by the copy engine of Hopper and Blackwell), `"native"` (compiled for this CPU), `"gather"` (plain
-            PyTorch), `"flex"`, `"reference"`; `support_table()` says what runs where. Only `"auto"` chooses;
-            what is named runs or raises.
+            by the copy engine of Hopper and Blackwell), `"triton-gluon"` (Hopper, warps that share out the
+            work), `"native"` (compiled for this CPU), `"gather"` (plain PyTorch), `"flex"`, `"fa4"`
+            (FlashAttention-4, on masks of its block sizes), `"reference"`; `support_table()` says what runs
+            where. Only `"auto"` chooses; what is named runs or raises.
         quantization: numeric format in which q, k, v are multiplied (`kernels.block_sparse.formats`): None,
             their own; `"int8"`: q and k in 8 bits; `"int8-fp8"`, `"int8-int8"`, `"int8-int4"`: probabilities
             and v as well, in fp8, 8 or 4 bits. No gradients.

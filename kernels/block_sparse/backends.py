@@ -13,12 +13,13 @@ import torch
 
 from dit_accel.errors import UnavailableError
 
-from . import flex, gather, native, reference, tma, triton
+from . import flex, gather, gluon, native, reference, tma, triton
 from .problem import Backend, Problem
 
 BACKENDS: tuple[Backend, ...] = (  # `"auto"` takes the first that suits the device and can run
     triton.BACKEND,
     tma.BACKEND,
+    gluon.BACKEND,
     native.BACKEND,
     gather.BACKEND,
     flex.BACKEND,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,10 +12,11 @@ from torch import Tensor
 
 from dit_accel.masks.block_mask import BlockMask
 
-from . import triton_configs
+from . import triton_configs, tuned
 from .formats import FORMATS
 from .problem import Backend, Lengths, Problem
 
+_log = logging.getLogger("dit_accel")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUERY_BLOCKS, KEY_BLOCKS = (64, 128), (32, 64, 128)
 
@@ -20,14 +24,64 @@ QUERY_BLOCKS, KEY_BLOCKS = (64, 128), (32, 64, 128)
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`block_sparse_attention` by the kernel of `triton_forward`."""
+    """`block_sparse_attention` by the kernel of `triton_forward`, or one that was measured to be faster."""
     from . import triton_forward, triton_quantized
 
     options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
     if problem.quantization is not None:
         format = FORMATS[problem.quantization]
         return triton_quantized.quantized_attention(q, k, v, mask, format, **options)
+    name = "pointer" if triton_forward.INTERPRETED else _kernel(q, k, v, problem)
+    if name != "pointer":
+        other = importlib.import_module(f"{__package__}.triton_{name}")
+        return other.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
     return triton_forward.attention(q, k, v, mask, **options)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str:
+    """Which kernel computes a problem in 16 or 32 bits: the fastest measured, where it can as things are.
+
+    That with pointers where nothing was measured, in code that `torch.compile` looks into, with a threshold,
+    and on tensors that the copy engine could not read without a copy of them.
+    """
+    if torch.compiler.is_compiling() or problem.pv_threshold is not None:
+        return "pointer"
+    gpu = triton_configs.gpu(problem.device)
+    name = triton_configs.fastest_kernel(problem.head_dim, problem.dtype, problem.block_size, gpu)
+    if name == "pointer":
+        return name
+    from .triton_tma import describable
+
+    if not all(map(describable, (q, k, v))):
+        return "pointer"
+    if name == "gluon" and (reason := _gluon_failure(problem)) is not None:
+        _say_once("the Gluon kernel, measured to be the fastest, gives way to the TMA kernel: %s", reason)
+        return "tma"
+    return name
+
+
+def _gluon_failure(problem: Problem) -> str | None:
+    """Why the kernel in Gluon cannot be had here, or None."""
+    try:
+        from . import triton_gluon
+    except (ImportError, AttributeError) as error:  # Gluon is experimental, and names in it move
+        return f"this Triton has another Gluon ({error})"
+    return triton_gluon.failure(problem.head_dim, problem.dtype, problem.device)
+
+
+@cache
+def _say_once(text: str, reason: str) -> None:
+    _log.warning(text, reason)
+
+
+def block_sizes(device: torch.device) -> dict[tuple[int, int], float]:
+    """Blocks of 64 keys, and of 128 where their time was measured on this GPU."""
+    sizes = {(128, 64): 1.0}
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+        wide = tuned.time_on_wide_blocks(torch.cuda.get_device_capability(device))
+        if wide is not None:
+            sizes[128, 128] = wide
+    return sizes
 
 
 def gradients(
@@ -86,7 +140,7 @@ BACKEND = Backend(
     attend,
     DTYPES,
     condition,
-    block_sizes=lambda device: {(128, 64): 1.0},
+    block_sizes=block_sizes,
     automatic_on=("cuda",),
     formats=tuple(FORMATS),
     backward=True,

@@ -52,6 +52,10 @@ TMA_CONFIGS = {
     ("sm_100", 256): (128, 64, 8, 2),
 }
 
+# (largest padded head_dim), of the kernel for Hopper in Gluon: stages are the blocks of keys and values held
+GLUON_BLOCKS = (128, 64)  # the only ones that it takes
+GLUON_CONFIGS = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
+
 QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P and V have eight bits
     ("sm_80", 64): (128, 64, 4, 4),
     ("sm_80", 128): (128, 64, 8, 4),
@@ -113,14 +117,32 @@ def config(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: 
     """Tile and launch options of the kernel, as measured on this GPU (`tuned`), else those of `CONFIGS`."""
     launch = None  # the table of what was measured knows compute capabilities alone
     if not isinstance(gpu, str):
-        launch = tuned.find(gpu, dtype.itemsize, max(padded_head_dim(head_dim), 64))
+        largest = max(padded_head_dim(head_dim), 64)
+        launch = tuned.find(gpu, dtype.itemsize, largest, "pointer", block_size[1])
     return launch_options(launch or untuned(head_dim, dtype, gpu), block_size)
 
 
 def tma_config(head_dim: int, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
     """The same of the kernel whose keys the copy engine fetches, in 16 bits."""
-    launch = tuned.Launch(*TMA_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)])
-    return launch_options(launch, block_size)
+    largest = max(padded_head_dim(head_dim), 64)
+    launch = None if isinstance(gpu, str) else tuned.find(gpu, 2, largest, "tma", block_size[1])
+    return launch_options(launch or tuned.Launch(*TMA_CONFIGS[chip(gpu), largest]), block_size)
+
+
+def gluon_config(head_dim: int, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
+    """The same of the kernel for Hopper in Gluon, up to head_dim 128."""
+    largest = max(padded_head_dim(head_dim), 64)
+    launch = None if isinstance(gpu, str) else tuned.find(gpu, 2, largest, "gluon", block_size[1])
+    return launch_options(launch or tuned.Launch(*GLUON_CONFIGS[largest]), block_size)
+
+
+def fastest_kernel(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu) -> str:
+    """Which kernel of the forward pass was measured to be the fastest on a GPU (`tuned.KERNELS`)."""
+    if isinstance(gpu, str):
+        return "pointer"
+    largest = max(padded_head_dim(head_dim), 64)
+    name = tuned.fastest_kernel(gpu, dtype.itemsize, largest, block_size[1])
+    return "tma" if name == "gluon" and block_size != GLUON_BLOCKS else name
 
 
 def quantized_config(
@@ -158,7 +180,7 @@ def _launch(options: tuple[int, int, int, int], gpu: Gpu) -> tuned.Launch:
 
 def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[str, int]:
     """`TQ`, `TK`, `num_warps` and `num_stages` of a launch on a mask's blocks, which may be smaller."""
-    rows, keys, warps, stages = launch
+    rows, keys, warps, stages, *_ = launch
     tq, tk = min(rows, block_size[0]), min(keys, block_size[1])
     return {"TQ": tq, "TK": tk, "num_warps": max(4, warps * tq // rows), "num_stages": stages}
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PATH = Path(__file__).with_name("tuned.json")
+KERNELS = ("pointer", "tma", "gluon")  # of the forward pass: `triton_forward`, `triton_tma`, `triton_gluon`
 RANGES = {  # what an entry may say; rows and keys divide every block of a mask, or are cut to it
+    "kernel": KERNELS,
+    "block_keys": (64, 128),
     "element_bytes": (2, 4),
     "head_dim": (64, 128, 256),
     "rows": (32, 64, 128),
@@ -28,21 +31,29 @@ REMEDY = "delete it, or measure again with `python -m dit_accel.evals.gpu_bench`
 
 
 class Launch(NamedTuple):
-    """Query rows and keys that a program takes at a time, its warps, and the stages of its pipeline."""
+    """Query rows and keys that a program takes at a time, its warps, and the stages of its pipeline.
+
+    Of which kernel, and on masks whose blocks have how many keys: 64, or 128.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    kernel: str = "pointer"
+    block_keys: int = 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest launch for a compute capability, bytes per element and largest padded head_dim.
+    """The fastest launch of a kernel for a compute capability, bytes per element and largest padded head_dim.
 
     Attributes:
         capability: as in `"9.0"`.
-        gain: times faster than with the kernel's own table, the geometric mean over some shapes.
+        kernel: one of `KERNELS`.
+        block_keys: of the masks that it was measured on; 64 stands for fewer as well.
+        gain: times as many pairs of a query and a key per second as the kernel with pointers under its own
+            table on blocks of 64 keys, the geometric mean over some shapes.
         gpu, torch, triton, cuda, commit: what it was measured with.
     """
 
@@ -59,11 +70,13 @@ class Entry:
     triton: str
     cuda: str
     commit: str
+    kernel: str = "pointer"
+    block_keys: int = 64
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
-            if type(value) is not int or value not in allowed:
+            if type(value) is not type(allowed[0]) or value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}")
         numbers = str(self.capability).split(".")
         if not isinstance(self.capability, str) or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
@@ -75,12 +88,13 @@ class Entry:
                 raise ValueError(f"`{name}` must be text, got {getattr(self, name)!r}")
 
     @property
-    def key(self) -> tuple[tuple[int, ...], int, int]:
-        return tuple(map(int, self.capability.split("."))), self.element_bytes, self.head_dim
+    def key(self) -> tuple[tuple[int, ...], int, int, str, int]:
+        numbers = tuple(map(int, self.capability.split(".")))
+        return numbers, self.element_bytes, self.head_dim, self.kernel, self.block_keys
 
     @property
     def launch(self) -> Launch:
-        return Launch(self.rows, self.keys, self.warps, self.stages)
+        return Launch(self.rows, self.keys, self.warps, self.stages, self.kernel, self.block_keys)
 
 
 def load(path: Path) -> dict[tuple, Entry]:
@@ -131,11 +145,57 @@ def _read() -> dict[tuple, Entry]:
     return load(PATH)
 
 
-def find(capability: tuple[int, int], element_bytes: int, head_dim: int) -> Launch | None:
-    """The launch measured for exactly this compute capability and padded head_dim, or None.
+def find(
+    capability: tuple[int, int],
+    element_bytes: int,
+    head_dim: int,
+    kernel: str = "pointer",
+    block_keys: int = 64,
+) -> Launch | None:
+    """The launch of a kernel measured for exactly this compute capability and padded head_dim, or None.
+
+    On blocks of 128 keys, where that was not measured, the one on blocks of 64.
 
     Raises:
         ValueError: `tuned.json` is damaged.
     """
-    entry = _read().get((tuple(capability), element_bytes, head_dim))
+    key = (tuple(capability), element_bytes, head_dim, kernel)
+    wide = _read().get((*key, 128)) if block_keys == 128 else None
+    entry = wide or _read().get((*key, 64))
     return None if entry is None else entry.launch
+
+
+def fastest_kernel(
+    capability: tuple[int, int], element_bytes: int, head_dim: int, block_keys: int = 64
+) -> str:
+    """The kernel measured to be the fastest for these: the one with pointers where none was.
+
+    Raises:
+        ValueError: `tuned.json` is damaged.
+    """
+    keys = 128 if block_keys == 128 else 64
+    found = [_read().get((tuple(capability), element_bytes, head_dim, name, keys)) for name in KERNELS]
+    known = [entry for entry in found if entry is not None]
+    return max(known, key=lambda entry: entry.gain).kernel if known else "pointer"
+
+
+def time_on_wide_blocks(capability: tuple[int, int]) -> float | None:
+    """The time of a pair in blocks of 128 keys to that in blocks of 64, each by its fastest kernel.
+
+    In 16 bits with head_dim 128, as large models have; None where that was not measured.
+
+    Raises:
+        ValueError: `tuned.json` is damaged.
+    """
+    best = {
+        keys: max(
+            (
+                entry.gain
+                for (seen, size, dim, _, block_keys), entry in _read().items()
+                if (seen, size, dim, block_keys) == (tuple(capability), 2, 128, keys)
+            ),
+            default=None,
+        )
+        for keys in (64, 128)
+    }
+    return best[64] / best[128] if best[64] and best[128] else None

@@ -113,7 +113,7 @@ def test_the_same_under_another_triton(tmp_path, log):
 def test_every_chip_has_as_many_configurations():
     chips = [case.chip for case in compile_report.ALL]
     assert len(set(compile_report.ALL)) == len(chips)
-    assert [chips.count(chip) for chip in compile_report.CHIPS] == [66, 80, 80, 72]  # sm_80 has no fp8
+    assert [chips.count(chip) for chip in compile_report.CHIPS] == [66, 83, 80, 72]  # sm_80 has no fp8
     for chip in compile_report.CHIPS:
         formats = {case.format for case in compile_report.GATE if case.chip == chip}
         assert formats == {None, *FORMATS} - ({"int8-fp8"} if chip == "sm_80" else set())
@@ -215,6 +215,16 @@ def test_keys_by_the_copy_engine(keys):
     assert full.multiplications == partial.multiplications
     assert full.instructions < partial.instructions
     assert f"{full.fences}/{partial.fences}" == "0/0"
+
+
+def test_warps_that_share_out_the_work():
+    """No spills, no waits that were not asked for, and no barrier that all warps meet at in any loop."""
+    row = compile_report.compile_case(
+        compile_report.Case("sm_90", 64, "bf16", (128, 64), text=True, kernel="gluon")
+    )
+    assert not row.problems(), row
+    assert len(row.loops) == 4, "two of each group"
+    assert not any(loop.barriers for loop in row.loops)
 
 
 def test_report_writes_json(tmp_path, capsys, monkeypatch):

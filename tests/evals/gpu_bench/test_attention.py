@@ -96,7 +96,9 @@ def test_the_stand_in_is_for_a_rehearsal_alone():
     assert peers.kernel("cuda") == "triton"
     assert not PROVIDERS["sageattention"].exact
     ours = {name: provider for name, provider in PROVIDERS.items() if provider.ours}
-    assert [name for name, provider in ours.items() if provider.exact] == ["triton", "gather"]
+    assert [name for name, provider in ours.items() if provider.exact] == [
+        "triton", "triton-tma", "triton-gluon", "gather",
+    ]  # fmt: skip
     assert {name for name, provider in ours.items() if not provider.exact} == {
         f"{name}-{format}" for name in ("triton", "gather") for format in quantizations()
     }

@@ -142,7 +142,7 @@ def test_what_is_not_installed_is_named(rows):
 
 def test_the_table_of_launches_is_written_and_read_back(rehearsal, monkeypatch):
     (entry,) = tuned.load(rehearsal[0] / "tuned.json").values()
-    assert entry.key == ((0, 0), 4, 64)
+    assert entry.key == ((0, 0), 4, 64, "pointer", 64)
     assert entry.launch in launches.REHEARSAL_GRID
     assert entry.torch == torch.__version__
     assert entry.commit == "abc123"

@@ -57,6 +57,10 @@ def test_dense_yardsticks_come_before_ours_on_every_case():
             assert tuple(names[number - 2 : number]) == ("sdpa-cudnn", "sdpa-flash")
     assert names.count("triton") == len(cases.SHAPES)
     assert names.count("flex") == schedule.SHAPES_WITH_PEERS
+    rate = [job.arguments.get("provider") for job in schedule.of("cuda").rate]
+    for other in ("triton-tma", "triton-gluon"):
+        assert names.count(other) == schedule.SHAPES_WITH_PEERS
+        assert rate.count(other) == rate.count("triton")
 
 
 def test_backward_passes_are_checked_and_timed_beside_flex():
@@ -75,7 +79,7 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
         tuple(job.arguments["launch"]) for job in schedule.of("cuda").checks if "launch" in job.arguments
     ]
     assert checked == list(launches.GRID)
-    assert len(set(launches.GRID)) == 32
+    assert len({launches.describe(launch) for launch in launches.GRID}) == len(launches.GRID) == 43
     for launch in launches.GRID:
         assert all(value in tuned.RANGES[name] for name, value in launch._asdict().items())
 
@@ -91,7 +95,7 @@ def test_the_schedule_in_words_names_all_of_it():
     text = schedule.describe()
     for name in (*(case.name for case in cases.SHAPES), *(step.name for step in steps.STEPS), "sdpa-cudnn"):
         assert name in text
-    assert "32 launches with head_dim 128" in text
+    assert "43 launches with head_dim 128" in text
 
 
 @pytest.mark.parametrize("step", steps.STEPS, ids=lambda step: step.name)

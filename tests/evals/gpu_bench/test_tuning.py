@@ -6,6 +6,7 @@ from dit_accel.evals.gpu_bench import cases, tuning
 from dit_accel.kernels.block_sparse.tuned import Launch
 
 DEFAULT, SMALL, LARGE = Launch(128, 64, 8, 5), Launch(64, 32, 4, 2), Launch(128, 32, 8, 3)
+TMA, WIDE = Launch(128, 64, 8, 2, "tma"), Launch(128, 128, 8, 2, "tma", 128)
 HERE = {
     "kind": "machine",
     "capability": [9, 0],
@@ -17,7 +18,13 @@ HERE = {
 
 
 def row(launch, case, ms, head_dim=128):
-    return {"launch": list(launch), "case": [case, ""], "ms": ms, "head_dim": head_dim, "element_bytes": 2}
+    return {
+        "launch": list(launch),
+        "case": [case, ""],
+        "tflops": 9 / ms,
+        "head_dim": head_dim,
+        "element_bytes": 2,
+    }
 
 
 def test_by_the_geometric_mean():
@@ -43,16 +50,26 @@ def test_nothing_without_the_default():
 def test_entries_say_what_they_were_measured_on():
     rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 1.0), row(LARGE, "c", 1.0, head_dim=64)]
     (entry,) = tuning.entries(rows, {128: DEFAULT, 64: DEFAULT}, HERE)
-    assert (entry.key, entry.launch, entry.gain) == (((9, 0), 2, 128), SMALL, 2.0)
+    key = (9, 0), 2, 128, "pointer", 64
+    assert (entry.key, entry.launch, entry.gain) == (key, SMALL, 2.0)
     assert (entry.gpu, entry.torch, entry.triton) == ("a GPU", "2.11.0", "3.6.0")
     assert (entry.cuda, entry.commit) == ("12.8", "abc")
+
+
+def test_each_kernel_and_size_of_blocks_has_an_entry_of_its_own():
+    rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 3.0), row(TMA, "a", 1.6), row(WIDE, "a", 1.0)]
+    first, second, third = tuning.entries(rows, {128: DEFAULT}, HERE)
+    assert [entry.launch for entry in (first, second, third)] == [DEFAULT, TMA, WIDE]
+    assert [entry.gain for entry in (first, second, third)] == [1.0, 1.25, 2.0]
 
 
 def test_hopeless_launches_are_not_tried_again():
     case = cases.SHAPES[0]
     rows = [
-        {"launch": list(launch), "case": [case.name, case.preset], "ms": ms}
-        for launch, ms in ((SMALL, 1.0), (DEFAULT, 9.0), (LARGE, 1.2), (Launch(64, 64, 8, 2), 1.31))
-    ]
-    assert tuning.promising(rows, case, DEFAULT) == [DEFAULT, SMALL, LARGE]
+        {"launch": list(launch), "case": [case.name, case.preset], "tflops": 9 / ms}
+        for launch, ms in (
+            (SMALL, 1.0), (DEFAULT, 9.0), (LARGE, 1.2), (Launch(64, 64, 8, 2), 1.31), (TMA, 4.0), (WIDE, 0.5),
+        )
+    ]  # fmt: skip
+    assert tuning.promising(rows, case, DEFAULT) == [DEFAULT, WIDE, SMALL, LARGE, TMA]
     assert tuning.promising([], case, DEFAULT) == [DEFAULT]

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
+from dit_accel import BlockMask
 from dit_accel.kernels.block_sparse import triton, triton_configs, tuned
+from dit_accel.kernels.block_sparse.problem import Problem
 
 ENTRY = tuned.Entry(
     "9.0", 2, 128, 64, 32, 4, 3,
@@ -31,10 +33,11 @@ def write(path, **change):
 def test_written_and_read_back(table):
     other = dataclasses.replace(ENTRY, head_dim=64, stages=5)
     tuned.save(table, [ENTRY, other])
-    assert tuned.load(table) == {((9, 0), 2, 128): ENTRY, ((9, 0), 2, 64): other}
+    narrow = ("pointer", 64)
+    assert tuned.load(table) == {((9, 0), 2, 128, *narrow): ENTRY, ((9, 0), 2, 64, *narrow): other}
     newer = dataclasses.replace(ENTRY, warps=8)
     tuned.save(table, [newer])
-    assert tuned.load(table) == {((9, 0), 2, 128): newer, ((9, 0), 2, 64): other}
+    assert tuned.load(table) == {((9, 0), 2, 128, *narrow): newer, ((9, 0), 2, 64, *narrow): other}
     assert [path.name for path in table.parent.iterdir()] == [table.name]
 
 
@@ -45,7 +48,7 @@ def test_nothing_is_measured_without_a_file(table):
 
 def test_an_entry_holds_for_its_capability_bytes_and_head_dim_alone(table):
     tuned.save(table, [ENTRY])
-    assert tuned.find((9, 0), 2, 128) == (64, 32, 4, 3)
+    assert tuned.find((9, 0), 2, 128) == (64, 32, 4, 3, "pointer", 64)
     for other in (((9, 1), 2, 128), ((10, 0), 2, 128), ((9, 0), 4, 128), ((9, 0), 2, 64)):
         assert tuned.find(*other) is None
 
@@ -84,6 +87,9 @@ def test_every_launch_of_a_table_fits_every_mask(launch):
         ({"element_bytes": 1}, "`element_bytes` must be one of 2, 4, got 1"),
         ({"capability": "sm_90"}, "`capability` must be like '9.0', got 'sm_90'"),
         ({"capability": 9.0}, "`capability` must be like '9.0', got 9.0"),
+        ({"kernel": "fast"}, "`kernel` must be one of pointer, tma, gluon, got 'fast'"),
+        ({"kernel": 1}, "`kernel` must be one of pointer, tma, gluon, got 1"),
+        ({"block_keys": 32}, "`block_keys` must be one of 64, 128, got 32"),
         ({"gain": -1}, "`gain` must be a positive number, got -1"),
         ({"gpu": None}, "`gpu` must be text, got None"),
         ({"more": 1}, "exactly the fields"),
@@ -118,6 +124,112 @@ def test_nothing_is_written_over_a_damaged_table(table):
     with pytest.raises(ValueError, match="is not a table"):
         tuned.save(table, [ENTRY])
     assert table.read_text() == "{"
+
+
+TMA = dataclasses.replace(ENTRY, kernel="tma", gain=1.5)
+WIDE = dataclasses.replace(TMA, block_keys=128, keys=128, gain=2.0)
+
+
+def test_each_kernel_launches_as_it_was_measured(table):
+    plain = triton_configs.tma_config(128, (128, 64), (9, 0))
+    tuned.save(table, [ENTRY, TMA, dataclasses.replace(WIDE, rows=128)])
+    tuned._read.cache_clear()
+    narrow, wide = (triton_configs.tma_config(128, (128, keys), (9, 0)) for keys in (64, 128))
+    assert narrow == {"TQ": 64, "TK": 32, "num_warps": 4, "num_stages": 3} != plain
+    assert wide == narrow | {"TQ": 128, "TK": 128}
+    assert triton_configs.tma_config(128, (128, 64), (10, 0)) == plain, "where nothing was measured"
+    config = triton_configs.config(128, torch.bfloat16, (128, 128), (9, 0))
+    assert config == {"TQ": 64, "TK": 32, "num_warps": 4, "num_stages": 3}, (
+        "the narrow one, for want of another"
+    )
+
+
+def test_the_fastest_kernel_is_the_one_with_pointers_until_another_was_measured(table):
+    def fastest(keys=64, dtype=torch.bfloat16, gpu=(9, 0)):
+        tuned._read.cache_clear()
+        return triton_configs.fastest_kernel(128, dtype, (128, keys), gpu)
+
+    assert fastest() == "pointer"
+    tuned.save(table, [ENTRY, dataclasses.replace(TMA, gain=1.2)])
+    assert fastest() == "pointer"
+    tuned.save(table, [TMA])
+    assert fastest() == "tma"
+    assert {fastest(128), fastest(dtype=torch.float32), fastest(gpu=(10, 0)), fastest(gpu="gfx942")} == {
+        "pointer"
+    }
+    tuned.save(table, [WIDE])
+    assert fastest(128) == "tma"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU that no kernel is launched on: the names of those that would have been, in order."""
+    kernel, tma = (
+        pytest.importorskip(f"dit_accel.kernels.block_sparse.triton_{n}") for n in ("forward", "tma")
+    )
+    if kernel.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    called = []
+    for name, module in (("pointer", kernel), ("tma", tma)):
+        monkeypatch.setattr(module, "attention", lambda q, *_, name=name, **__: (called.append(name), q))
+    return called
+
+
+@pytest.mark.usefixtures("table")
+def test_the_backend_takes_the_fastest_kernel_where_it_can(table, hopper):
+    tuned.save(table, [ENTRY, TMA])
+    mask = BlockMask.from_token_mask(torch.ones(70, 70, dtype=torch.bool), (128, 64))
+
+    def ask(x, **options):
+        problem = Problem("cuda", x.dtype, 128, (128, 64), **options)
+        triton.attend(x, x, x, mask, problem, scale=1.0, text_valid=None)
+        return hopper.pop()
+
+    x = torch.zeros(1, 1, 70, 128, dtype=torch.float16)
+    assert ask(x) == "tma"
+    assert ask(x, pv_threshold=50.0) == "pointer"
+    assert ask(x.float()) == "pointer", "it was measured in 16 bits"
+    assert ask(torch.zeros(1, 1, 70, 132, dtype=torch.float16)[..., 4:]) == "pointer", "it would be copied"
+    tuned.save(table, [dataclasses.replace(TMA, gain=0.9)])
+    tuned._read.cache_clear()
+    assert ask(x) == "pointer"
+
+
+def test_where_gluon_fails_the_copy_engine_stays_and_it_is_said_once(table, hopper, monkeypatch, caplog):
+    gluon = pytest.importorskip("dit_accel.kernels.block_sparse.triton_gluon")
+    tuned.save(table, [ENTRY, dataclasses.replace(TMA, kernel="gluon")])
+    monkeypatch.setattr(gluon, "attention", lambda q, *_, **__: (hopper.append("gluon"), q))
+    x, launched = torch.zeros(1, 1, 70, 128, dtype=torch.float16), []
+    triton._say_once.cache_clear()
+    for block_size, reason in (
+        ((128, 64), None),
+        ((64, 64), None),
+        *[((128, 64), "CompilationError: x")] * 2,
+    ):
+        mask = BlockMask.from_token_mask(torch.ones(70, 70, dtype=torch.bool), block_size)
+        monkeypatch.setattr(gluon, "failure", lambda *_, reason=reason: reason)
+        problem = Problem("cuda", x.dtype, 128, block_size)
+        triton.attend(x, x, x, mask, problem, scale=1.0, text_valid=None)
+        launched.append(hopper.pop())
+    assert launched == ["gluon", "tma", "tma", "tma"]
+    assert [record.message for record in caplog.records] == [
+        "the Gluon kernel, measured to be the fastest, gives way to the TMA kernel: CompilationError: x"
+    ]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_wide_blocks_are_tried_once_their_time_was_measured(table):
+    device = torch.device("cuda")
+    assert triton.block_sizes(device) == {(128, 64): 1.0}
+    tuned.save(table, [ENTRY, TMA, dataclasses.replace(WIDE, head_dim=64)])
+    tuned._read.cache_clear()
+    assert triton.block_sizes(device) == {(128, 64): 1.0}
+    tuned.save(table, [WIDE])
+    tuned._read.cache_clear()
+    assert triton.block_sizes(device) == {(128, 64): 1.0, (128, 128): pytest.approx(1.5 / 2.0)}
+    assert triton.block_sizes(torch.device("cpu")) == {(128, 64): 1.0}
 
 
 def test_the_committed_table_is_sound():
