@@ -10,8 +10,7 @@ Gluon cannot be interpreted: without a GPU this is compiled, never run. It is lo
 it is timed, and taken by its name, or where a table of measurements names it.
 """
 
-# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # (Gluon's annotations are those of Python's own objects)
 
 from __future__ import annotations
@@ -327,14 +326,16 @@ def descriptor(x: torch.Tensor, rows: int, dim: int) -> Any:
 
 def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options):
     """Grid, positional and keyword arguments of `_forward`, as in `triton_tma`."""
-    order, groups = mask[:2]
+    order, groups, *_, words = mask
     (batch, heads, seq_len, head_dim), (bq, bk) = q.shape, block_size
+    if not words.numel():  # the first block's bits are looked at, and if it is a full one passed over
+        words = words.new_zeros(1, bq, bk // 32)
     dim, rows = max(64, padded_head_dim(head_dim)), GROUPS.value * GROUP_ROWS.value
     align = 8 if all(stride % 8 == 0 for stride in out.stride()[:3]) else 1
     args = (
-        descriptor(q, GROUP_ROWS.value, dim), descriptor(k, bk, dim), descriptor(v, bk, dim), out, lse, *mask,
-        text_valid, *(stride // align for stride in out.stride()[:3]), scale * math.log2(math.e), seq_len,
-        -(-seq_len // bq), heads, heads if len(groups) > 1 else 0, *text,
+        descriptor(q, GROUP_ROWS.value, dim), descriptor(k, bk, dim), descriptor(v, bk, dim), out, lse,
+        *mask[:-1], words, text_valid, *(stride // align for stride in out.stride()[:3]),
+        scale * math.log2(math.e), seq_len, -(-seq_len // bq), heads, heads if len(groups) > 1 else 0, *text,
     )  # fmt: skip
     sizes = {"D": head_dim, "DP": dim, "BQ": bq, "BK": bk, "ALIGN": align, "BUFFERS": options["num_stages"]}
     return (order.shape[1] * (bq // rows), batch), args, options | sizes | {"num_warps": 4}  # of a group

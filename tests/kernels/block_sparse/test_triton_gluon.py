@@ -77,6 +77,26 @@ def test_where_it_runs(change, capability, words, monkeypatch):
         assert automatic_backend(**ASKED)[0] == "triton", "it is for who names it, or where it was measured"
 
 
+def test_a_mask_without_tiles_is_given_one():
+    """Of the first block of each row the kernel reads bits, whatever it is."""
+    from dit_accel import BlockMask
+    from dit_accel.kernels.block_sparse import triton_configs
+    from dit_accel.kernels.block_sparse.triton_forward import mask_arguments
+
+    q, lse = torch.zeros(1, 1, 256, 64, dtype=HALF), torch.zeros(1, 1, 256)
+    options = triton_configs.launch_options(triton_configs.tuned.Launch(128, 64, 8, 3), (128, 64))
+    tiles = []
+    for allowed in (torch.ones(256, 256), torch.ones(256, 256).tril()):
+        mask = BlockMask.from_token_mask(allowed.bool(), (128, 64))
+        given = mask_arguments(mask, 1, 1), None, 1.0, mask.block_size, mask.text, options
+        grid, args, _ = kernel.launch_arguments(q, q, q, q, lse, *given)
+        assert grid == (2, 1)
+        tiles.append(args[14])
+    assert tiles[0].shape == (1, 128, 2)
+    assert not tiles[0].any()
+    assert torch.equal(tiles[1], mask.tiles.view(torch.int32))
+
+
 def test_it_is_not_interpreted(monkeypatch):
     from dit_accel.kernels.block_sparse import triton_forward, triton_tma
 
