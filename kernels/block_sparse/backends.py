@@ -13,7 +13,7 @@ import torch
 
 from dit_accel.errors import UnavailableError
 
-from . import flex, gather, gluon, native, reference, tma, triton
+from . import fa4, flex, gather, gluon, native, reference, tma, triton
 from .problem import Backend, Problem
 
 BACKENDS: tuple[Backend, ...] = (  # `"auto"` takes the first that suits the device and can run
@@ -23,6 +23,7 @@ BACKENDS: tuple[Backend, ...] = (  # `"auto"` takes the first that suits the dev
     native.BACKEND,
     gather.BACKEND,
     flex.BACKEND,
+    fa4.BACKEND,
     reference.BACKEND,
 )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_accel.masks.block_mask import BlockMask
 
+from .attending import Attending
 from .problem import Backend, Lengths, Problem
 
 # How many shapes and masks a process compiles before another is an error. PyTorch's own limit is 8, and from
@@ -55,47 +56,21 @@ class _FlexMask:
 
     Attributes:
         mask: a `torch.nn.attention.flex_attention.BlockMask`.
-        attends_others: whether a query attends to any key but text, bool (heads or 1, seq_len), where masks
-            differ by sample (batch, heads, seq_len).
-        first_text: the first text token that it attends to, `kv_len` if none, int32 of that shape.
+        attending: the queries.
     """
 
     mask: Any
-    attends_others: torch.Tensor
-    first_text: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: BlockMask) -> _FlexMask:
-        (bq, bk), (start, stop), device = mask.block_size, mask.text, mask.device
-        rows = mask.num_groups * mask.num_rows
-        others = torch.zeros(rows, bq, dtype=torch.int32, device=device)
-        first = torch.full((rows, bq), mask.kv_len, dtype=torch.int32, device=device)
-        others[mask.full.entries()[0]] = 1
-        row, where = mask.partial.entries()
-        block, tile, bits = mask.partial.index[where], mask.partial.tiles[where].long(), mask.unpacked_tiles()
-        has_text = (block * bk < stop) & (block * bk + bk > start)
-        others.index_add_(0, row[~has_text], bits.any(-1)[tile[~has_text]].int())
-        for one in block[has_text].unique():  # few, since text is short
-            here = block == one
-            key = (one * bk + torch.arange(bk, device=device)).int()
-            attended, is_text = bits[tile[here]], (key >= start) & (key < stop)
-            others.index_add_(0, row[here], (attended & ~is_text).any(-1).int())
-            earliest = torch.where(attended & is_text, key, mask.kv_len).amin(-1)
-            first[row[here]] = torch.minimum(first[row[here]], earliest)
-        groups = slice(None) if mask.head_groups is None else mask.head_groups.long()
-        by_head = (x.view(mask.num_groups, -1)[groups][..., : mask.seq_len] for x in (others > 0, first))
-        return cls(mask.to_flex(), *by_head)
+    attending: Attending
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`block_sparse_attention` by FlexAttention; compiles for seconds on the first call with each shape."""
-    own = mask.derived(_FlexMask, lambda: _FlexMask.of(mask))
-    block_mask, attends = own.mask, own.attends_others | (own.first_text < mask.text[1])
+    own = mask.derived(_FlexMask, lambda: _FlexMask(mask.to_flex(), Attending.of(mask)))
+    block_mask, attends = own.mask, own.attending.rows(text_valid)
     if text_valid is not None:
         block_mask = _with_text_valid(block_mask, mask.text, text_valid)
-        attends = own.attends_others | (own.first_text < mask.text[0] + text_valid.view(-1, 1, 1))
     with torch._dynamo.config.patch(recompile_limit=SHAPES):
         result = _compiled()(q, k, v, block_mask=block_mask, scale=scale, return_lse=problem.return_lse)
     out, lse = result if problem.return_lse else (result, None)
