@@ -79,6 +79,8 @@ def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
             for head_dim in head_dims:
                 if kernel != "gluon" or head_dim <= 128:
                     yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
+                if kernel == "tma" and keys == 64 and head_dim in GATED_HEAD_DIMS:
+                    yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel)
 
 
 GATE = tuple(

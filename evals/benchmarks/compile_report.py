@@ -141,9 +141,13 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
     if case.kernel != "pointer":
         other = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{case.kernel}")
         config = getattr(triton_configs, f"{case.kernel}_config")(case.head_dim, case.block_size, gpu)
+        codes = ()
+        if case.format is not None:
+            dim = triton_configs.padded_head_dim(case.head_dim)
+            codes = (_codes(q, FORMATS[case.format], case.block_size[1], dim),)
         return other._forward, *other.launch_arguments(
             q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
-            case.block_size, mask.text, config,
+            case.block_size, mask.text, config, *codes,
         )  # fmt: skip
     if case.format is None:
         config, codes = triton_configs.config(case.head_dim, q.dtype, case.block_size, gpu), ()

@@ -24,10 +24,10 @@ SECONDS = {  # that a job may take before its process is ended
 HANG = 6  # seconds for a job that is there to hang
 YARDSTICKS = {"cuda": ("sdpa-cudnn", "sdpa-flash"), "cpu": ("sdpa-flash", "sdpa-math")}
 PEERS = {  # on a CPU FlexAttention would compile for half a minute
-    "cuda": ("flex", "flash-attn", "sageattention", "xformers"),
+    "cuda": ("flex", "flash-attn", "flash-attn-4", "fa4", "sageattention", "xformers"),
     "cpu": ("flash-attn",),
 }
-OTHERS = {"cuda": OTHER_KERNELS, "cpu": ()}  # kernels of ours, where there are peers
+OTHERS = {"cuda": (*OTHER_KERNELS, "triton-tma-int8"), "cpu": ()}  # kernels of ours, where there are peers
 QUANTIZED = {"cuda": tuple(ERRORS), "cpu": ("int8",)}  # formats of ours, where there are peers too
 SHAPES_WITH_PEERS = 3  # the first ones; FlexAttention compiles anew for each
 BACKWARD_PEERS = {"cuda": ("flex",), "cpu": ()}  # beside the yardsticks

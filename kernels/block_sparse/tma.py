@@ -8,6 +8,7 @@ from torch import Tensor
 from dit_accel.masks.block_mask import BlockMask
 
 from . import triton, triton_configs
+from .formats import FORMATS
 from .problem import Backend, Lengths, Problem
 
 NAME = "triton-tma"
@@ -18,8 +19,11 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_sparse_attention` by the kernel of `triton_tma`."""
-    from . import triton_tma
+    from . import triton_quantized, triton_tma
 
+    if problem.quantization is not None:
+        format, options = FORMATS[problem.quantization], {"scale": scale, "text_valid": text_valid}
+        return triton_quantized.quantized_attention(q, k, v, mask, format, kernel="tma", **options)
     return triton_tma.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
 
 
@@ -49,6 +53,7 @@ BACKEND = Backend(
     attend,
     dtypes=(torch.float16, torch.bfloat16),
     condition=condition,
+    formats=tuple(name for name, format in FORMATS.items() if format.weights is None),
     backward=True,
     gradients=triton.gradients,
 )

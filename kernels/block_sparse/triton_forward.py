@@ -63,7 +63,7 @@ def shown(words, hidden_start, hidden_stop, TK: tl.constexpr):
 
 
 @triton.jit
-def _powers(s, factor, top, SCALED: tl.constexpr):
+def powers(s, factor, top, SCALED: tl.constexpr):
     """2^(s * factor - top), with a top of each row, and a factor too unless it is one number for all."""
     if SCALED:  # it is in s already
         return tl.exp2(s - top[:, None])
@@ -125,7 +125,7 @@ def _stream(
             counts = tl.max(top - m_new + pv_threshold, 0) > 0
         if WEIGHTS:
             top = tl.maximum(top, LOWEST)
-            p = _powers(s, factor, top, PARTIAL) * WEIGHTS  # [TQ, TK]
+            p = powers(s, factor, top, PARTIAL) * WEIGHTS  # [TQ, TK]
             if v_ptr.dtype.element_ty == tl.int8:
                 p = p + ROUNDED - ROUNDED
                 codes = p.to(tl.int8)
@@ -142,7 +142,7 @@ def _stream(
                 v = tl.load(v_tile + start64)
                 acc += tl.dot(codes, tl.trans(v)).to(tl.float32) * share[:, None]
         else:
-            p = _powers(s, factor, m_new, GROUP and PARTIAL)
+            p = powers(s, factor, m_new, GROUP and PARTIAL)
             total = total * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
             if pv_threshold is None:

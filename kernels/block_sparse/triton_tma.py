@@ -5,7 +5,8 @@ tensor cores. A descriptor of the whole tensor lets the copy engine of Hopper an
 rows at any row of the block list: no address is computed by the threads, what lies past the last key or
 past head_dim arrives as zeros, and no fence is needed between the copy and the multiplication.
 
-It computes 16-bit attention, without quantization and thresholds, for which the kernel with pointers is.
+It computes 16-bit attention, and with Q and K in int8; other formats and thresholds are for the kernel with
+pointers.
 """
 
 # pyright: reportOperatorIssue=false
@@ -23,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.masks.block_mask import BlockMask
 
 from .triton_configs import gpu, padded_head_dim, tma_config
-from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, LN_2, LOWEST, mask_arguments, outputs, shown
+from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, LN_2, LOWEST, mask_arguments, outputs, powers, shown
 
 ALIGNED = 16  # bytes: of the first number of a tensor, and of every stride
 
@@ -40,20 +41,31 @@ def _box(desc, b, h, row, ROWS: tl.constexpr, DP: tl.constexpr):
 @triton.jit
 def _stream(
     acc, m, total, q, k_desc, v_desc, b, h, first, last, idx_ptr, tile_ptr, words_ptr,
-    scale, hidden_start, hidden_stop,
-    DP: tl.constexpr, TK: tl.constexpr, SPLIT: tl.constexpr, TILE_WORDS: tl.constexpr, PARTIAL: tl.constexpr,
+    scale, k_scale_ptr, hidden_start, hidden_stop,
+    DP: tl.constexpr, TK: tl.constexpr, SPLIT: tl.constexpr, TILE_WORDS: tl.constexpr,
+    GROUP: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Attend the key blocks `idx_ptr[first:last]`, each in `SPLIT` steps of `TK` keys."""
+    """Attend the key blocks `idx_ptr[first:last]`, each in `SPLIT` steps of `TK` keys.
+
+    `scale` is one number; with a `GROUP` of keys that share one of `k_scale_ptr`, one of each query.
+    """
     for i in range(first * SPLIT, last * SPLIT):
         start = (tl.load(idx_ptr + i // SPLIT) * SPLIT + i % SPLIT) * TK
         k = _box(k_desc, b, h, start, TK, DP)
         s = tl.dot(q, tl.trans(k))  # [TQ, TK]
+        factor = scale
+        if GROUP:
+            s = s.to(tl.float32)
+            factor = scale * tl.load(k_scale_ptr + start // GROUP)  # [TQ]
+            if PARTIAL:  # a scale that is not a number must not reach what is hidden
+                s *= factor[:, None]
+                factor = 1.0
         if PARTIAL:
             tile = tl.load(tile_ptr + i // SPLIT).to(tl.int64)
             words = words_ptr + tile * TILE_WORDS + i % SPLIT * (TK // 32)
             s = tl.where(shown(words, hidden_start - start, hidden_stop - start, TK), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)  # [TQ]
-        p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
+        m_new = tl.maximum(m, tl.max(s, 1) * factor)  # [TQ]
+        p = powers(s, factor, m_new, GROUP and PARTIAL)
         alpha = tl.exp2(m - m_new)
         total = total * alpha + tl.sum(p, 1)
         v = _box(v_desc, b, h, start, TK, DP)
@@ -67,9 +79,10 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, launch_ptr, groups_ptr,
     full_start_ptr, full_count_ptr, full_idx_ptr,
     part_start_ptr, part_count_ptr, part_idx_ptr, part_tile_ptr, words_ptr, text_valid_ptr,
+    q_scale_ptr, k_scale_ptr, shift_ptr,
     out_b, out_h, out_s, scale, seq_len, num_rows, heads, groups_b, text_start, text_stop,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid and arguments as in `triton_forward`, with descriptors of q, k and v, [1, 1, rows, DP] a box."""
     b = tl.program_id(1)
@@ -80,6 +93,10 @@ def _forward(
     rows = block * BQ + in_block
     d = tl.arange(0, DP)
     q = _box(q_desc, b, h, block * BQ + tl.program_id(0) % (BQ // TQ) * TQ, TQ, DP)
+    if GROUP:
+        head = b.to(tl.int64) * heads + h
+        scale = tl.load(q_scale_ptr + head * QUERIES + rows)  # [TQ]
+        k_scale_ptr += head * (KEYS // GROUP)
     words_ptr += in_block * (BK // 32)
     hidden_start = text_stop
     if text_valid_ptr is not None:
@@ -94,11 +111,13 @@ def _forward(
     acc = tl.zeros([TQ, DP], tl.float32)
     acc, m, total = _stream(
         acc, m, total, q, k_desc, v_desc, b, h, first_full, last_full, full_idx_ptr, part_tile_ptr,
-        words_ptr, scale, hidden_start, text_stop, DP, TK, BK // TK, BQ * (BK // 32), False,
+        words_ptr, scale, k_scale_ptr, hidden_start, text_stop,
+        DP, TK, BK // TK, BQ * (BK // 32), GROUP, False,
     )  # fmt: skip
     acc, m, total = _stream(
         acc, m, total, q, k_desc, v_desc, b, h, first_part, last_part, part_idx_ptr, part_tile_ptr,
-        words_ptr, scale, hidden_start, text_stop, DP, TK, BK // TK, BQ * (BK // 32), True,
+        words_ptr, scale, k_scale_ptr, hidden_start, text_stop,
+        DP, TK, BK // TK, BQ * (BK // 32), GROUP, True,
     )  # fmt: skip
 
     nothing = total == 0.0  # attended, and acc may be 0 * NaN
@@ -109,7 +128,10 @@ def _forward(
     inside = (rows < seq_len)[:, None] & (d < D)[None, :]
     out_tile = out_ptr + (b64 * out_b + h64 * out_h) * ALIGN + tile
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=inside)
-    lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN_2)
+    lse = m + tl.log2(total)
+    if GROUP:
+        lse += tl.load(shift_ptr + (b64 * heads + h64) * seq_len + rows, mask=rows < seq_len, other=0.0)
+    lse = tl.where(nothing, float("-inf"), lse * LN_2)
     tl.store(lse_ptr + (b64 * heads + h64) * seq_len + rows, lse, mask=rows < seq_len)
 
 
@@ -178,15 +200,19 @@ def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim])
 
 
-def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options):
-    """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`."""
+def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None):
+    """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`; v stays in 16 bits."""
     order, groups = mask[:2]
     (batch, heads, seq_len, head_dim), bq, dim = q.shape, block_size[0], padded_head_dim(q.shape[3])
     align = 8 if all(stride % 8 == 0 for stride in out.stride()[:3]) else 1
+    extra, sizes = [None] * 3, {"GROUP": None, "QUERIES": None, "KEYS": None}
+    if quantized is not None:
+        q, k, extra = quantized.q, quantized.k, [quantized.q_scale, quantized.k_scale, quantized.shift]
+        sizes = {"GROUP": quantized.group, "QUERIES": q.shape[2], "KEYS": k.shape[2]}
     args = (
         descriptor(q, options["TQ"], dim), *(descriptor(x, options["TK"], dim) for x in (k, v)),
-        out, lse, *mask, text_valid, *(stride // align for stride in out.stride()[:3]),
+        out, lse, *mask, text_valid, *extra, *(stride // align for stride in out.stride()[:3]),
         scale * math.log2(math.e), seq_len, -(-seq_len // bq), heads, heads if len(groups) > 1 else 0, *text,
     )  # fmt: skip
-    sizes = {"D": head_dim, "DP": dim, "BQ": bq, "BK": block_size[1], "ALIGN": align}
+    sizes |= {"D": head_dim, "DP": dim, "BQ": bq, "BK": block_size[1], "ALIGN": align}
     return (order.shape[1] * (bq // options["TQ"]), batch), args, options | sizes
