@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -24,13 +23,14 @@ class Balance:
         groups: of each process its heads, ascending.
         neighbours, balanced: what the process with most to do computes, as a multiple of the mean, where each
             has neighbouring heads, and with these groups.
-        order: int64 (H,), the heads of one process after those of the other.
+        order, inverse: int64 (H,), the heads of one process after those of the other, and where each then is.
     """
 
     groups: tuple[tuple[int, ...], ...]
     neighbours: float
     balanced: float
     order: torch.Tensor
+    inverse: torch.Tensor
 
     @classmethod
     def of(cls, work: Sequence[float], sizes: Sequence[int], device: torch.device | str) -> Balance | None:
@@ -39,7 +39,7 @@ class Balance:
         Args:
             work: of each head, in any unit.
             sizes: how many heads each process gets.
-            device: where `order` is to be.
+            device: where `order` and `inverse` are to be.
         """
         if len(set(work)) == 1:
             return None
@@ -50,12 +50,7 @@ class Balance:
         if after >= before:
             dealt, after = beside, before
         order = torch.tensor([head for group in dealt for head in group], dtype=torch.int64, device=device)
-        return cls(tuple(dealt), before, after, order)
-
-    @cached_property
-    def inverse(self) -> torch.Tensor:
-        """Where in `order` each head is, int64 (H,)."""
-        return torch.argsort(self.order)
+        return cls(tuple(dealt), before, after, order, torch.argsort(order))
 
 
 def _dealt(work: Sequence[float], sizes: Sequence[int]) -> list[tuple[int, ...]]:
