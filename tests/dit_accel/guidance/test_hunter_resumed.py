@@ -125,10 +125,16 @@ from dit_accel.guidance import HeadHunter
 from painted_heads import PAIRS, darkness, draw, level
 def generate(pipe, prompts, seeds):
     return draw(tools["run_flux"], pipe, prompts, seeds)
-search = HeadHunter(tools["make_flux"](), level, PAIRS, out, rounds=2, top_k=2, batch=1, generate=generate)
-score, count = search.trials.score, []
-search.trials.score = lambda guidance, pairs: count.append(pairs) or score(guidance, pairs)
-found = search.run()
+count = []
+def search(rounds):
+    options = {"top_k": 2, "batch": 1, "generate": generate}
+    search = HeadHunter(tools["make_flux"](), level, PAIRS, out, rounds=rounds, **options)
+    score = search.trials.score
+    search.trials.score = lambda guidance, pairs: count.append(pairs) or score(guidance, pairs)
+    return search
+search(1).run()  # stopped after a round
+count.clear()
+found = search(2).run(resume=True)
 state = PartialState()
 result = {"processes": state.num_processes, "share": len(count), "heads": found.heads}
 pathlib.Path(out, f"result-{state.process_index}.json").write_text(json.dumps(result))
@@ -139,7 +145,7 @@ state.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(flux, tmp_path):
-    """`accelerate launch` on two CPU processes: the work is shared, log and images are those of one."""
+    """`accelerate launch` on two CPU processes that go on after a round: log and images are those of one."""
     (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launch, "--main_process_port", "0", tmp_path / "script.py", ROOT / "tests", tmp_path / "two"]
