@@ -43,9 +43,10 @@ readme: demo ## measure the demo and write its table and picture into the README
 	$(BIN)/python -m dit_accel.evals.reports.front_picture
 
 .PHONY: docs
-docs: env ## write the tables of planned speed-ups, and draw the patterns
+docs: env ## write the tables of planned speed-ups and of several GPUs, and draw the patterns
 	$(BIN)/python -m dit_accel.evals.reports.recipe_table
 	$(BIN)/python -m dit_accel.evals.reports.pattern_pictures
+	$(BIN)/python -m dit_accel.evals.reports.scaling
 
 test: env ## all tests, on both cores
 	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 20
