@@ -83,5 +83,6 @@ def test_what_the_kernels_table_has_stays_in_the_new_one(tmp_path, monkeypatch):
     bench = Bench("cpu", 1, tmp_path / "out", cores=2)
     bench.entries = [tuned.Entry("8.0", 2, 64, 64, 32, 4, 2, 1.1, "a GPU", "2", "3", "12", "abc")]
     bench._write()
-    assert set(tuned.load(tmp_path / "out" / "own.json")) == {((9, 0), 2, 64), ((8, 0), 2, 64)}
+    kept = {key[:3] for key in tuned.load(tmp_path / "out" / "own.json")}
+    assert kept == {((9, 0), 2, 64), ((8, 0), 2, 64)}
     assert tuned.load(own) == {entry.key: entry}, "only --apply changes it"
