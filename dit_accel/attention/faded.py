@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse_attention, merge
 
 from .call import AroundAnother, AttentionCall, LayerAttention
@@ -43,7 +44,15 @@ class Faded(AroundAnother):
         return self.with_lse(call)[0]
 
     def with_lse(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        outs, lses = zip(self.inner.with_lse(call), self._to_padded(call), strict=True)
+        try:
+            own = self.inner.with_lse(call)
+        except UnavailableError as error:
+            raise UnavailableError(
+                "padded text is attended to under this call's mask of numbers, and is joined to the rest by "
+                "a log-sum-exp; give `prompt_attention_mask` as booleans, which hide it, or use another "
+                f"pattern ({error})"
+            ) from error
+        outs, lses = zip(own, self._to_padded(call), strict=True)
         return merge(outs, lses)
 
     def _to_padded(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

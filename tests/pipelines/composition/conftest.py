@@ -25,10 +25,13 @@ TABLE = Path(__file__).parents[3] / "pipelines" / "COMPOSITION.md"
 TITLES = {
     "flux": "FLUX", "sd3": "SD3", "wan": "Wan", "hunyuan": "HunyuanVideo", "hunyuan15": "HunyuanVideo 1.5",
     "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "zimage": "Z-Image", "flux2": "FLUX.2",
-    "hunyuanimage": "HunyuanImage", "ltx": "LTX-Video", "cogvideox": "CogVideoX", "mochi": "Mochi",
+    "hunyuanimage": "HunyuanImage", "chroma": "Chroma", "ltx": "LTX-Video", "cogvideox": "CogVideoX",
+    "mochi": "Mochi", "ltx2": "LTX-2", "animate": "Wan Animate",
+    "chrono": "ChronoEdit", "helios": "Helios", "minimaxh3": "MiniMax H3",
 }  # fmt: skip
-IMAGES = ("hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen")
-TEXT_FIRST, NO_TEXT = ("flux", "flux2", "qwen", "cogvideox"), ("wan", "skyreels", "ltx")
+IMAGES = ("chroma", "hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen")
+TEXT_FIRST = ("flux", "flux2", "chroma", "qwen", "cogvideox", "minimaxh3")
+NO_TEXT = ("wan", "skyreels", "ltx", "ltx2", "animate", "chrono", "helios")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()

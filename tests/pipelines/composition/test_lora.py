@@ -18,6 +18,11 @@ TARGETS = {
 TARGETS["ltx"] = ["to_q", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj"]
 TARGETS["cogvideox"] = ["to_q", "to_v", "to_out.0", "text_proj", "proj_out", "net.0.proj"]
 TARGETS["mochi"] = ["to_q", "to_v", "add_k_proj", "to_add_out", "to_out.0", "proj_out"]
+TARGETS["chroma"] = TARGETS["flux"]
+TARGETS["minimaxh3"] = ["to_q", "to_v", "to_out.0", "proj_in", "proj_out", "context_embedder"]
+TARGETS["ltx2"] = TARGETS["ltx"]
+for relative in ("animate", "chrono", "helios"):
+    TARGETS[relative] = TARGETS["wan"]
 TARGETS["skyreels"] = TARGETS["wan"]
 TARGETS["hunyuan15"] = [t for t in TARGETS["hunyuan"] if t != "x_embedder.proj"]  # PEFT fuses no 1 x 1 x 1
 

@@ -29,13 +29,25 @@ def model_offload(pipe):
 
 
 @pytest.mark.feature("Sequential offload (accelerate), before enable")
-def test_sequential_offload(case):
-    case.works(sequential_offload)
+def test_sequential_offload(case, cell):
+    if is_possible(case, cell):
+        case.works(sequential_offload)
 
 
 @pytest.mark.feature("Sequential offload (accelerate), while enabled")
-def test_sequential_offload_while_enabled(case):
-    case.works(sequential_offload, enabled_first=True)
+def test_sequential_offload_while_enabled(case, cell):
+    if is_possible(case, cell):
+        case.works(sequential_offload, enabled_first=True)
+
+
+def is_possible(case, cell) -> bool:
+    """LTX-2's output is of a class that cannot be made of a dictionary, as accelerate does it."""
+    if case.family != "ltx2":
+        return True
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        case.run(case.untouched(sequential_offload), steps=1)
+    cell.no_such_thing("accelerate cannot move its output")
+    return False
 
 
 def sequential_offload(pipe):

@@ -6,7 +6,8 @@ import torch
 from dit_accel.runtime.switching import accelerated, enable
 
 CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance", "timestep")
-CAST += ("encoder_hidden_states_2", "image_embeds")
+CAST += ("encoder_hidden_states_2", "image_embeds", "audio_hidden_states", "audio_encoder_hidden_states")
+CAST += ("sigma", "pose_hidden_states", "face_pixel_values")
 
 
 def in_dtype(inputs: dict, dtype: torch.dtype) -> dict:

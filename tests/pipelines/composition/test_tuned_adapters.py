@@ -48,16 +48,24 @@ def test_beside_lora_of_ones_own(case, tuned):
 
 
 @pytest.mark.feature("A recipe's `adapter` under sequential offload (accelerate)")
-def test_under_sequential_offload(case, tuned):
+def test_under_sequential_offload(case, tuned, cell):
     def offload(pipe):
         accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
 
-    acts(case, tuned, offload)
+    if case.family == "ltx2":
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            case.run(case.untouched(offload), steps=1)
+        return cell.no_such_thing("accelerate cannot move its output")
+    return acts(case, tuned, offload)
 
 
 @pytest.mark.feature("A recipe's `adapter` with QKV projections fused")
 def test_with_fused_projections(case, tuned, cell):
     pipe = case.make()
+    if case.family == "ltx2":
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            pipe.transformer.fuse_qkv_projections()
+        return cell.no_such_thing("diffusers fails at attention from video to audio")
     if hasattr(pipe.transformer, "fuse_qkv_projections"):
         pipe.transformer.fuse_qkv_projections()
     if not any(hasattr(module, "to_qkv") for module in pipe.transformer.modules()):
