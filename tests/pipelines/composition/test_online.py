@@ -59,26 +59,27 @@ def test_skipping(case):
 
 
 @pytest.mark.feature("Sparse-linear attention with a learned projection (`SparseLinear`)")
-@pytest.mark.parametrize("form", ["complement", "all"])
-def test_sparse_linear(case, cell, form, tmp_path):
+def test_sparse_linear(case, cell, tmp_path):
+    """In both forms."""
     transformer = case.make().transformer
     head_dim = family_of(transformer).heads(transformer)[1]
-    generator, pattern = torch.Generator().manual_seed(0), SparseLinear(0.3, form, block_size=(16, 16))
+    generator, folder = torch.Generator().manual_seed(0), tmp_path / "sla"
+    forms = [SparseLinear(0.3, form, block_size=(16, 16)) for form in ("complement", "all")]
     places = {module: name for name, module in transformer.named_modules()}
     learned = {
         places[module]: {
             name: torch.randn(x.shape, generator=generator) / head_dim
-            for name, x in pattern.learned(head_dim).items()
+            for name, x in forms[0].learned(head_dim).items()
         }
         for module in family_of(transformer).found_layers(transformer).values()
     }
-    adapter.write_weights(tmp_path / "sla", {}, learned=learned)
-    if case.family == "chroma":
+    adapter.write_weights(folder, {}, learned=learned)
+    for pattern in forms:
+        if case.family != "chroma":
+            chosen_by_content(case, pattern, adapter=folder)
+            continue
+        pipe, recipe = case.make(), replace(case.recipe, attention=pattern, adapter=folder)
         refused = r"mask of numbers.* `prompt_attention_mask` as booleans.* another pattern .*no lse"
-        with (
-            accelerated(case.make(), replace(case.recipe, attention=pattern, adapter=tmp_path / "sla")) as on,
-            cell.refused(UnavailableError, refused, "padded text would need its log-sum-exp"),
-        ):
-            on.bindings["transformer"].transformer(**case.inputs())
-        return
-    chosen_by_content(case, pattern, adapter=tmp_path / "sla")
+        short = "padded text would need its log-sum-exp"
+        with accelerated(pipe, recipe), cell.refused(UnavailableError, refused, short):
+            pipe.transformer(**case.inputs())
