@@ -113,23 +113,23 @@ def build_flux(words: Sequence[str]) -> DiffusionPipeline:
 def build_sd3(words: Sequence[str]) -> DiffusionPipeline:
     """tiny-sd3 with untrained weights: 8x8 pixels per token, and SD3.5's norms and dual attention layers.
 
-    The table of positions, 64 x 64 tokens, is part of the weights: it and the 6 MB a model may have are why
-    blocks are narrower than tiny-flux's.
+    Its blocks are as wide as tiny-flux's, so that its text encoder can start from that model's. The table of
+    positions, 64 x 64 tokens, is a fifth of the transformer's weights.
     """
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    clip_widths, width = (32, 64), 96
+    clip_widths = (32, 64)
     vae = _image_autoencoder()
     transformer = SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        num_layers=6,
+        num_layers=4,
         attention_head_dim=32,
-        num_attention_heads=3,
-        caption_projection_dim=width,
-        joint_attention_dim=width,
+        num_attention_heads=4,
+        caption_projection_dim=TEXT_DIM,
+        joint_attention_dim=TEXT_DIM,
         pooled_projection_dim=sum(clip_widths),
         pos_embed_max_size=64,
         dual_attention_layers=(0, 1),
@@ -144,7 +144,7 @@ def build_sd3(words: Sequence[str]) -> DiffusionPipeline:
         tokenizer=tokenizer(words, TEXT_LENGTH),
         text_encoder_2=second,
         tokenizer_2=tokenizer(words, TEXT_LENGTH),
-        text_encoder_3=t5(T5EncoderModel, T5Config, words, layers=1, width=width),
+        text_encoder_3=t5(T5EncoderModel, T5Config, words, layers=2),
         tokenizer_3=tokenizer(words, TEXT_LENGTH),
     )
 
@@ -219,12 +219,13 @@ SPECS: dict[str, Spec] = {
         Spec(
             name="tiny-sd3",
             family="sd3",
-            description="SD3.5 in 2.5 M parameters: a coloured shape on a grey background",
+            description="SD3.5 in 3.0 M parameters: emoji, one or two, on a patterned background",
             native=(1, 64, 64),
             demo=(1, 384, 384),
             steps=20,
             guidance=5.0,
             assemble=build_sd3,
+            world=EMOJI,
         ),
         Spec(
             name="tiny-wan",
