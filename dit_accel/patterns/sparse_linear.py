@@ -89,8 +89,10 @@ class SparseLinear(OnlinePattern):
             )
 
     def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
-        options = {"dtype": torch.float32, "device": "cpu"}
-        return {WEIGHT: torch.zeros(head_dim, head_dim, **options), BIAS: torch.zeros(head_dim, **options)}
+        return {
+            WEIGHT: torch.zeros(head_dim, head_dim, dtype=torch.float32, device="cpu"),
+            BIAS: torch.zeros(head_dim, dtype=torch.float32, device="cpu"),
+        }
 
     # -- what is chosen --------------------------------------------------------------------------------------
 

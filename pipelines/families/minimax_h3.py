@@ -90,14 +90,15 @@ class MiniMaxH3(Family):
         before = torch.zeros(first, 3, device=device, dtype=place.dtype)
         every = torch.arange(first + rows, device=device)
         kinds = {"text_indices": every[:text_len], "audio_indices": every[text_len:first]}
-        tags = torch.cat([torch.full((n,), tag, device=device) for n, tag in ((text_len, 1), (sounds, 2))])
+        tags = torch.zeros_like(every)
+        tags[:text_len], tags[text_len:first] = 1, 2
         return kinds | {
             "hidden_states": fill(1, rows, config.in_channels * math.prod(config.patch_size)),
             "audio_hidden_states": fill(1, sounds, config.audio_in_channels),
             "encoder_hidden_states": fill(1, text_len, config.text_dim),
             "timestep": timestep,
             "timestep_indices": torch.zeros_like(every),
-            "token_tags": torch.cat([tags, torch.zeros(rows, dtype=tags.dtype, device=device)]),
+            "token_tags": tags,
             "position_ids": torch.cat([before, place]),
             "video_indices": every[first:],
         }
@@ -132,7 +133,7 @@ def _grid(positions: torch.Tensor, video: torch.Tensor) -> Grid:
         ValueError: rows of pictures at the end that are not one full row-major grid.
     """
     rows, places = positions.detach().cpu(), video.detach().cpu()
-    run = (places.flip(0) == len(rows) - 1 - torch.arange(len(places))).int().cumprod(0).sum()
+    run = (places.flip(0) == len(rows) - 1 - torch.arange(len(places), device="cpu")).int().cumprod(0).sum()
     rows = rows[len(rows) - int(run) :]
     area = _run_of_equals(rows[:, 0])
     width = _run_of_equals(rows[:area, 1])
