@@ -116,7 +116,7 @@ def export(text: str, module: str, name: str) -> str:
 
 def enlist(text: str) -> str:
     """The registry of backends with one more."""
-    text = text.replace("from . import flex", "from . import dense, flex")
+    text = text.replace("from . import fa4", "from . import dense, fa4")
     return text.replace("    reference.BACKEND,\n", "    reference.BACKEND,\n    dense.BACKEND,\n")
 
 
