@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.order_choice import order_of_blocks
 from dit_accel.masks.tiles import check_block_size
 
-from .base import OnlinePattern, Pattern, StaticPattern
+from .base import Pattern, StaticPattern
+from .block_wise import BlockWise
 from .clustered import Clustered
 from .routed import Routed
 
@@ -31,7 +31,7 @@ _ORDERS = ("gilbert", "auto", "raster", "tile", "hilbert")
 
 
 @dataclass(frozen=True)
-class Rectified(OnlinePattern):
+class Rectified(BlockWise):
     """Sparse attention that is scaled down to its true share, with pooled values for the blocks left out.
 
     Dropping blocks makes the softmax of the rest too large. By the pooled scores of blocks of visual tokens
@@ -129,12 +129,6 @@ class Rectified(OnlinePattern):
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    def grid(self, layout: TokenLayout, order: Any = "auto", device: torch.device | str = "cpu") -> BlockGrid:
-        """The blocks of a layout; neighbours, and those with text, are marked as always kept."""
-        if isinstance(order, str) or order is None:
-            return _grid(self, layout, order or "auto", torch.device(device))
-        return _made_grid(self, layout, self.token_order(layout, order=order), device)
-
     def token_order(
         self, layout: TokenLayout, block_size: tuple[int, int] = (128, 64), order: Any = "auto"
     ) -> torch.Tensor:
@@ -144,6 +138,15 @@ class Rectified(OnlinePattern):
         named = self.order if isinstance(order, str) and order == "auto" else order
         named = "hilbert" if isinstance(named, str) and named == "gilbert" else named
         return order_of_blocks(layout.grid, self.block_size, named)
+
+    def made_grid(self, layout: TokenLayout, visual: torch.Tensor) -> BlockGrid:
+        """Neighbours, and those with text, are marked as always kept."""
+        grid = BlockGrid.of(layout, (self.block_size, self.block_size), visual)
+        if self.neighbours:
+            near = adjacent_blocks(layout, visual, self.block_size)
+            rows, columns = near.shape
+            grid.always[:rows, :columns].logical_or_(near)
+        return grid
 
     def layer(self, masks: LayerMasks) -> RectifiedAttention:
         if self.base is None:
@@ -165,23 +168,6 @@ class Rectified(OnlinePattern):
                 "that is rectified; give the recipe a `block_size` that divides it"
             )
         return RectifiedAttention(self, inner, layout)
-
-
-@lru_cache(maxsize=64)
-def _grid(pattern: Rectified, layout: TokenLayout, order: str, device: torch.device) -> BlockGrid:
-    with torch.inference_mode(False):  # what stays must be usable under autograd later
-        return _made_grid(pattern, layout, pattern.token_order(layout, order=order), device)
-
-
-def _made_grid(
-    pattern: Rectified, layout: TokenLayout, visual: torch.Tensor, device: torch.device | str
-) -> BlockGrid:
-    grid = BlockGrid.of(layout, (pattern.block_size, pattern.block_size), visual)
-    if pattern.neighbours:
-        near = adjacent_blocks(layout, visual, pattern.block_size)
-        rows, columns = near.shape
-        grid.always[:rows, :columns].logical_or_(near)
-    return grid.to(device)
 
 
 def adjacent_blocks(layout: TokenLayout, visual: torch.Tensor, size: int) -> torch.Tensor:

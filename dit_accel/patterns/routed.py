@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,10 @@ from dit_accel.attention.block_grid import BlockGrid
 from dit_accel.attention.block_routed import BlockRouted
 from dit_accel.attention.block_scores import antidiagonal_weights, mean_weights, self_similarity, top_blocks
 from dit_accel.masks.layout import TokenLayout
-from dit_accel.masks.order_choice import order_of_blocks
 from dit_accel.masks.tiles import check_block_size
 
-from .base import OnlinePattern, StaticPattern
+from .base import StaticPattern
+from .block_wise import BlockWise
 
 if TYPE_CHECKING:
     from dit_accel.attention.call import AttentionCall
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Routed(OnlinePattern):
+class Routed(BlockWise):
     """Each block of queries attends to the blocks of keys that weigh most for it, whole, anew in every call.
 
     Weights are those of blocks of visual tokens; blocks with text or anchor tokens are always kept, rows and
@@ -165,12 +164,6 @@ class Routed(OnlinePattern):
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    def grid(self, layout: TokenLayout, order: Any = "auto", device: torch.device | str = "cpu") -> BlockGrid:
-        """The blocks of a layout; those of `union`, `sink` and text are marked as always kept."""
-        if isinstance(order, str) or order is None:
-            return _grid(self, layout, order or "auto", torch.device(device))
-        return _made_grid(self, layout, self.token_order(layout, self.block_size, order), device)
-
     def token_order(
         self, layout: TokenLayout, block_size: tuple[int, int] = (128, 64), order: Any = "auto"
     ) -> torch.Tensor:
@@ -180,7 +173,19 @@ class Routed(OnlinePattern):
         """
         if self.union is not None:
             return self.union.token_order(layout, self.block_size, order)
-        return order_of_blocks(layout.grid, self.block_size[0], order)
+        return super().token_order(layout, order=order)
+
+    def made_grid(self, layout: TokenLayout, visual: torch.Tensor) -> BlockGrid:
+        """Those of `union`, `sink` and text are marked as always kept."""
+        grid = super().made_grid(layout, visual)
+        if self.sink:
+            grid.always[:, 0] = True
+        if self.union is not None:
+            if self.union.pooled_keys(layout):
+                raise ValueError(f"`union` must attend to tokens alone, and {self.union} has pooled keys")
+            mask = self.union.block_mask(layout, self.block_size, visual)
+            grid.always.logical_or_(mask.block_tiles()[0] != -1)
+        return grid
 
     def layer(self, masks: LayerMasks) -> BlockRouted:
         return BlockRouted.of(self, masks)
@@ -204,23 +209,3 @@ def _share(pattern: Any, name: str) -> None:
     if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"`{name}` must be a number above 0 and at most 1, or None, got {shown(value)}")
     object.__setattr__(pattern, name, float(positive(name, value)))
-
-
-@lru_cache(maxsize=64)
-def _grid(pattern: Routed, layout: TokenLayout, order: str, device: torch.device) -> BlockGrid:
-    with torch.inference_mode(False):  # what stays must be usable under autograd later
-        return _made_grid(pattern, layout, pattern.token_order(layout, pattern.block_size, order), device)
-
-
-def _made_grid(
-    pattern: Routed, layout: TokenLayout, visual: torch.Tensor, device: torch.device | str
-) -> BlockGrid:
-    grid = BlockGrid.of(layout, pattern.block_size, visual)
-    if pattern.sink:
-        grid.always[:, 0] = True
-    if pattern.union is not None:
-        if pattern.union.pooled_keys(layout):
-            raise ValueError(f"`union` must attend to tokens alone, and {pattern.union} has pooled keys")
-        mask = pattern.union.block_mask(layout, pattern.block_size, visual)
-        grid.always.logical_or_(mask.block_tiles()[0] != -1)
-    return grid.to(device)

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_accel.arguments import integer, is_number, shown
-from dit_accel.attention.block_grid import BlockGrid
 from dit_accel.attention.block_peaks import block_peaks
 from dit_accel.attention.call import AttentionCall
 from dit_accel.attention.skipping import SkippingAttention
 from dit_accel.masks.layout import TokenLayout
-from dit_accel.masks.order_choice import order_of_blocks
 from dit_accel.masks.tiles import check_block_size
 
-from .base import OnlinePattern
+from .block_wise import BlockWise
 
 if TYPE_CHECKING:
+    from dit_accel.attention.block_grid import BlockGrid
     from dit_accel.attention.block_routed import BlockRouted
     from dit_accel.attention.layer_masks import LayerMasks
     from dit_accel.masks.block_mask import BlockMask
 
 
 @dataclass(frozen=True)
-class Skipping(OnlinePattern):
+class Skipping(BlockWise):
     """Everything at first; a block of keys that weighed next to nothing is skipped for the rest of the run.
 
     Attention changes little from step to step, so that what one step finds out saves time in all later ones.
@@ -109,27 +107,9 @@ class Skipping(OnlinePattern):
             self.left(call, grid, torch.ones(shape, dtype=torch.bool, device=q.device)), block_size
         )
 
-    def grid(self, layout: TokenLayout, order: Any = "auto", device: torch.device | str = "cpu") -> BlockGrid:
-        """The blocks of a layout."""
-        if isinstance(order, str) or order is None:
-            return _grid(self, layout, order or "auto", torch.device(device))
-        return BlockGrid.of(layout, self.block_size, self.token_order(layout, order=order)).to(device)
-
-    def token_order(
-        self, layout: TokenLayout, block_size: tuple[int, int] = (128, 64), order: Any = "auto"
-    ) -> torch.Tensor:
-        """The order of the visual tokens, int64 (V,), that `order` names, or a permutation of them."""
-        return order_of_blocks(layout.grid, self.block_size[0], order)
-
     def layer(self, masks: LayerMasks) -> BlockRouted:
         return SkippingAttention.of(self, masks)
 
     def density(self, layout: TokenLayout) -> float:
         """1, what a first step computes: what later ones do is the content's."""
         return 1.0
-
-
-@lru_cache(maxsize=64)
-def _grid(pattern: Skipping, layout: TokenLayout, order: str, device: torch.device) -> BlockGrid:
-    with torch.inference_mode(False):  # what stays must be usable under autograd later
-        return BlockGrid.of(layout, pattern.block_size, pattern.token_order(layout, order=order)).to(device)

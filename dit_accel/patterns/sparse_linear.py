@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_accel.arguments import is_number, positive, shown
-from dit_accel.attention.block_grid import BlockGrid
 from dit_accel.attention.block_scores import block_means, largest
 from dit_accel.attention.sparse_linear import BIAS, FEATURE_MAPS, WEIGHT, Blocks, SparseLinearAttention
 from dit_accel.masks.layout import TokenLayout
-from dit_accel.masks.order_choice import order_of_blocks
 from dit_accel.masks.tiles import check_block_size
 
-from .base import OnlinePattern
+from .block_wise import BlockWise
 
 if TYPE_CHECKING:
+    from dit_accel.attention.block_grid import BlockGrid
     from dit_accel.attention.block_routed import BlockRouted
     from dit_accel.attention.call import AttentionCall
     from dit_accel.attention.layer_masks import LayerMasks
@@ -28,7 +26,7 @@ _FORMS = ("complement", "all")
 
 
 @dataclass(frozen=True)
-class SparseLinear(OnlinePattern):
+class SparseLinear(BlockWise):
     """Each block of queries attends to its strongest blocks of keys; linear attention stands for the rest.
 
     With mean q_i of a block of queries and mean k_j of a block of keys, less the mean of all keys, the
@@ -139,20 +137,6 @@ class SparseLinear(OnlinePattern):
         grid = self.grid(layout, order, q.device)
         return grid.mask(self.blocks(*grid.visual(grid.enter(q), grid.enter(k))).critical, block_size)
 
-    # -- blocks ----------------------------------------------------------------------------------------------
-
-    def grid(self, layout: TokenLayout, order: Any = "auto", device: torch.device | str = "cpu") -> BlockGrid:
-        """The blocks of a layout; those with text are marked as always kept."""
-        if isinstance(order, str) or order is None:
-            return _grid(self, layout, order or "auto", torch.device(device))
-        return _made_grid(self, layout, order, device)
-
-    def token_order(
-        self, layout: TokenLayout, block_size: tuple[int, int] = (64, 64), order: Any = "auto"
-    ) -> torch.Tensor:
-        """The order of the visual tokens, int64 (V,), that `order` names; `"auto"` is the model's own."""
-        return order_of_blocks(layout.grid, self.block_size[0], order)
-
     def layer(self, masks: LayerMasks) -> BlockRouted:
         return SparseLinearAttention.of(self, masks)
 
@@ -161,16 +145,3 @@ class SparseLinear(OnlinePattern):
         grid = self.grid(layout)
         columns = grid.chosen[1]
         return grid.density(max(1, int(self.top_k * columns)) / max(1, columns))
-
-
-@lru_cache(maxsize=64)
-def _grid(pattern: SparseLinear, layout: TokenLayout, order: str, device: torch.device) -> BlockGrid:
-    with torch.inference_mode(False):  # what stays must be usable under autograd later
-        return _made_grid(pattern, layout, order, device)
-
-
-def _made_grid(
-    pattern: SparseLinear, layout: TokenLayout, order: Any, device: torch.device | str
-) -> BlockGrid:
-    visual = pattern.token_order(layout, order=order)
-    return BlockGrid.of(layout, pattern.block_size, visual).to(device)
