@@ -290,8 +290,7 @@ def attention(
 
     Inputs are as in the public function, which has checked them.
     """
-    if not scale > 0:  # the kernel takes maxima before it scales
-        q, scale = q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
+    q, scale = with_positive_scale(q, scale)
     if INTERPRETED and q.dtype == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
         options = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold}
         out, lse = attention(q.float(), k.float(), v.float(), mask, **options)
@@ -300,6 +299,11 @@ def attention(
         addressable(q), addressable(k), addressable(v), *mask_arguments(mask, *q.shape[:2]), text_valid,
         scale, pv_threshold, *mask.block_size, *mask.text,
     )  # fmt: skip
+
+
+def with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Queries and a scale above 0 of the same scores, as kernels take maxima before they scale."""
+    return (q, scale) if scale > 0 else (q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0)
 
 
 def mask_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tensor, ...]:

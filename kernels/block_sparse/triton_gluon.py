@@ -34,8 +34,8 @@ from dit_accel.errors import UnavailableError
 from dit_accel.masks.block_mask import BlockMask
 
 from .triton_configs import gluon_config, gpu, padded_head_dim
-from .triton_forward import LAUNCH_OPTIONS, LaunchOrder, mask_arguments, outputs
-from .triton_tma import ALIGNED, copied, describable
+from .triton_forward import LAUNCH_OPTIONS, mask_arguments, outputs, with_positive_scale
+from .triton_tma import copied, describable, described, launched
 
 # Triton renamed it after 3.6
 fetch = gl.constexpr(getattr(tma, "async_load", None) or tma.async_copy_global_to_shared)
@@ -282,19 +282,10 @@ def attention(
         raise UnavailableError(f"the Gluon kernel does not compile here: {reason}; use backend='triton-tma'")
     if q.numel() == 0:
         return outputs(q)
-    if not scale > 0:  # the kernel takes maxima before it scales
-        q, scale = q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
+    q, scale = with_positive_scale(q, scale)
     if options is None:
         options = gluon_config(q.shape[3], mask.block_size, gpu(q.device))
-    q, k, v = (x if describable(x) else copied(x) for x in (q, k, v))
-    out, lse = outputs(q)
-    grid, args, chosen = launch_arguments(
-        q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
-        options,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        _forward[grid](*args, **chosen, **LAUNCH_OPTIONS)
-    return out, lse
+    return launched(_forward, launch_arguments, q, k, v, mask, scale, text_valid, options)
 
 
 @cache
@@ -303,14 +294,13 @@ def failure(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | No
     q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device)
     q = q if describable(q) else copied(q)
     mask = BlockMask.from_token_mask(torch.ones(128, 128, dtype=torch.bool, device=device))
-    order = mask.derived(LaunchOrder, lambda: LaunchOrder.of(mask, 1, 1), 1, 1)
     try:
-        _, args, options = launch_arguments(
+        grid, args, options = launch_arguments(
             q, q, q, q, q.new_empty(1, 1, 128, dtype=torch.float32), mask_arguments(mask, 1, 1), None, 1.0,
             mask.block_size, mask.text, gluon_config(head_dim, mask.block_size, gpu(device)),
         )  # fmt: skip
         with torch.cuda.device_of(q):
-            _forward.warmup(*args, grid=(order.rows.shape[1], 1), **options, **LAUNCH_OPTIONS)
+            _forward.warmup(*args, grid=grid, **options, **LAUNCH_OPTIONS)
     except Exception as error:  # of an experimental compiler, whose versions differ in what they raise
         return f"{type(error).__name__}: {error}".strip()[:300]
     return None
@@ -318,10 +308,8 @@ def failure(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | No
 
 def descriptor(x: torch.Tensor, rows: int, dim: int) -> Any:
     """As `triton_tma.descriptor`, with the layout in which shared memory holds a box."""
-    step = ALIGNED // x.element_size()
-    strides = [step if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim], layout)
+    return TensorDescriptor(*described(x, rows, dim), layout)
 
 
 def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options):

@@ -15,6 +15,8 @@ pointers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +26,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dit_accel.masks.block_mask import BlockMask
 
 from .triton_configs import gpu, padded_head_dim, tma_config
-from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, LN_2, LOWEST, mask_arguments, outputs, powers, shown
+from .triton_forward import (
+    INTERPRETED,
+    LAUNCH_OPTIONS,
+    LN_2,
+    LOWEST,
+    mask_arguments,
+    outputs,
+    powers,
+    shown,
+    with_positive_scale,
+)
 
 ALIGNED = 16  # bytes: of the first number of a tensor, and of every stride
 
@@ -154,8 +166,7 @@ def attention(
     """
     if q.numel() == 0:
         return outputs(q)
-    if not scale > 0:  # the kernel takes maxima before it scales
-        q, scale = q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0
+    q, scale = with_positive_scale(q, scale)
     if INTERPRETED and q.dtype == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
         wide = (x.float() for x in (q, k, v))
         out, lse = attention(*wide, mask, scale=scale, text_valid=text_valid, options=options)
@@ -163,14 +174,33 @@ def attention(
     if options is None:
         device = (9, 0) if INTERPRETED else gpu(q.device)
         options = tma_config(q.shape[3], mask.block_size, device)
+    return launched(_forward, launch_arguments, q, k, v, mask, scale, text_valid, options)
+
+
+def launched(
+    kernel: Any,
+    arguments: Callable[..., tuple[Any, Any, Any]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    scale: float,
+    text_valid: torch.Tensor | None,
+    options: dict[str, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel that reads q, k and v by descriptors computes of a mask, as of `attention`.
+
+    Args:
+        kernel, arguments: the kernel, and the `launch_arguments` of it.
+    """
     q, k, v = (x if describable(x) else copied(x) for x in (q, k, v))
     out, lse = outputs(q)
-    grid, args, chosen = launch_arguments(
+    grid, args, chosen = arguments(
         q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
         options,
     )  # fmt: skip
     with torch.cuda.device_of(q):
-        _forward[grid](*args, **chosen, **LAUNCH_OPTIONS)
+        kernel[grid](*args, **chosen, **LAUNCH_OPTIONS)
     return out, lse
 
 
@@ -192,12 +222,17 @@ def copied(x: torch.Tensor) -> torch.Tensor:
     return room[..., : x.shape[3]].copy_(x)
 
 
-def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """x as the copy engine knows it: a box is `rows` rows of one head, [1, 1, rows, dim]."""
+def described(x: torch.Tensor, rows: int, dim: int) -> tuple[torch.Tensor, list[int], list[int], list[int]]:
+    """x, its shape and strides, and a box of `rows` rows of one head, [1, 1, rows, dim]: a descriptor's."""
     step = ALIGNED // x.element_size()
     # of what there is one of, the stride is not looked at, but must be one that could be
     strides = [step if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim])
+    return x, list(x.shape), [*strides, 1], [1, 1, rows, dim]
+
+
+def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """x as the copy engine knows it, in boxes as of `described`."""
+    return TensorDescriptor(*described(x, rows, dim))
 
 
 def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None):
