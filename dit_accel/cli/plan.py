@@ -15,7 +15,8 @@ from .output import JsonOption, note, print_json, print_table
 
 if TYPE_CHECKING:
     from dit_accel.planning.parallel import Sharing
-    from dit_accel.planning.plan import Plan, Speedup
+    from dit_accel.planning.plan import Plan
+    from dit_accel.planning.speedups import Speedup
 
 SCHEMA = "dit-accel/plan/1"
 EXAMPLE = (

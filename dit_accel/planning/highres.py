@@ -31,7 +31,8 @@ from . import autoencoders, probes
 from .live_tensors import FusedAttention, LiveTensors
 from .meta_values import EveryConditionHolds
 from .model_config import ModelConfig
-from .plan import ASSUMED_REST, chosen_model, plan
+from .plan import chosen_model, plan
+from .speedups import ASSUMED_REST
 
 
 @dataclass(frozen=True)

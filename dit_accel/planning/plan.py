@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,10 +35,10 @@ from dit_accel.runtime.geometry import backend
 from dit_accel.runtime.measured_speed import MeasuredSpeed, measured_speed
 from dit_accel.runtime.steps import StepTracker
 
-from .densities import EXACT_UP_TO, LayerDensities, Moment, OrderDensity, layer_densities, plans
+from .densities import LayerDensities, Moment, OrderDensity, layer_densities, plans
 from .model_config import Flops, ModelConfig, Size, of_model, published
-
-ASSUMED_REST = 1.0
+from .notes import notes_of
+from .speedups import AtSteps, Speedup, speedups
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,6 @@ class Layers:
     density: float
     block_density: float
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times faster than dense: what is predicted, its range, and the ideal.
-
-    `low`, `predicted` and `high` follow the least, median and most efficiency measured, and are None where
-    none is; `ideal` is for an efficiency of 1, whatever was measured.
-    """
-
-    low: float | None
-    predicted: float | None
-    high: float | None
-    ideal: float
 
 
 @dataclass(frozen=True)
@@ -237,7 +223,7 @@ def plan(
         memory=_memory(binding, of_steps, dtype),
         rates=rates,
         notes=(
-            *_notes(model_config, binding, rates, layout.seq_len, found.sampled, device),
+            *notes_of(model_config, binding, rates, layout.seq_len, found.sampled, device),
             *([] if adapted is None else [_of_adapter(adapted, lora, flops)]),
         ),
         head_works=lambda: dict(zip(binding.modules, found.head_works(), strict=True)),
@@ -312,14 +298,6 @@ def _of_adapter(adapted: Adapted, lora: int, flops: Flops) -> str:
 # -- what it does --------------------------------------------------------------------------------------------
 
 
-class AtSteps(NamedTuple):
-    """What `steps` sampler steps do alike."""
-
-    found: LayerDensities
-    layers: list[LayerPatterns]
-    steps: int
-
-
 def _changes(binding: Binding, moments: list[Moment]) -> Counter[Moment | None]:
     """Moments between which layers change, of each how many steps do as the one at it."""
     used = [pattern for layer in binding.layers for pattern in layer.patterns]
@@ -354,53 +332,6 @@ def _layers(layers: list[LayerPatterns], found: LayerDensities) -> tuple[Layers,
     return tuple(Layers(tuple(names), *key) for key, names in groups.items())
 
 
-def speedups(
-    binding: Binding,
-    of_steps: list[AtSteps],
-    flops: Flops,
-    rates: MeasuredSpeed,
-    dense_share: float,
-    lora: int = 0,
-) -> dict[str, Speedup]:
-    """Of attention in the sparse layers, of a sparse step, and of a run with its dense steps.
-
-    `lora` are the FLOPs of an adapter, which the dense run that is compared with does without.
-    """
-    # FLOPs of a mean step; of calls those that dense attention makes in their fixed time, of `own` those of
-    # layers that are sparse at other steps; `timed` is `paid` where numbers of few bits take less time
-    sparse = paid = timed = calls = own = 0.0
-    gains = dict(rates.gains)
-    total = sum(at.steps for at in of_steps)
-    for i, layer in enumerate(binding.layers):
-        if not any(at.found.sparse[i] for at in of_steps):
-            continue
-        full = flops.layers[layer.name]
-        sparse += full
-        for found, _, steps in of_steps:
-            share = full * steps / total
-            if found.sparse[i]:
-                paid += share * found.block_densities[i]
-                timed += share * found.block_densities[i] / gains.get(layer.quantization or "", 1.0)
-                calls += rates.fixed * share / (binding.heads * found.layouts[i].seq_len ** 2)
-            else:
-                own += share
-    rest = rates.rest or ASSUMED_REST
-    kept, more = flops.attention - sparse + flops.rest / rest, lora / rest
-
-    def at(efficiency: float, paid: float, calls: float) -> tuple[float, float, float]:
-        attention = sparse / (paid / efficiency + calls + own) if paid else 1.0
-        dense = sparse + kept
-        step = dense / (paid / efficiency + calls + own + kept + more)
-        return attention, step, 1 / (dense_share * (dense + more) / dense + (1 - dense_share) / step)
-
-    measured_ones = rates.efficiency or ()
-    answers = [at(efficiency, timed, calls) for efficiency in measured_ones] or [(None,) * 3] * 3
-    return {
-        name: Speedup(*(values[i] for values in answers), ideal=at(1.0, paid, 0.0)[i])
-        for i, name in enumerate(("attention", "step", "run"))
-    }
-
-
 def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Memory:
     tokens = max(layout.seq_len for layout in of_steps[-1].found.layouts)
     masks = None
@@ -414,65 +345,6 @@ def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Me
         masks=masks,
         scores_never_made=tokens**2 * binding.heads * dtype.itemsize,
     )
-
-
-def _notes(
-    model_config: ModelConfig,
-    binding: Binding,
-    rates: MeasuredSpeed,
-    tokens: int,
-    sampled: str,
-    device: str,
-) -> tuple[str, ...]:
-    notes = []
-    if sampled:
-        notes.append(
-            f"block densities are estimated from {sampled} query blocks: masks of more than {EXACT_UP_TO} "
-            "tokens are not built for a plan"
-        )
-    if rates.efficiency is None:
-        notes.append(
-            f"{rates.source}: only ideal speed-ups are given, with blocks at the cost of dense attention's"
-        )
-    else:
-        least, middle, most = rates.efficiency
-        notes.append(
-            f"attention from a measured speed-up x block density of {middle:.2f} ({least:.2f} to {most:.2f}; "
-            f"{rates.source}): it pays below a block density of {middle:.2f}"
-        )
-        if tokens < rates.shortest:
-            notes.append(
-                f"{tokens} tokens are fewer than were measured for this (at least {rates.shortest}): what is "
-                "predicted for attention may be far off"
-            )
-    if rates.rest is None:
-        notes.append(
-            f"the rest of a step is not measured for {model_config.name}: "
-            "it is assumed to run at dense attention's FLOP/s"
-        )
-    else:
-        notes.append(f"the rest of a step runs at {rates.rest:.2f} of dense attention's FLOP/s, as measured")
-    if rates.another_machine:
-        notes.append(f"speeds were measured {rates.where}")
-    notes.append(rates.describe_break_even())
-    formats = dict.fromkeys(layer.quantization for layer in binding.layers if layer.quantization)
-    gains = dict(rates.gains)
-    for name in formats:
-        if name in gains:
-            how = f"{gains[name]:.2f} times as fast as none, as measured {rates.where}"
-        else:
-            measure = "; `dit-accel bench --calibrate` measures what this CPU computes"
-            how = "if it took as long as none: not measured" + (measure if device == "cpu" else "")
-        notes.append(f"quantization in {name!r} is counted as {how}".rstrip())
-    notes += [note for pattern in binding.recipe.patterns for note in pattern.notes]
-    used = (variant for layer in binding.layers for p in layer.patterns for variant in p.variants)
-    if any(variant.online for variant in used):
-        notes.append("what it takes to choose by content in each call is not counted")
-    if model_config.transformers > 1:
-        notes.append(
-            f"{model_config.transformers} transformers of this size, one at each step; memory is of one"
-        )
-    return tuple(notes)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from dit_accel.runtime.steps import StepTracker
 
 from .densities import LayerDensities
 from .model_config import Flops, ModelConfig
-from .plan import AtSteps, Speedup, speedups
+from .speedups import AtSteps, Speedup, speedups
 
 
 def uniform_speedups(
