@@ -55,9 +55,8 @@ def load(transformer: nn.Module, name: str, scale: float = 1.0, seed: int = 8) -
     """Another one by PEFT, at a scale, on queries and values alone."""
     import peft
 
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_v"], init_lora_weights=False
-    )
+    targets = ["to_q", "to_v", "to_query", "to_value"]  # the latter are Kandinsky 5's
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(seed)
     peft.inject_adapter_in_model(config, transformer, adapter_name=name)
     for module in transformer.modules():

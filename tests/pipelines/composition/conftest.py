@@ -27,11 +27,11 @@ TITLES = {
     "skyreels": "SkyReels-V2", "qwen": "Qwen-Image", "zimage": "Z-Image", "flux2": "FLUX.2",
     "hunyuanimage": "HunyuanImage", "chroma": "Chroma", "ltx": "LTX-Video", "cogvideox": "CogVideoX",
     "mochi": "Mochi", "ltx2": "LTX-2", "animate": "Wan Animate",
-    "chrono": "ChronoEdit", "helios": "Helios", "minimaxh3": "MiniMax H3",
+    "chrono": "ChronoEdit", "helios": "Helios", "minimaxh3": "MiniMax H3", "kandinsky5": "Kandinsky 5",
 }  # fmt: skip
 IMAGES = ("chroma", "hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen")
 TEXT_FIRST = ("flux", "flux2", "chroma", "qwen", "cogvideox", "minimaxh3")
-NO_TEXT = ("wan", "skyreels", "ltx", "ltx2", "animate", "chrono", "helios")
+NO_TEXT = ("wan", "skyreels", "ltx", "ltx2", "animate", "chrono", "helios", "kandinsky5")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()
@@ -145,10 +145,6 @@ def _every_test_has_a_cell(cell):
     pass
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 class Case:
     """One family: its tiny pipeline, a recipe that permutes its tokens, and the same under dense masks."""
 
@@ -161,6 +157,8 @@ class Case:
         self.grid = (1, 8, 12) if image else (3, 6, 8)
         text_len = 0 if family in NO_TEXT else 32 if family == "zimage" else 7  # filled up
         self.layout = TokenLayout(self.grid, text_len, text_first=family in TEXT_FIRST)
+        # Kandinsky 5 rounds queries and keys to bf16 in every dtype, where fp32's last bit may decide
+        self.tolerance = (1e-3, 1e-3) if family == "kandinsky5" else (1e-4, 1e-5)
         self.config = {"dual_attention_layers": (0, 2), "qk_norm": "rms_norm"} if family == "sd3" else {}
 
     def make(self, **config):
@@ -193,6 +191,10 @@ class Case:
         """What a pipeline passes to its transformer."""
         return self.pipe_inputs(pipe or self.make())
 
+    def close(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        rtol, atol = self.tolerance
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
     def works(self, feature: Callable, enabled_first: bool = False, recipe=None, config=None, **run) -> None:
         """The feature under a dense mask, and after `disable` as if never enabled."""
         config, run = config or {}, {"steps": 2, **run}
@@ -205,7 +207,7 @@ class Case:
         with accelerated(pipe, recipe or self.recipe):
             if enabled_first:
                 feature(pipe)
-            close(self.run(pipe, **run), expected)
+            self.close(self.run(pipe, **run), expected)
         assert torch.equal(self.run(pipe, **run), untouched)
 
 

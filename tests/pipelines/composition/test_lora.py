@@ -23,6 +23,7 @@ TARGETS["minimaxh3"] = ["to_q", "to_v", "to_out.0", "proj_in", "proj_out", "cont
 TARGETS["ltx2"] = TARGETS["ltx"]
 for relative in ("animate", "chrono", "helios"):
     TARGETS[relative] = TARGETS["wan"]
+TARGETS["kandinsky5"] = ["to_query", "to_value", "attention.out_layer", "visual_embeddings.in_layer"]
 TARGETS["skyreels"] = TARGETS["wan"]
 TARGETS["hunyuan15"] = [t for t in TARGETS["hunyuan"] if t != "x_embedder.proj"]  # PEFT fuses no 1 x 1 x 1
 

@@ -14,7 +14,7 @@ from dit_accel import UnavailableError, enable
 from dit_accel.pipelines import family_of
 
 WITH_PLANS = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "qwen", "flux2", "zimage", "hunyuanimage")
-WITH_PLANS += ("ltx", "ltx2", "cogvideox", "mochi", "chrono", "helios")
+WITH_PLANS += ("ltx", "ltx2", "cogvideox", "mochi", "chrono", "helios", "kandinsky5")
 SHORT = {
     "skyreels": "its timesteps of frames are made inside",
     "animate": "its face adapter tells frames by place",

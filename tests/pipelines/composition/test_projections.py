@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_projections import CANNOT_FUSE
 
 from dit_accel.runtime.switching import accelerated, disable, enable
 
@@ -24,10 +25,11 @@ def config(case):
 
 def fuses_nothing(case, cell) -> bool:
     """HunyuanVideo's attention is of the class that `fuse_qkv_projections` passes over."""
-    if case.family == "ltx2":
-        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+    if case.family in CANNOT_FUSE:
+        error, match, why = CANNOT_FUSE[case.family]
+        with pytest.raises(error, match=match):
             case.untouched(fuse)
-        cell.no_such_thing("diffusers fails at attention from video to audio")
+        cell.no_such_thing(why)
         return True
     fuses = hasattr(case.make().transformer, "fuse_qkv_projections")
     pipe = case.untouched(fuse) if fuses else case.make()

@@ -6,6 +6,7 @@ import accelerate
 import lora_files
 import pytest
 import torch
+from fused_projections import CANNOT_FUSE
 
 from dit_accel.errors import UnavailableError
 from dit_accel.runtime.switching import accelerated, enable
@@ -62,10 +63,11 @@ def test_under_sequential_offload(case, tuned, cell):
 @pytest.mark.feature("A recipe's `adapter` with QKV projections fused")
 def test_with_fused_projections(case, tuned, cell):
     pipe = case.make()
-    if case.family == "ltx2":
-        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+    if case.family in CANNOT_FUSE:
+        error, match, why = CANNOT_FUSE[case.family]
+        with pytest.raises(error, match=match):
             pipe.transformer.fuse_qkv_projections()
-        return cell.no_such_thing("diffusers fails at attention from video to audio")
+        return cell.no_such_thing(why)
     if hasattr(pipe.transformer, "fuse_qkv_projections"):
         pipe.transformer.fuse_qkv_projections()
     if not any(hasattr(module, "to_qkv") for module in pipe.transformer.modules()):
