@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,8 @@ class AttentionCall:
         notes: takes what a kind wants to tell of a call, such as which orders heads chose.
         learned: weights of the layer that its pattern has beside the projections, by the names of
             `Pattern.learned`; what is missing is as before training.
+        beside: what the pattern made of the layer's input (`Pattern.of_input`), (B, H, ...); None where it
+            reads none, or has learned nothing for it.
     """
 
     q: torch.Tensor
@@ -55,14 +57,24 @@ class AttentionCall:
     memory: CallMemory | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    beside: torch.Tensor | None = None
 
     def of_heads(self, heads: list[int]) -> AttentionCall:
         """The same of some heads alone."""
-        return replace(self, q=self.q[:, heads], k=self.k[:, heads], v=self.v[:, heads])
+        beside = None if self.beside is None else self.beside[:, heads]
+        return replace(self, q=self.q[:, heads], k=self.k[:, heads], v=self.v[:, heads], beside=beside)
 
     def hidden_keys(self) -> torch.Tensor | None:
         """Which keys are padded text, bool (B, S) in the order of the call; None where none is."""
         return None if self.text_valid is None else self.layout.padding(self.text_valid)
+
+
+class LayerSizes(NamedTuple):
+    """Sizes of an attention layer: of a head, the number of heads, and the channels of its input."""
+
+    head_dim: int
+    heads: int = 1
+    width: int = 0
 
 
 class LayerAttention:
@@ -90,6 +102,14 @@ class LayerAttention:
     def nbytes(self) -> int:
         """Of all that it keeps."""
         return 0 if self.mask is None else self.mask.nbytes
+
+    def pairs_beside(self, sizes: LayerSizes) -> float:
+        """What a head computes beside the pairs under its mask, linear attention for example.
+
+        As the number of pairs of tokens whose scores and weighted sums take as many multiplications and
+        additions, 4 D; what it takes to choose by content is not counted.
+        """
+        return 0.0
 
     def model_orders(self) -> list[torch.Tensor]:
         """The model's token at each place of `mask`, int64 (S,): one order, or one for each kind of head."""
@@ -147,3 +167,6 @@ class AroundAnother(LayerAttention):
     @property
     def block_density(self) -> float:
         return self.inner.block_density
+
+    def pairs_beside(self, sizes: LayerSizes) -> float:
+        return self.inner.pairs_beside(sizes)

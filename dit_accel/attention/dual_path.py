@@ -220,7 +220,8 @@ def recalled(memory: CallMemory):
 def of_rows(call: AttentionCall, rows: slice) -> AttentionCall:
     """The same of some samples alone."""
     valid = None if call.text_valid is None else call.text_valid[rows]
-    return replace(call, q=call.q[rows], k=call.k[rows], v=call.v[rows], text_valid=valid)
+    beside = None if call.beside is None else call.beside[rows]
+    return replace(call, q=call.q[rows], k=call.k[rows], v=call.v[rows], text_valid=valid, beside=beside)
 
 
 def _with_guided(window: AttentionCall, full: AttentionCall, rows: Rows) -> AttentionCall:

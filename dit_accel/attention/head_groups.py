@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .call import AttentionCall, LayerAttention
+from .call import AttentionCall, LayerAttention, LayerSizes
 from .tail_densities import tail_densities
 
 
@@ -35,6 +35,10 @@ class HeadGroups(LayerAttention):
     @property
     def block_density(self) -> float:
         return self._mean("block_density")
+
+    def pairs_beside(self, sizes: LayerSizes) -> float:
+        counted = [(len(heads), attention.pairs_beside(sizes)) for heads, attention in self.groups]
+        return sum(n * pairs for n, pairs in counted) / sum(n for n, _ in counted)
 
     @property
     def nbytes(self) -> int:

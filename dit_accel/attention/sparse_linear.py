@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import online
 from .block_routed import BlockRouted
-from .call import AttentionCall, LayerAttention
+from .call import AttentionCall, LayerAttention, LayerSizes
 from .masked import Masked
 
 if TYPE_CHECKING:
@@ -80,6 +80,16 @@ class SparseLinearAttention(BlockRouted):
 
     pattern: SparseLinear
     blocks: Blocks | None = None
+
+    def pairs_beside(self, sizes: LayerSizes) -> float:
+        """Sums of phi(k)^T v, their products with phi(q), and the projection."""
+        layout, (rows, columns) = self.grid.layout, self.grid.chosen
+        queries, keys = (
+            min(n * size, layout.visual_len) for n, size in zip((rows, columns), self.grid.size, strict=True)
+        )
+        if self.pattern.form == "all":
+            return sizes.head_dim * (layout.seq_len + 2 * queries) / 2
+        return sizes.head_dim * (keys + 2 * queries + rows * columns) / 2
 
     def resolved(self, call: AttentionCall) -> LayerAttention:
         return replace(self, blocks=self._blocks(self._moved(call)))

@@ -50,6 +50,7 @@ class TransformerCall:
         shards: what this process has of it, of several that share it; `layers` are then of its own heads.
         balances: by the name of each layer whose heads differ, which of them each process computes.
         notes: by layer, what kinds of attention told.
+        beside: as in `AttentionCall`, by layer, from where its queries are projected until it attends.
         outer: the call of another transformer in which this one was made.
     """
 
@@ -73,6 +74,7 @@ class TransformerCall:
     shards: Shards | None = None
     balances: Mapping[str, Balance] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
     outer: TransformerCall | None = None
 
     def keeps_own(self, layer: str, q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -132,6 +134,7 @@ class TransformerCall:
             memory=None if self.memory is None else self.memory.within(layer),
             notes=notes,
             learned=self.learned.get(layer, {}),
+            beside=self.beside.pop(layer, None),
         )
         return dense(call) if self.keeps_own(layer, q, k) else self.layers[layer](call)
 

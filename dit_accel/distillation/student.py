@@ -218,7 +218,7 @@ def _trained(
                 "has one set of pooling weights; use one `downsample` in each layer"
             )
         for variant in (variant for pattern in plan.patterns for variant in pattern.variants):
-            if own := variant.learned(binding.head_dim):
+            if own := variant.learned(binding.sizes[plan.name]):
                 learned.setdefault(places[module], {}).update(own)
     missing = [name for name in train or () if name not in seen]
     if missing or not layers:

@@ -19,6 +19,7 @@ from .skipping import Skipping
 from .sliding_tile import SlidingTile
 from .sparse_linear import SparseLinear
 from .sparse_videogen import SparseVideoGen, SpatialHead, TemporalHead
+from .video_sparse import VideoSparse
 
 __all__ = [
     "AxisWise",
@@ -45,4 +46,5 @@ __all__ = [
     "SpatialHead",
     "StaticPattern",
     "TemporalHead",
+    "VideoSparse",
 ]

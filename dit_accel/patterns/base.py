@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from dit_accel.masks.pair_rules import Factor, FactorRule, Rule
 from dit_accel.masks.per_head import join_heads
 
 if TYPE_CHECKING:
-    from dit_accel.attention.call import LayerAttention
+    from dit_accel.attention.call import LayerAttention, LayerSizes
     from dit_accel.attention.layer_masks import LayerMasks
     from dit_accel.masks.block_mask import BlockMask
 
@@ -50,6 +50,7 @@ class Pattern:
         "to_v",
         "to_out.0",
     )  # of a layer's projections, by distillation
+    reads_input = False  # whether it makes something of what a layer's queries are projected from
     pools = 0  # side of the patches of its pooled keys, which stand behind those of the tokens; 0: none
 
     @property
@@ -60,12 +61,27 @@ class Pattern:
         """
         return None
 
-    def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
+    def learned(self, sizes: LayerSizes) -> dict[str, torch.Tensor]:
         """Weights that a layer learns beside its projections, as they are before training: fp32, by name.
 
         Calls bring them (`AttentionCall.learned`) where an adapter has them or distillation trains them.
         """
         return {}
+
+    def of_input(
+        self, x: torch.Tensor, learned: Mapping[str, torch.Tensor], heads: int
+    ) -> torch.Tensor | None:
+        """What one that `reads_input` makes of a layer's input, for its attention (`AttentionCall.beside`).
+
+        Args:
+            x: (B, V, C), of the visual tokens in the order of the call, in the dtype of the model.
+            learned: weights of the layer as in `AttentionCall`.
+            heads: of the layer.
+
+        Returns:
+            (B, heads, ...); None where it makes nothing of it without learned weights.
+        """
+        return None
 
     @property
     def band_rows(self) -> int:

@@ -19,7 +19,7 @@ from dit_accel.masks.pair_rules import OffsetRule
 from .base import Pattern, StaticPattern
 
 if TYPE_CHECKING:
-    from dit_accel.attention.call import LayerAttention
+    from dit_accel.attention.call import LayerAttention, LayerSizes
     from dit_accel.attention.layer_masks import LayerMasks
 
 
@@ -62,7 +62,7 @@ class Clear(StaticPattern):
     def pooled_keys(self, layout: TokenLayout) -> int:
         return layout.grid[0] * math.prod(patch_rows(layout, self.downsample)) if self.downsample else 0
 
-    def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
+    def learned(self, sizes: LayerSizes) -> dict[str, torch.Tensor]:
         if not self.downsample:
             return {}
         shape, mean = (self.downsample, self.downsample), self.downsample**-2

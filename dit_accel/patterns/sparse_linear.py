@@ -18,7 +18,7 @@ from .block_wise import BlockWise
 if TYPE_CHECKING:
     from dit_accel.attention.block_grid import BlockGrid
     from dit_accel.attention.block_routed import BlockRouted
-    from dit_accel.attention.call import AttentionCall
+    from dit_accel.attention.call import AttentionCall, LayerSizes
     from dit_accel.attention.layer_masks import LayerMasks
     from dit_accel.masks.block_mask import BlockMask
 
@@ -86,10 +86,10 @@ class SparseLinear(BlockWise):
                 "attends to all keys; use negligible=0"
             )
 
-    def learned(self, head_dim: int) -> dict[str, torch.Tensor]:
+    def learned(self, sizes: LayerSizes) -> dict[str, torch.Tensor]:
         return {
-            WEIGHT: torch.zeros(head_dim, head_dim, dtype=torch.float32, device="cpu"),
-            BIAS: torch.zeros(head_dim, dtype=torch.float32, device="cpu"),
+            WEIGHT: torch.zeros(sizes.head_dim, sizes.head_dim, dtype=torch.float32, device="cpu"),
+            BIAS: torch.zeros(sizes.head_dim, dtype=torch.float32, device="cpu"),
         }
 
     # -- what is chosen --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from dit_accel.runtime.steps import StepTracker
 from .densities import LayerDensities, Moment, OrderDensity, layer_densities, plans
 from .model_config import Flops, ModelConfig, Size, of_model, published
 from .notes import notes_of
-from .speedups import AtSteps, Speedup, speedups
+from .speedups import AtSteps, Speedup, flops_beside, speedups
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Plan:
         layers, orders: per group of layers, and per pattern and token order; where patterns change with the
             noise level, at the last sparse step.
         flops: of one call of the transformer, dense.
+        flops_beside: of a call at a sparse step, the mean of all of them, what patterns compute beside pairs
+            of tokens: linear attention, for example.
         attention, step, run: times faster than dense: attention of the sparse layers, a sparse step, a run.
         notes: what the predictions rest on.
         head_works: makes, by the names of layers, the block density of every head; one number where all
@@ -108,6 +110,7 @@ class Plan:
     layers: tuple[Layers, ...]
     orders: tuple[OrderDensity, ...]
     flops: Flops
+    flops_beside: int
     attention: Speedup
     step: Speedup
     run: Speedup
@@ -193,6 +196,7 @@ def plan(
     of_steps = [_at(binding, layout, moment, count) for moment, count in changes.items()]
     found = of_steps[-1].found
     flops = model_config.flops(transformer, grid)
+    beside = flops_beside(binding, of_steps, flops)
     lora = 0 if adapted is None else _with_lora(model_config, transformer, grid, adapted) - flops.total
     dense_steps = steps - len(sparse)
     pairs = zip(found.attentions or (), found.layouts, strict=found.attentions is not None)
@@ -219,12 +223,14 @@ def plan(
         layers=_layers(of_steps[-1].layers, found),
         orders=found.orders,
         flops=flops,
+        flops_beside=round(beside),
         **speedups(binding, of_steps, flops, rates, dense_steps / steps, lora),
         memory=_memory(binding, of_steps, dtype),
         rates=rates,
         notes=(
             *notes_of(model_config, binding, rates, layout.seq_len, found.sampled, device),
             *([] if adapted is None else [_of_adapter(adapted, lora, flops)]),
+            *([_of_beside(binding, beside, flops)] if beside else []),
         ),
         head_works=lambda: dict(zip(binding.modules, found.head_works(), strict=True)),
         layer_attention=attention,
@@ -292,6 +298,14 @@ def _with_lora(model_config: ModelConfig, transformer: nn.Module, grid: Size, ad
 def _of_adapter(adapted: Adapted, lora: int, flops: Flops) -> str:
     return (
         f"{adapted.describe()}, {lora / flops.total:.2%} more FLOPs at every step, counted in the speed-ups"
+    )
+
+
+def _of_beside(binding: Binding, beside: float, flops: Flops) -> str:
+    names = dict.fromkeys(v.rest for p in binding.recipe.patterns for v in p.variants if v.rest)
+    return (
+        f"{' and '.join(names)}: {beside / flops.total:.2%} more FLOPs at a sparse step, counted in the "
+        "speed-ups with learned weights or without"
     )
 
 

@@ -37,6 +37,18 @@ class AtSteps(NamedTuple):
     steps: int
 
 
+def flops_beside(binding: Binding, of_steps: list[AtSteps], flops: Flops) -> float:
+    """FLOPs of a mean step's call that patterns compute beside pairs of tokens."""
+    found = 0.0
+    for at, _, steps in of_steps:
+        rows = zip(binding.layers, at.attentions or (), at.layouts, strict=at.attentions is not None)
+        for layer, attention, layout in rows:
+            if attention is not None:
+                share = attention.pairs_beside(binding.sizes[layer.name]) / layout.seq_len**2
+                found += flops.layers[layer.name] * share * steps
+    return found / sum(at.steps for at in of_steps)
+
+
 def speedups(
     binding: Binding,
     of_steps: list[AtSteps],
@@ -69,11 +81,12 @@ def speedups(
                 own += share
     rest = rates.rest or ASSUMED_REST
     kept, more = flops.attention - sparse + flops.rest / rest, lora / rest
+    beside = flops_beside(binding, of_steps, flops) / rest
 
     def at(efficiency: float, paid: float, calls: float) -> tuple[float, float, float]:
-        attention = sparse / (paid / efficiency + calls + own) if paid else 1.0
+        attention = sparse / (paid / efficiency + calls + own + beside) if paid else 1.0
         dense = sparse + kept
-        step = dense / (paid / efficiency + calls + own + kept + more)
+        step = dense / (paid / efficiency + calls + own + beside + kept + more)
         return attention, step, 1 / (dense_share * (dense + more) / dense + (1 - dense_share) / step)
 
     measured_ones = rates.efficiency or ()

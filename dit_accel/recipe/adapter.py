@@ -19,15 +19,16 @@ from typing import Any
 import torch
 
 from dit_accel.arguments import is_integer, is_number, shown
-from dit_accel.files import atomic, digest
+from dit_accel.files import atomic
 from dit_accel.json_files import from_json, read_json, write_json
 
-from .adapter_parts import DTYPES, LowRank, Part, in_files, learned_of, weights_part
+from .adapter_parts import DTYPES, LowRank, Part, in_files, learned_of, model_part, weights_part
 
 BUNDLED = Path(__file__).parent / "adapters"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ABOUT = "made_by.json"
 LEARNED_WEIGHTS = "attention.safetensors"  # beside LoRA, so that PEFT loads the folder as well
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # of diffusers' models
 KIND = "weights"  # in the configuration of a folder of whole weights, as its `kind`
 TRANSFORMERS = ("transformer", "transformer_2")  # as pipelines name them, and folders and keys of files
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -51,7 +52,8 @@ class Adapter:
             or one of whole weights as `dit_accel.distill` writes it; a folder of such folders called
             `transformer` and `transformer_2`, for pipelines of two; or a `.safetensors` file: LoRA as
             diffusers saves it, or weights of attention layers (published CLEAR checkpoints), with keys that
-            may begin with `transformer.` or `transformer_2.`.
+            may begin with `transformer.` or `transformer_2.`; or a model's folder, of a pipeline or of its
+            transformer, whose weights have what a pattern learns among them (FastWan).
         folder: what a relative path is relative to.
 
     Attributes:
@@ -82,7 +84,7 @@ class Adapter:
     def digest(self) -> str:
         """Of its contents, 16 hexadecimal digits."""
         found = {
-            name: ("".join(map(digest, part.files)), [getattr(x, "scale", 1) for x in part.layers.values()])
+            name: (part.digest(), [getattr(x, "scale", 1) for x in part.layers.values()])
             for name, part in self.parts.items()
         }
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -211,6 +213,8 @@ def _of_folder(folder: Path) -> Part:
     pickled = next((p for p in folder.iterdir() if p.suffix in _PICKLES), None)
     if pickled is not None and not weights.is_file():
         raise ValueError(_refuses_pickles(pickled))
+    if not config.is_file() and not weights.is_file() and (folder / MODEL_CONFIG).is_file():
+        return model_part(folder, {file: _header(file)[1] for file in _model_files(folder)})
     if not config.is_file() or not weights.is_file():
         missing = CONFIG if not config.is_file() else WEIGHTS
         raise ValueError(f"`adapter` {folder} is no PEFT folder: it has no {missing}")
@@ -222,7 +226,22 @@ def _of_folder(folder: Path) -> Part:
     if not learned.is_file():
         return part
     keys, shapes, _ = _header(learned)
-    return replace(part, learned=learned_of(learned, keys, shapes), learned_file=learned)
+    return replace(part, learned=learned_of(learned, keys, shapes))
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The weights of a transformer, in one file or, by its index, in several."""
+    index = folder / f"{MODEL_WEIGHTS}.index.json"
+    if not index.is_file():
+        names = [MODEL_WEIGHTS]
+    else:
+        of = read_json(index, "the index of a model's weights")
+        names = sorted(set(of["weight_map"].values())) if isinstance(of, dict) and "weight_map" in of else []
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if not names or missing:
+        lacks = f"it has no {missing}" if missing else f"{index.name} names no files"
+        raise ValueError(f"`adapter` {folder} is a model's folder without its weights: {lacks}")
+    return [folder / name for name in names]
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, Part]]:

@@ -5,11 +5,13 @@ and pooling weights have the names of the published CLEAR checkpoints (`clear_lo
 `LAYER.to_q.weight`, `LAYER.to_q.bias`, ..., and `LAYER.processor.spatial_weight` of shape (1, 1, 1, f, 1, f,
 1): the weight of a token by its row and column in a patch of f x f. Other learned weights have such names
 too, `LAYER.processor.NAME`, and their own shapes; SLA's projections also those of the TurboWan checkpoints,
-`blocks.0.self_attn.attn_op.local_attn.proj_l.weight`.
+`blocks.0.self_attn.attn_op.local_attn.proj_l.weight`, and VSA's gates those of FastWan's,
+`blocks.0.to_gate_compress.weight`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,16 +22,19 @@ import torch
 
 from dit_accel.arguments import shown
 from dit_accel.attention.pooled import POOLING
+from dit_accel.files import digest
 
 DTYPES = {"F16", "BF16", "F32"}
 NOUNS = {
     POOLING: "pooling weights",
     "proj_l": "projections of linear attention",
+    "to_gate_compress": "gates of the coarse branch",
 }  # of learned weights, by the first part of their names
 _WEIGHT = re.compile(r"([\w.]+\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out))\.(weight|bias)")
 _LEARNED = re.compile(rf"([\w.]+)\.processor\.((?:{'|'.join(NOUNS)})(?:\.\w+)?)")
 
 _TURBO_WAN = re.compile(r"(blocks\.\d+)\.self_attn\.attn_op\.local_attn\.(proj_l\.(?:weight|bias))")
+_FAST_WAN = re.compile(r"(blocks\.\d+)\.(to_gate_compress\.(?:weight|bias))")
 
 Shapes = Mapping[str, tuple[list[int], str]]  # of the tensors of a file, with their dtypes
 
@@ -55,10 +60,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class Learned:
-    """One tensor of what a layer's pattern has learned: its key in the file, and its shape in calls."""
+    """One tensor of what a layer's pattern has learned: its key, its shape in calls, and its file."""
 
     key: str
     shape: tuple[int, ...]
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,14 @@ class Part:
             and, where there is one, the bias.
         layers: what the file announces, by the same names; all of one kind.
         learned: by the name of the attention module, what its pattern has learned, by name.
-        learned_file: where that is.
+        others: names of the model's own weights in the same files, which are not read.
     """
 
     file: Path
     keys: Mapping[str, tuple[str, ...]]
     layers: Mapping[str, LowRank | Whole]
     learned: Mapping[str, Mapping[str, Learned]] = field(default_factory=dict)
-    learned_file: Path | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -88,7 +94,20 @@ class Part:
     @property
     def files(self) -> list[Path]:
         """All that it is read from."""
-        return list(dict.fromkeys(filter(None, [self.file, self.learned_file])))
+        learned = (one.file for own in self.learned.values() for one in own.values())
+        own = [self.file] if self.keys or not self.learned else []
+        return list(dict.fromkeys(filter(None, [*own, *learned])))
+
+    def digest(self) -> str:
+        """Of its contents: of its files, or of the learned weights alone where others are in them."""
+        if not self.others:
+            return "".join(map(digest, self.files))
+        found = hashlib.sha256()
+        for module, own in sorted(self.learned_weights().items()):
+            for name, x in sorted(own.items()):
+                found.update(f"{module} {name} {x.dtype}".encode())
+                found.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """By layer, on the CPU: A (rank, in) and B (out, rank), or weight (out, in) and bias (out,).
@@ -96,7 +115,7 @@ class Part:
         Raises:
             ValueError: a file that changed since the recipe was made, or numbers that are not finite.
         """
-        found = _read(self.file, self.keys)
+        found = _read(self.file, self.keys) if self.keys else {}
         for name, tensors in found.items():
             own = self.layers[name]
             if isinstance(own, Whole):
@@ -113,24 +132,27 @@ class Part:
         return found
 
     def learned_weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By attention module and name, as calls take them (`AttentionCall.learned`), fp32 on the CPU.
+        """By attention module and name, as calls take them (`AttentionCall.learned`), on the CPU.
+
+        In the dtype of the file.
 
         Raises:
             ValueError: as `tensors`.
         """
-        if self.learned_file is None:
-            return {}
-        keys = {module: tuple(one.key for one in own.values()) for module, own in self.learned.items()}
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for module, tensors in _read(self.learned_file, keys).items():
-            for (name, one), x in zip(self.learned[module].items(), tensors, strict=True):
+        by_file: dict[Path, dict[tuple[str, str], Learned]] = {}
+        for module, own in self.learned.items():
+            for name, one in own.items():
+                if one.file is not None:
+                    by_file.setdefault(one.file, {})[module, name] = one
+        for file, learned in by_file.items():
+            tensors = _read(file, {str(place): (one.key,) for place, one in learned.items()}).values()
+            for ((module, name), one), (x,) in zip(learned.items(), tensors, strict=True):
                 if x.numel() != math.prod(one.shape):
-                    raise ValueError(f"{self.learned_file} has changed since the recipe was made: {module}")
+                    raise ValueError(f"{file} has changed since the recipe was made: {module}")
                 if not x.isfinite().all():
-                    raise ValueError(
-                        f"{self.learned_file} is damaged: {noun(name)} of {module} are not finite"
-                    )
-                found.setdefault(module, {})[name] = x.float().view(one.shape)
+                    raise ValueError(f"{file} is damaged: {noun(name)} of {module} are not finite")
+                found.setdefault(module, {})[name] = x.view(one.shape)
         return found
 
     def describe(self) -> str:
@@ -185,7 +207,7 @@ def weights_part(file: Path, keys: Iterable[str], shapes: Shapes, prefix: str = 
     if not layers and not learned:
         raise ValueError(f"{file} is empty: it holds no weights of linear layers")
     names = {name: tuple(own[k] for k in ("weight", "bias") if k in own) for name, own in tensors.items()}
-    return Part(file, names, layers, learned_of(file, learned, shapes, prefix), file if learned else None)
+    return Part(file, names, layers, learned_of(file, learned, shapes, prefix))
 
 
 def _whole(file: Path, name: str, own: Mapping[str, str], shapes: Shapes) -> Whole:
@@ -221,7 +243,7 @@ def learned_of(
                 )
             shape = [factor, factor]
         _check_dtypes(file, module, [kind])
-        found.setdefault(module, {})[name] = Learned(key, tuple(shape))
+        found.setdefault(module, {})[name] = Learned(key, tuple(shape), file)
     return found
 
 
@@ -229,8 +251,33 @@ def _learned_name(key: str) -> tuple[str, str] | None:
     """The attention module and the name of learned weights, by their key; None where it is of no such."""
     if match := _LEARNED.fullmatch(key):
         return match[1], match[2]
-    match = _TURBO_WAN.fullmatch(key)
+    match = _TURBO_WAN.fullmatch(key) or _FAST_WAN.fullmatch(key)
     return None if match is None else (f"{match[1]}.attn1", match[2])
+
+
+def model_part(folder: Path, files: Mapping[Path, Shapes]) -> Part:
+    """The part of a folder of a whole transformer that has learned weights among its own.
+
+    Args:
+        folder: of the transformer.
+        files: of its weights, with what they hold.
+
+    Raises:
+        ValueError: no learned weights in them, or as `learned_of`.
+    """
+    found: dict[str, dict[str, Learned]] = {}
+    others = []
+    for file, shapes in files.items():
+        learned = [key for key in shapes if _learned_name(key)]
+        others += [key for key in shapes if not _learned_name(key)]
+        for module, own in learned_of(file, learned, shapes).items():
+            found.setdefault(module, {}).update(own)
+    if not found:
+        raise ValueError(
+            f"`adapter` {folder} is a model's folder whose weights have none that a pattern learns (such as "
+            "FastWan's `blocks.0.to_gate_compress.weight`); load it as the model, and leave `adapter` out"
+        )
+    return Part(folder, {}, {}, found, tuple(others))
 
 
 def in_files(learned: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

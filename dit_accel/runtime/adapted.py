@@ -126,6 +126,15 @@ class Adapted:
                     f"adapter {file} has {noun(next(iter(own)))} of {name}, which this "
                     f"{type(transformer).__name__} does not have: it was made for another model"
                 ) from None
+        names = (
+            {name.replace(".base_layer.", ".") for name in transformer.state_dict()} if part.others else set()
+        )
+        unknown = next((name for name in part.others if name not in names), None)
+        if unknown is not None:
+            raise ValueError(
+                f"adapter {file} has the weight {unknown}, which this {type(transformer).__name__} does not "
+                "have and no pattern learns: it is of another model"
+            )
         self._holders = list(dict.fromkeys(holder for holder, _ in self._places))
         self._check_fused()
 

@@ -29,6 +29,7 @@ from .adapted import Adapted
 from .dual_paths import DualPaths
 from .geometry import Geometry, backend, block_sizes, cheapest, of_process
 from .geometry_cache import GeometryCache
+from .layer_inputs import LayerInputs, layer_sizes
 from .learned_weights import check_learned
 from .measured_speed import MeasuredSpeed, measured_speed
 from .run_record import RunRecord
@@ -51,6 +52,7 @@ class Binding:
         name: the pipeline's name for the transformer.
         modules, layers: its attention layers, and what the recipe says of each.
         heads, head_dim: of its layers.
+        sizes: the same of each layer, with the channels of its input.
         adapted: the recipe's adapter in this transformer, or None.
         branch: of guidance, or None.
         paths: FreeSwim's two branches, or None.
@@ -81,6 +83,8 @@ class Binding:
         for pattern in recipe.patterns:
             pattern.check_model(family.name, list(self.modules), self.heads, self.head_dim)
         self.layers = assign_patterns(recipe, list(self.modules), self.heads)
+        modules = self.modules.items()
+        self.sizes = {name: layer_sizes(family, one, self.heads, self.head_dim) for name, one in modules}
         self.parallel = getattr(transformer, "_parallel_config", None)
         self.shards = shards_of(transformer, family, list(self.modules), self.heads)
         self._speed = speed
@@ -98,6 +102,7 @@ class Binding:
         self.record: Callable[[Tick], RunRecord] = lambda tick: RunRecord(tick.run)
         self._processors: dict[str, Accelerated] = {}
         self._moves = TokenMoves(transformer, family, owner=self)
+        self._inputs = LayerInputs(family, self.modules, self.layers, self.sizes, owner=self)
         self._geometries = GeometryCache(self.layers, self._built)
         self._memo: dict = {}
         self._carries_tokens: tuple[int | None, bool] = (None, True)  # of a run, whether anything may
@@ -155,7 +160,7 @@ class Binding:
     def _check(self) -> None:
         self._check_parallel()
         if self.adapted is not None:
-            check_learned(self.adapted, self.layers, self._places, self.head_dim)
+            check_learned(self.adapted, self.layers, self._places, self.sizes)
         for name in self.patched_layers:
             reason = self.family.refusal(self.modules[name])
             if reason is not None:
@@ -238,6 +243,7 @@ class Binding:
         )  # the first, so that hooks of the user's on the transformer see tokens where the model has them
         self._hooks.append(after)
         self._moves.attach()
+        self._inputs.attach()
         self._hide_config()
         for part in (self.branch, self.paths):
             if part is not None:
@@ -258,6 +264,7 @@ class Binding:
         for hook in self._hooks:
             hook.remove()
         self._moves.detach()
+        self._inputs.detach()
         if self.family.hidden_config:
             hidden_config().detach(self.transformer)
         checkpointing.detach(self.transformer)

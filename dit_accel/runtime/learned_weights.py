@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dit_accel.attention.call import LayerSizes
 from dit_accel.attention.pooled import POOLING
 from dit_accel.attention.sparse_linear import WEIGHT
+from dit_accel.attention.video_sparse import GATE
 from dit_accel.recipe.adapter_parts import noun
 from dit_accel.recipe.layer_patterns import LayerPatterns
 
@@ -15,7 +17,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_learned(
-    adapted: Adapted, layers: Sequence[LayerPatterns], places: Mapping[str, str], head_dim: int
+    adapted: Adapted,
+    layers: Sequence[LayerPatterns],
+    places: Mapping[str, str],
+    sizes: Mapping[str, LayerSizes],
 ) -> None:
     """Raise ValueError unless each layer whose pattern learns finds its weights, if the adapter has any.
 
@@ -23,12 +28,12 @@ def check_learned(
         adapted: the adapter in a transformer.
         layers: what the recipe says of each layer.
         places: by layer, the name of its attention module.
-        head_dim: of the layers.
+        sizes: of each layer.
     """
     found, file = adapted.part.learned, adapted.file
     if not found:
         return
-    shapes = {layer.name: _taken(layer, head_dim) for layer in layers}
+    shapes = {layer.name: _taken(layer, sizes[layer.name]) for layer in layers}
     if not any(shapes.values()):
         some = {name: one.shape for own in found.values() for name, one in own.items()}
         raise ValueError(
@@ -44,9 +49,9 @@ def check_learned(
             )
 
 
-def _taken(layer: LayerPatterns, head_dim: int) -> dict[str, tuple[int, ...]]:
+def _taken(layer: LayerPatterns, sizes: LayerSizes) -> dict[str, tuple[int, ...]]:
     variants = [variant for pattern in layer.patterns for variant in pattern.variants]
-    return {name: tuple(x.shape) for one in variants for name, x in one.learned(head_dim).items()}
+    return {name: tuple(x.shape) for one in variants for name, x in one.learned(sizes).items()}
 
 
 def _said(shapes: Shapes) -> str:
@@ -59,4 +64,6 @@ def _said(shapes: Shapes) -> str:
 
 def _pattern(shapes: Shapes) -> str:
     """A pattern that takes them."""
+    if GATE in shapes:
+        return "`VideoSparse(...)`"
     return "`SparseLinear(...)`" if WEIGHT in shapes else f"`Clear(radius, downsample={shapes[POOLING][0]})`"

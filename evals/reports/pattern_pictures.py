@@ -40,6 +40,7 @@ from dit_accel.patterns import (
     SparseLinear,
     SpatialHead,
     TemporalHead,
+    VideoSparse,
 )
 
 FOLDER = Path("docs/patterns")
@@ -68,7 +69,8 @@ class Example:
         """What kernels get."""
         if isinstance(self.pattern, OnlinePattern):
             tokens = content(self.layout)
-            mask = self.pattern.select(tokens, tokens, self.layout, block_size=BLOCKS, **self.options)
+            options = {"block_size": BLOCKS, **self.options}
+            mask = self.pattern.select(tokens, tokens, self.layout, **options)
             return _of_one_head(mask)
         return self.pattern.block_mask(self.layout, BLOCKS)
 
@@ -97,6 +99,7 @@ EXAMPLES = {
     "rectified": Example(Rectified(mass=0.3, block_size=64), IMAGE, (0, 14, 12)),
     "skipping": Example(Skipping(-10, block_size=BLOCKS), IMAGE, (0, 14, 12), {"order": "tile"}),
     "sparse-linear": Example(SparseLinear(0.1, block_size=BLOCKS), IMAGE, (0, 14, 12), {"order": "tile"}),
+    "video-sparse": Example(VideoSparse(0.15, (2, 2, 4)), VIDEO, (2, 4, 9), {"block_size": (16, 16)}),
     "chunk-causal": Example(ChunkCausal(frames=2), VIDEO, (2, 4, 9)),
     "chunk-growth": Example(
         ChunkGrowth(2, 0.3, 0.1, top_frames=1, block_size=(32, 16)),

@@ -268,6 +268,14 @@ class Family:
         """The geometry of one layer of a call, where layers differ; visual tokens are the same in all."""
         return layout
 
+    def query_projection(self, module: nn.Module) -> nn.Module | None:
+        """The linear layer of an attention module that makes its queries, or more; None: none is known.
+
+        Its input has the visual tokens first, or all tokens of the layer's layout.
+        """
+        names = ("to_q", "to_query", "to_qkv_mlp_proj")
+        return next((part for name in names if (part := getattr(module, name, None)) is not None), None)
+
     def refusal(self, module: nn.Module) -> str | None:
         """Why `processor` cannot stand in for this module's processor, with the remedy, or None."""
         original = type(module.processor).__name__

@@ -35,6 +35,7 @@ from dit_accel.patterns import (
     SpatialHead,
     StaticPattern,
     TemporalHead,
+    VideoSparse,
 )
 
 EDGES = [46_340, 46_341, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64, 2**70]
@@ -142,6 +143,10 @@ ARGUMENTS = {  # of every pattern, good ones
         "block_size": st.tuples(st.sampled_from([16, 48, 64]), st.sampled_from([8, 48, 64])),
         "feature_map": st.sampled_from(["softmax", "elu", "relu"]),
         "negligible": st.floats(0, 0.99),
+    },
+    VideoSparse: {
+        "top_k": shares,
+        "cube": st.sampled_from([(4, 4, 4), (1, 8, 8), (2, 4, 2)]),
     },
     SparseVideoGen: {**BAND, "profile_frames": numbers, "rows": integers, "seed": integers},
 }

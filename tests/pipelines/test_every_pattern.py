@@ -46,6 +46,7 @@ from dit_accel.patterns import (
     SparseVideoGen,
     SpatialHead,
     TemporalHead,
+    VideoSparse,
 )
 from dit_accel.pipelines import family_of, load, tiny
 from dit_accel.recipe.recipe import Recipe, presets
@@ -115,6 +116,7 @@ CHOSEN = {
     "routed-antidiagonal": Routed(top_k=0.3, score="antidiagonal", stride=4, block_size=(16, 16)),
     "routed-union": Routed(top_k=0.2, union=SlidingTile((1, 1, 1), (1, 2, 2)), block_size=(16, 16)),
     "sparse-linear": SparseLinear(0.3, block_size=(16, 16)),  # what an adapter adds: test_sparse_linear.py
+    "video-sparse": VideoSparse(0.3, (2, 4, 2)),  # without a gate: test_video_sparse.py
     "clustered": Clustered(6, 8, 0.3, 0.1, (3, 1)),
     "routed-heads": Mixture(
         {"all": Neighborhood(3), "heads.1": ROUTED},
@@ -195,7 +197,8 @@ def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
         calls.append(Call(handle.step, inputs[-1], stacked(output[0]), *of.values(), sigma))
 
     def tell(call, mask):
-        call.notes["chosen"] = mask.to_token_mask()
+        tokens = call.q.shape[2]  # some masks have places behind them, where cubes are cut
+        call.notes["chosen"] = mask.to_token_mask()[..., :tokens, :tokens]
 
     told, no_flow = ("temporal heads", "chosen"), isinstance(pipe.scheduler, CogVideoXDDIMScheduler)
     with (

@@ -11,7 +11,7 @@ import dit_accel
 from dit_accel import Recipe, UnavailableError, accelerated
 from dit_accel.distillation import progress, run
 from dit_accel.json_files import read_json
-from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood, SparseLinear
+from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood, SparseLinear, VideoSparse
 from dit_accel.recipe.adapter_parts import Whole
 
 
@@ -44,12 +44,18 @@ def test_every_family_comes_nearer_to_its_teacher(families, tmp_path, name):
     assert bool(part.learned) == (name != "sd3")
 
 
-@pytest.mark.parametrize("form", ["complement", "all"])
-def test_sparse_linear_attention_learns_its_projection(wan, tmp_path, form):
-    """From 0, and what is loaded is what was measured; whole weights and projections are in one file."""
-    recipe = Recipe(SparseLinear(0.2, form, block_size=(16, 16)), dense_steps=0)
-    options = {"steps": 12, "flow": 0, "rate": 0.01, "rank": None if form == "all" else 2}
-    said = distilled(wan.pipe, "wan", tmp_path, recipe, **options)
+STUDENTS = {
+    "sparse-linear": (SparseLinear(0.2, block_size=(16, 16)), {"rank": 2, "rate": 0.01}),
+    "sparse-linear-all": (SparseLinear(0.2, "all", block_size=(16, 16)), {"rank": None, "rate": 0.01}),
+    "video-sparse": (VideoSparse(0.2, (2, 4, 2)), {"rank": None, "rate": 0.01}),
+}
+
+
+@pytest.mark.parametrize(("pattern", "options"), STUDENTS.values(), ids=STUDENTS)
+def test_students_learn_what_they_have_beside_projections(wan, tmp_path, pattern, options):
+    """From 0, and what is loaded is what was measured; whole weights and learned ones are in one file."""
+    recipe = Recipe(pattern, dense_steps=0)
+    said = distilled(wan.pipe, "wan", tmp_path, recipe, steps=12, flow=0, **options)
     assert said["error"] < said["error_without"]
     loaded = replace(recipe, adapter=tmp_path / "out")
     (part,) = loaded.adapter.parts.values()

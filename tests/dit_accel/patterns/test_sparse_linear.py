@@ -8,7 +8,7 @@ import dit_accel
 from dit_accel import TokenLayout, UnavailableError
 from dit_accel.attention import sparse_linear
 from dit_accel.attention.arrangement import call_order
-from dit_accel.attention.call import AttentionCall
+from dit_accel.attention.call import AttentionCall, LayerSizes
 from dit_accel.attention.layer_masks import LayerMasks, layer_attention
 from dit_accel.masks import orders
 from dit_accel.patterns import ByNoise, Dense, Neighborhood, Routed, SparseLinear
@@ -176,11 +176,11 @@ def test_beside_heads_of_another_pattern():
 
 def test_what_is_learned_and_what_is_refused():
     pattern, layout = SparseLinear(block_size=SIZE), LAYOUTS["video"]
-    assert {name: tuple(x.shape) for name, x in pattern.learned(8).items()} == {
+    assert {name: tuple(x.shape) for name, x in pattern.learned(LayerSizes(8)).items()} == {
         "proj_l.weight": (8, 8),
         "proj_l.bias": (8,),
     }
-    assert not any(x.any() for x in pattern.learned(8).values())
+    assert not any(x.any() for x in pattern.learned(LayerSizes(8)).values())
     given = inputs(layout)
     with pytest.raises(UnavailableError, match="returns no lse"):
         layer_of(layout, pattern).with_lse(call_of(layout, *given))

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from dit_accel.errors import UnavailableError
-from dit_accel.patterns import ChunkGrowth, Clustered, Pattern, Rectified, Routed, Skipping, SparseLinear
+from dit_accel.patterns import (
+    ChunkGrowth,
+    Clustered,
+    Pattern,
+    Rectified,
+    Routed,
+    Skipping,
+    SparseLinear,
+    VideoSparse,
+)
 from dit_accel.pipelines import family_of
 from dit_accel.recipe import adapter
+from dit_accel.runtime.layer_inputs import layer_sizes
 from dit_accel.runtime.switching import accelerated
 
 RUN = {"batch": 2, "cfg": 3.0, "steps": 3}
@@ -58,23 +68,27 @@ def test_skipping(case):
     chosen_by_content(case, Skipping(-0.05, block_size=(16, 16)))
 
 
-@pytest.mark.feature("Sparse-linear attention with a learned projection (`SparseLinear`)")
-def test_sparse_linear(case, cell, tmp_path):
-    """In both forms."""
+def learned_by_chance(case, pattern: Pattern, folder):
+    """An adapter of random weights that the pattern learns, for all layers."""
     transformer = case.make().transformer
-    head_dim = family_of(transformer).heads(transformer)[1]
-    generator, folder = torch.Generator().manual_seed(0), tmp_path / "sla"
-    forms = [SparseLinear(0.3, form, block_size=(16, 16)) for form in ("complement", "all")]
+    family, generator = family_of(transformer), torch.Generator().manual_seed(0)
+    heads, head_dim = family.heads(transformer)
     places = {module: name for name, module in transformer.named_modules()}
     learned = {
         places[module]: {
             name: torch.randn(x.shape, generator=generator) / head_dim
-            for name, x in forms[0].learned(head_dim).items()
+            for name, x in pattern.learned(layer_sizes(family, module, heads, head_dim)).items()
         }
-        for module in family_of(transformer).found_layers(transformer).values()
+        for module in family.found_layers(transformer).values()
     }
     adapter.write_weights(folder, {}, learned=learned)
-    for pattern in forms:
+    return folder
+
+
+def students(case, cell, patterns: list[Pattern], folder) -> None:
+    """Patterns with the same learned weights; Chroma's padded text would need their log-sum-exp."""
+    learned_by_chance(case, patterns[0], folder)
+    for pattern in patterns:
         if case.family != "chroma":
             chosen_by_content(case, pattern, adapter=folder)
             continue
@@ -83,3 +97,15 @@ def test_sparse_linear(case, cell, tmp_path):
         short = "padded text would need its log-sum-exp"
         with accelerated(pipe, recipe), cell.refused(UnavailableError, refused, short):
             pipe.transformer(**case.inputs())
+
+
+@pytest.mark.feature("Sparse-linear attention with a learned projection (`SparseLinear`)")
+def test_sparse_linear(case, cell, tmp_path):
+    """In both forms."""
+    forms = [SparseLinear(0.3, form, block_size=(16, 16)) for form in ("complement", "all")]
+    students(case, cell, forms, tmp_path / "sla")
+
+
+@pytest.mark.feature("Cubes, and their means by a learned gate (`VideoSparse`)")
+def test_video_sparse(case, cell, tmp_path):
+    students(case, cell, [VideoSparse(0.3, (1, 4, 4))], tmp_path / "vsa")
