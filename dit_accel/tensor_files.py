@@ -18,7 +18,8 @@ def write(path: Path, kind: str, tensors: dict[str, torch.Tensor], fields: dict[
     """Write tensors and fields (plain data) to a file, whole or not at all; `kind` names its format."""
     from safetensors.torch import save_file
 
-    tensors = {name: x.cpu().clone() for name, x in tensors.items()}  # one may be a part of another
+    whole = {"memory_format": torch.contiguous_format}
+    tensors = {name: x.cpu().clone(**whole) for name, x in tensors.items()}  # one may be a part of another
     described = json.dumps(fields)
     metadata = {"format": kind, "fields": described, "sha256": checksum(tensors, described)}
     with atomic(path) as temporary:

@@ -1,4 +1,4 @@
-"""Model families: what is known of FLUX, SD3, Wan and HunyuanVideo, and loading of pipelines."""
+"""Model families: what is known of diffusers' transformers, and loading of pipelines."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from dit_accel.arguments import shown
 from dit_accel.errors import UnavailableError
 from dit_accel.pipelines.families.base import Family
 
-OWN = ("hidden_states", "timestep", "return_dict")  # inputs of a transformer that training makes itself
+from .nested import is_plain, mapped
 
 
 class _Stopped(Exception):
@@ -26,15 +27,16 @@ class FirstCall:
     """The first call that a run makes of its transformer.
 
     Attributes:
-        shape: of one sample's `hidden_states`.
-        inputs: the other tensors, of one conditional sample, (1, ...), or as all samples share them.
+        shape: of what is denoised of one sample.
+        inputs: the others, of one conditional sample, tensors (1, ...) and lists of one, or as all samples
+            share them; such plain values as `nested` takes.
         levels: noise levels at which the steps of the run begin, from 1 downwards.
         per_token: shape of a timestep beyond the samples: () where there is one for each.
-        latents: what the run ended with, like `hidden_states`; None where it was stopped.
+        latents: what the run ended with, (1, *shape); None where it was stopped.
     """
 
     shape: tuple[int, ...]
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     levels: tuple[float, ...]
     per_token: tuple[int, ...]
     latents: torch.Tensor | None = None
@@ -50,6 +52,10 @@ def run(pipe: Any, family: Family, call: Mapping[str, Any], to_the_end: bool) ->
     Raises:
         UnavailableError: a run that is none of a flow from pure noise, or inputs that training cannot repeat.
     """
+    if family.distillation_refusal is not None:
+        raise UnavailableError(
+            f"models of the family {family.name!r} cannot be distilled: {family.distillation_refusal}"
+        )
     seen: dict[str, Any] = {}
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -59,59 +65,80 @@ def run(pipe: Any, family: Family, call: Mapping[str, Any], to_the_end: bool) ->
         if not to_the_end:
             raise _Stopped
 
-    latents = None
-    with pipe.transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True), torch.no_grad():
-        try:
-            result = pipe(**{**call, "output_type": "latent"})
-            latents = result.frames if hasattr(result, "frames") else result.images
-        except _Stopped:
-            pass
+    hook = pipe.transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    with hook, _last_step(pipe.scheduler) as last, torch.no_grad(), suppress(_Stopped):
+        pipe(**{**call, "output_type": "latent"})
     if not seen:
         raise RuntimeError(f"{type(pipe).__name__} never called its transformer")
     rows = family.conditional(pipe, seen)
-    noisy, timestep = seen["hidden_states"][rows], torch.as_tensor(seen["timestep"])
-    found = {
-        name: value if name in family.shared_inputs else value[rows]
-        for name, value in seen.items()
-        if name not in OWN and not _nothing(value) and _is_tensor(pipe, name, value)
-    }
+    noisy, timestep = family.denoised(pipe.transformer, seen)[rows], torch.as_tensor(family.timestep(seen))
     if len(noisy) != 1:
         raise UnavailableError(f"{type(pipe).__name__} ran {len(noisy)} samples for one prompt")
-    if latents is not None and latents.shape != noisy.shape:
+    latents = _like(noisy, last[0], pipe) if last else None
+    inputs = _others(pipe, family, seen, rows)
+    shape, per_token = tuple(noisy.shape[1:]), tuple(timestep.shape[1:])
+    return FirstCall(shape, inputs, _levels(pipe, family, timestep), per_token, latents)
+
+
+@contextmanager
+def _last_step(scheduler: Any) -> Iterator[list[torch.Tensor]]:
+    """Within, the latents after the latest step of a scheduler, as its pipeline steps them, in a list."""
+    step, last = scheduler.step, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+        return result
+
+    scheduler.step = recorded
+    try:
+        yield last
+    finally:
+        del scheduler.step
+
+
+def _like(noisy: torch.Tensor, latents: torch.Tensor, pipe: Any) -> torch.Tensor:
+    """What a scheduler stepped, in the shape of what the transformer is given of it."""
+    if noisy.squeeze().shape != latents.squeeze().shape:
         raise UnavailableError(
-            f"{type(pipe).__name__} denoises {tuple(noisy.shape)} and returns {tuple(latents.shape)}: it is "
-            "given more than noise and text, which is not supported yet"
+            f"{type(pipe).__name__} steps {tuple(latents.shape)} and gives its transformer "
+            f"{tuple(noisy.shape)}: it is given more than noise and text, which is not supported yet"
         )
-    first = {"inputs": {n: x.detach().clone() for n, x in found.items()}, "latents": latents}
-    shapes = tuple(noisy.shape[1:]), tuple(timestep.shape[1:])
-    return FirstCall(shapes[0], levels=_levels(pipe, family, timestep), per_token=shapes[1], **first)
+    return latents.detach().clone().view(noisy.shape)
+
+
+def _others(pipe: Any, family: Family, seen: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """The inputs that training repeats, of some samples."""
+    found = {}
+    for name, value in seen.items():
+        if name in (*family.denoised_inputs, "return_dict") or _nothing(value):
+            continue
+        if not is_plain(value) or name.startswith("timestep"):
+            raise UnavailableError(
+                f"{type(pipe).__name__} passes `{name}`={shown(value)} to its transformer, which training "
+                "cannot repeat"
+            )
+        own = isinstance(value, torch.Tensor) and name not in family.shared_inputs
+        value = value[rows] if own or name in family.listed_inputs else value
+        found[name] = mapped(value, lambda x: x.detach().clone())
+    return found
 
 
 def _nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, Mapping) and not value)
 
 
-def _is_tensor(pipe: Any, name: str, value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
-    raise UnavailableError(
-        f"{type(pipe).__name__} passes `{name}`={shown(value)} to its transformer, which training cannot "
-        "repeat"
-    )
-
-
 def _levels(pipe: Any, family: Family, timestep: torch.Tensor) -> tuple[float, ...]:
     """Noise levels of the scheduler's steps, each once."""
     scheduler = pipe.scheduler
-    if not family.pure_noise:
-        raise UnavailableError(
-            f"distillation needs timesteps that fall from pure noise to 0, which those of the family "
-            f"{family.name!r} do not"
-        )
-    total = scheduler.config.num_train_timesteps
-    levels = (scheduler.timesteps.double().cpu() / total).tolist()
+    config = scheduler.config
+    levels = (scheduler.timesteps.double().cpu() / config.num_train_timesteps).tolist()
+    if getattr(config, "invert_sigmas", False):
+        levels = [1 - level for level in levels]
     levels = [round(level, 6) for place, level in enumerate(levels) if not place or level < levels[place - 1]]
-    first = float(timestep.max()) / family.pure_noise
+    assert family.pure_noise is not None  # or it would be refused
+    first = float(timestep.max())
+    first = first / family.pure_noise if family.pure_noise else 1 - first / family.clean
     if not 0.9 <= levels[0] <= 1 or abs(first - levels[0]) > 0.01:
         raise UnavailableError(
             f"the {type(scheduler).__name__} of this {type(pipe).__name__} starts at {levels[0]:g} and the "

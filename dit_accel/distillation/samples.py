@@ -14,6 +14,7 @@ import torch
 
 from dit_accel import latents, tensor_files
 from dit_accel.arguments import shown
+from dit_accel.errors import UnavailableError
 from dit_accel.files import read_lines
 from dit_accel.json_files import check_same, plain, read_json, write_json
 from dit_accel.patterns import Dense
@@ -24,8 +25,9 @@ from dit_accel.training_loop import Draw
 
 from . import capture
 from .folders import Item, frames_of
+from .nested import has_tensors, put_together, taken_apart
 
-KIND = "dit-accel distillation sample 1"
+KIND = "dit-accel distillation sample 2"
 SETTINGS, EMPTY = "settings.json", "empty.safetensors"
 Prompt = str | Mapping[str, Any]
 
@@ -35,31 +37,35 @@ class Sample:
     """One sample: what a transformer denoises, and what else it is given.
 
     Attributes:
-        latents: without noise, (1, ...) as `hidden_states`.
-        inputs: other tensors, (1, ...) or as all samples share them.
+        latents: without noise, (1, ...) as the transformer is given them.
+        inputs: others, tensors (1, ...) and lists of one, or as all samples share them.
         levels: noise levels at which steps begin, from 1 downwards.
         per_token: shape of a timestep beyond the samples.
     """
 
     latents: torch.Tensor
-    inputs: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, Any]
     levels: tuple[float, ...]
     per_token: tuple[int, ...] = ()
 
     @property
     def shapes(self) -> tuple:
         """What samples of one forward pass must share."""
-        return self.latents.shape, self.per_token, tuple((n, x.shape) for n, x in sorted(self.inputs.items()))
+        inputs = ((n, getattr(x, "shape", None)) for n, x in sorted(self.inputs.items()))
+        return self.latents.shape, self.per_token, tuple(inputs)
 
     def with_text_of(self, other: Sample, family: Family) -> Sample:
         """The same latents with the text of another sample."""
-        kept = {name: x for name, x in self.inputs.items() if name in family.shared_inputs}
+        places = set(family.shared_inputs) - set(family.text_places)
+        kept = {name: x for name, x in self.inputs.items() if name in places or not has_tensors(x)}
         return replace(self, inputs={**other.inputs, **kept})
 
     def write(self, path: Path) -> None:
         """Into a file, whole or not at all."""
-        tensors = {"latents": self.latents, **{f"inputs.{name}": x for name, x in self.inputs.items()}}
-        fields = {"levels": list(self.levels), "per_token": list(self.per_token)}
+        found: list[torch.Tensor] = []
+        inputs = {name: taken_apart(value, found) for name, value in self.inputs.items()}
+        tensors = {"latents": self.latents, **{f"inputs.{place}": x for place, x in enumerate(found)}}
+        fields = {"levels": list(self.levels), "per_token": list(self.per_token), "inputs": inputs}
         tensor_files.write(path, KIND, tensors, fields)
 
     @classmethod
@@ -71,7 +77,8 @@ class Sample:
         """
         tensors, fields = tensor_files.read(path, KIND, "distillation sample", None)
         latents = tensors.pop("latents")
-        inputs = {name.removeprefix("inputs."): x for name, x in tensors.items()}
+        found = [tensors[f"inputs.{place}"] for place in range(len(tensors))]
+        inputs = {name: put_together(form, found) for name, form in fields["inputs"].items()}
         return cls(latents, inputs, tuple(fields["levels"]), tuple(fields["per_token"]))
 
 
@@ -206,7 +213,13 @@ def encoded(
 
     Raises:
         ValueError: pictures of a size that the model does not take, or videos with too few frames.
+        UnavailableError: a family whose latents are made otherwise.
     """
+    if not family.encodes:
+        raise UnavailableError(
+            f"how pipelines of the family {family.name!r} encode pictures is not known; give prompts, of "
+            "which the model generates its samples itself"
+        )
 
     def captured(item: Item, caption: str, frames: Any) -> capture.FirstCall:
         size = {"height": frames.shape[1], "width": frames.shape[2]}

@@ -15,6 +15,7 @@ from dit_accel.recipe.noise import NoiseRange
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.training_loop import Draw
 
+from .nested import equal, mapped
 from .samples import Sample, Samples
 from .settings import Settings
 from .student import Student
@@ -39,27 +40,38 @@ class Batch:
     levels: list[float] = field(default_factory=list)
     noise: list[torch.Tensor] = field(default_factory=list)
 
-    def takes(self, sample: Sample, dense: bool, shared: Sequence[str]) -> bool:
+    def takes(self, sample: Sample, dense: bool, family: Family) -> bool:
         """Whether a sample can be in the same forward pass."""
         first = self.samples[0]
         return (
             dense == self.dense
             and first.shapes == sample.shapes
-            and all(torch.equal(first.inputs[n], sample.inputs[n]) for n in shared if n in first.inputs)
+            and all(
+                equal(value, sample.inputs[name])
+                for name, value in first.inputs.items()
+                if name not in family.listed_inputs and not _is_own(name, value, family)
+            )
         )
 
     def inputs(self, family: Family, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Of the transformer's forward."""
         first, sigma = self.samples[0], torch.tensor(self.levels, dtype=torch.float32, device=device)
-        found = {
-            name: x if name in family.shared_inputs else torch.cat([one.inputs[name] for one in self.samples])
-            for name, x in first.inputs.items()
-        }
-        found = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in found.items()}
+
+        def placed(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None)
+
+        found = {name: mapped(self._joined(name, family), placed) for name in first.inputs}
         assert family.pure_noise is not None  # `capture` refuses such a family
-        timestep = (sigma * family.pure_noise).view(-1, *[1] * len(first.per_token))
-        timestep = timestep.expand(-1, *first.per_token)
-        return {**found, "hidden_states": self.noisy(device).to(dtype), "timestep": timestep}
+        timestep = sigma * family.pure_noise if family.pure_noise else family.clean * (1 - sigma)
+        timestep = timestep.view(-1, *[1] * len(first.per_token)).expand(-1, *first.per_token)
+        return family.with_denoised(found, self.noisy(device).to(dtype), timestep)
+
+    def _joined(self, name: str, family: Family) -> Any:
+        """An input of all samples."""
+        values = [one.inputs[name] for one in self.samples]
+        if name in family.listed_inputs:
+            return [entry for value in values for entry in value]
+        return torch.cat(values) if _is_own(name, values[0], family) else values[0]
 
     def noisy(self, device: torch.device) -> torch.Tensor:
         """(1 - level) latents + level noise, fp32."""
@@ -76,6 +88,11 @@ class Batch:
     def _pair(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         latents = torch.cat([one.latents for one in self.samples]).to(device, torch.float32)
         return latents, torch.cat(self.noise).to(device)
+
+
+def _is_own(name: str, value: Any, family: Family) -> bool:
+    """Whether an input is a tensor of each sample's own, and not shared by all."""
+    return isinstance(value, torch.Tensor) and name not in family.shared_inputs
 
 
 def noise_level(place: float, levels: Sequence[float], kind: str) -> float:
@@ -178,8 +195,7 @@ class Steps:
             level = noise_level(place, sample.levels, self.settings.levels)
             dense = is_dense(level, sample.levels, self.recipe)
             fits = (one for one in found if len(one.samples) < most)
-            shared = self.family.shared_inputs
-            batch = next((one for one in fits if one.takes(sample, dense, shared)), None)
+            batch = next((one for one in fits if one.takes(sample, dense, self.family)), None)
             if batch is None:
                 found.append(batch := Batch(dense))
             batch.samples.append(sample)

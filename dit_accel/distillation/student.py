@@ -111,6 +111,7 @@ class Student:
         self.taps = Taps({})
         with accelerated(transformer, recipe) as handle:
             binding = handle.bindings["transformer"]
+            self.family = binding.family
             self.layers, self.changed = dict(binding.modules), binding.sparse_layers
             layers, learned = _trained(binding, train)
         self.weights = Weights(layers, learned, rank, draw).to(binding.device)
@@ -147,7 +148,7 @@ class Student:
     def teacher(self, inputs: Mapping[str, Any], record: bool = True) -> tuple[torch.Tensor, Outputs]:
         """What the untouched model predicts, and its attention outputs."""
         with accelerated(self.transformer, Dense()), self._recording(record, dense=True) as found:
-            return self.transformer(**inputs, return_dict=False)[0].float(), found
+            return self._velocity(inputs), found
 
     @contextmanager
     def student(
@@ -167,13 +168,20 @@ class Student:
                 self.adapted.detach()
             try:
                 with self._recording(record, dense) as found:
-                    output = self.transformer(**inputs, return_dict=False)[0].float()
-                yield output, found
+                    velocity = self._velocity(inputs)
+                yield velocity, found
             finally:
                 if dense:
                     self.adapted.detach()
                 elif not adapter:
                     self.adapted.attach()
+
+    def _velocity(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Noise less latents, as the transformer predicts it, fp32."""
+        output = self.transformer(**inputs, return_dict=False)
+        sample = output if isinstance(output, torch.Tensor) else output[0]
+        predicted = self.family.predicted(sample).float()
+        return -predicted if self.family.toward_data else predicted
 
     def _recording(self, record: bool, dense: bool) -> AbstractContextManager[Outputs]:
         handle = self._handle
@@ -206,7 +214,9 @@ def _trained(
     seen: set[str] = set()
     for plan in (plan for plan in binding.layers if plan.heads):
         module = binding.modules[plan.name]
-        names = train or dict.fromkeys(name for pattern in plan.patterns for name in pattern.trained)
+        usual = dict.fromkeys(name for pattern in plan.patterns for name in pattern.trained)
+        projections = binding.family.projections
+        names = train or {*usual, *(projections[name] for name in usual if name in projections)}
         for name, part in module.named_modules():
             if name in names and isinstance(part, nn.Linear):
                 layers[f"{places[module]}.{name}"] = part

@@ -71,10 +71,16 @@ class Family:
         beside: what the tokens are that calls have beside picture and text, the layout's anchor, which are
             attended densely.
         shared_inputs: names of inputs of the transformer's forward that all samples of a call share, as they
-            say where tokens are.
+            say where tokens are; `text_places` are those of them that say it of text.
         pure_noise: the timestep that its transformers take for pure noise, noise level 1 of the flow; 0
             where they rise from it to `clean`; None: not known.
         clean: the timestep without noise where they rise.
+        toward_data: whether its transformers predict latents less noise, and not noise less latents.
+        listed_inputs: names of inputs of the transformer's forward that are lists of one entry a sample.
+        denoised_inputs: names of those that hold nothing but what is denoised, and its timestep.
+        distillation_refusal: why its models cannot be distilled (`dit_accel.distill`); None: they can.
+        encodes: whether `dit_accel.latents.encoded` makes of pictures what its pipelines denoise.
+        projections: what its layers call their linear layers, by the names that most models have for them.
     """
 
     name: str
@@ -93,8 +99,15 @@ class Family:
     hidden_config: Mapping[str, Any] = MappingProxyType({})
     beside: str = "of a reference image"
     shared_inputs: tuple[str, ...] = ()
+    text_places: tuple[str, ...] = ()
     pure_noise: float | None = 1000.0
     clean: float = 1000.0
+    toward_data: bool = False
+    listed_inputs: tuple[str, ...] = ()
+    denoised_inputs: tuple[str, ...] = ("hidden_states", "timestep")
+    distillation_refusal: str | None = None
+    encodes: bool = False
+    projections: Mapping[str, str] = MappingProxyType({})
 
     def matches(self, transformer: Any) -> bool:
         named = (self.transformer, *self.variants)
@@ -168,6 +181,16 @@ class Family:
         if guided and len(latents) == 2 * half and torch.equal(latents[:half], latents[half:]):
             return slice(half, 2 * half)
         return slice(0, len(latents))
+
+    def denoised(self, transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """What a call denoises, of all samples (B, ...), without what stands beside it in the same input."""
+        return inputs["hidden_states"]
+
+    def with_denoised(
+        self, inputs: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor
+    ) -> dict[str, Any]:
+        """Other inputs of a call with what it denoises, as of `denoised`, and timesteps, as of `timestep`."""
+        return inputs | {"hidden_states": latents, "timestep": timestep}
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         """The geometry of a call, from the inputs of the transformer's forward.

@@ -22,6 +22,7 @@ class ChronoEdit(Wan):
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
     originals = ("WanAttnProcessor",)
+    distillation_refusal = "they are given a picture to edit"
     upscaled_shift = None
 
     def rotary_module(self, transformer: Any) -> None:

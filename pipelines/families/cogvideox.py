@@ -70,6 +70,7 @@ class CogVideoX(Family):
     stays_dense = "text tokens"
     parallel_refusal = None
     pure_noise = None  # it is no flow
+    distillation_refusal = "they predict no flow"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.transformer_blocks)}

@@ -26,6 +26,8 @@ class Flux(Family):
     originals = ("FluxAttnProcessor",)
     stays_dense = "text tokens; Kontext's reference image"
     shared_inputs = ("img_ids", "txt_ids")
+    text_places = ("txt_ids",)
+    encodes = True
     pure_noise = 1.0
     parallel_refusal = None
     band_dim = 1

@@ -5,6 +5,7 @@ Reference images stand behind the picture: together they are the layout's anchor
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Flux2(Flux):
     originals = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
     stays_dense = "text tokens; reference images"
     beside = "of reference images"
+    shared_inputs = text_places = ()  # each sample has its own places
+    encodes = False
+    projections = MappingProxyType(
+        {"to_q": "to_qkv_mlp_proj", "to_out.0": "to_out"}
+    )  # of parallel blocks, with their MLP
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         if inputs.get("kv_cache_mode") is not None:

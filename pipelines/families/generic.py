@@ -33,6 +33,7 @@ class Generic(Family):
     name = "of no known family"
     moves_tokens = False
     pure_noise = None
+    distillation_refusal = "what their timesteps mean is not known"
 
     def __init__(self, layout: Layout):
         if not isinstance(layout, TokenLayout) and not callable(layout):

@@ -30,6 +30,7 @@ class Helios(Wan):
     variants = ()
     highres_refusal = "its positions beyond native size are not described"
     originals = ("HeliosAttnProcessor",)
+    distillation_refusal = "each chunk is given those before it"
     split_together = True
     gathered_per_layer = 3  # attention to video and to text, feed-forward
     stays_dense = "cross-attention to text; tokens of the history before a chunk"

@@ -25,6 +25,7 @@ class HunyuanImage(HunyuanVideo):
     transformer = "HunyuanImageTransformer2DModel"
     originals = ("HunyuanImageAttnProcessor",)
     stays_dense = "text tokens; the text's own refiner"
+    encodes = False
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         patch, shape = self.patch(transformer.config), inputs["hidden_states"].shape[2:]

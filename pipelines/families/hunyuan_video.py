@@ -28,6 +28,7 @@ class HunyuanVideo(Family):
     transformer = "HunyuanVideoTransformer3DModel"
     originals = ("HunyuanVideoAttnProcessor2_0",)
     stays_dense = "text tokens; the text's own refiner"
+    encodes = True
     parallel_refusal = None
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:

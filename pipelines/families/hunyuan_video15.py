@@ -42,6 +42,18 @@ class HunyuanVideo15(HunyuanVideo):
     processor = HunyuanVideo15Processor
     stays_dense = "tokens of text and of the given image; the text's own refiner"
     accelerates_dense = True
+    denoised_inputs = ("timestep",)
+    encodes = False
+
+    def denoised(self, transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Without the channels of a given image behind it."""
+        return inputs["hidden_states"][:, : transformer.config.out_channels]
+
+    def with_denoised(
+        self, inputs: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor
+    ) -> dict[str, Any]:
+        given = inputs["hidden_states"][:, latents.shape[1] :]
+        return super().with_denoised(inputs, torch.cat([latents, given], dim=1), timestep)
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}

@@ -6,6 +6,7 @@ flex attention over tokens in tiles; such calls are refused, as blocks would be 
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +29,26 @@ class Kandinsky5(Family):
     originals = ("Kandinsky5AttnProcessor",)
     stays_dense = "cross-attention to text; the text's own blocks"
     parallel_refusal = None
+    shared_inputs = ("visual_rope_pos", "text_rope_pos")
+    text_places = ("text_rope_pos",)
+    denoised_inputs = ("timestep",)
+    projections = MappingProxyType(
+        {"to_q": "to_query", "to_k": "to_key", "to_v": "to_value", "to_out.0": "out_layer"}
+    )
 
     def heads(self, transformer: Any) -> tuple[int, int]:
         dim = sum(transformer.config.axes_dims)
         return transformer.config.model_dim // dim, dim
+
+    def denoised(self, transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Without the channels of a given image behind it."""
+        return inputs["hidden_states"][..., : transformer.config.out_visual_dim]
+
+    def with_denoised(
+        self, inputs: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor
+    ) -> dict[str, Any]:
+        given = inputs["hidden_states"][..., latents.shape[-1] :]
+        return super().with_denoised(inputs, torch.cat([latents, given], dim=-1), timestep)
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         blocks = enumerate(transformer.visual_transformer_blocks)

@@ -28,6 +28,7 @@ class LTX2(LTXVideo):
     name = "ltx-2"
     transformer = "LTX2VideoTransformer3DModel"
     originals = ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor")
+    distillation_refusal = "they denoise sound beside the video"
     stays_dense = (
         "audio's self-attention; attention from video to audio, from audio to video and to text; tokens of "
         "keyframes and reference videos"

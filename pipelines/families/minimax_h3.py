@@ -42,6 +42,7 @@ class MiniMaxH3(Family):
         "text_indices",
     )  # fmt: skip
     pure_noise, clean = 0.0, 1.0
+    distillation_refusal = "they denoise sound beside the video"
 
     def timestep(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The video's, of those of all rows."""

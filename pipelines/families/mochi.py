@@ -59,6 +59,7 @@ class Mochi(Family):
     stays_dense = "text tokens"
     parallel_refusal = None
     pure_noise = 0.0
+    toward_data = True
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.transformer_blocks)}

@@ -34,6 +34,7 @@ class QwenImage(Family):
     pure_noise = 1.0
     parallel_refusal = None
     beside = "of given images"
+    listed_inputs = ("img_shapes",)
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}

@@ -48,6 +48,7 @@ class SD3(Family):
     originals = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor", _FUSED)
     processor = SD3Processor
     stays_dense = "text tokens"
+    encodes = True
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         blocks = list(enumerate(transformer.transformer_blocks))

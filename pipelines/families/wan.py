@@ -28,6 +28,7 @@ class Wan(Family):
     originals = ("WanAttnProcessor", "WanAttnProcessor2_0")
     parallel_refusal = None
     stays_dense = "cross-attention to text and to a given image"
+    encodes = True
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         layers = {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}

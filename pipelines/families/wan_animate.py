@@ -25,6 +25,7 @@ class WanAnimate(Wan):
     parallel_refusal = "its face adapter tells frames by the places of all tokens"
     originals = ("WanAttnProcessor",)
     stays_dense = "cross-attention to text and to the character's image; the face adapter"
+    distillation_refusal = "they are given a character and its motion"
     moves_tokens = False
 
     def rotary_module(self, transformer: Any) -> None:

@@ -37,6 +37,9 @@ class ZImage(Family):
     parallel_refusal = None
     split_together = True
     pure_noise = 1.0
+    toward_data = True
+    listed_inputs = ("cap_feats",)
+    denoised_inputs = ("x", "t")
 
     def heads(self, transformer: Any) -> tuple[int, int]:
         config = transformer.config
@@ -47,6 +50,20 @@ class ZImage(Family):
 
     def timestep(self, inputs: dict[str, Any]) -> torch.Tensor:
         return 1 - inputs["t"]  # which rises from 0
+
+    def conditional(self, pipeline: Any, inputs: dict[str, Any]) -> slice:
+        """The first half, where its pipeline guides."""
+        samples = len(inputs["x"])
+        guided = getattr(pipeline, "do_classifier_free_guidance", False) and samples % 2 == 0
+        return slice(0, samples // 2 if guided else samples)
+
+    def denoised(self, transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return torch.stack(_samples(inputs))
+
+    def with_denoised(
+        self, inputs: dict[str, Any], latents: torch.Tensor, timestep: torch.Tensor
+    ) -> dict[str, Any]:
+        return inputs | {"x": list(latents), "t": 1 - timestep}
 
     def predicted(self, sample: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(sample)
