@@ -69,6 +69,7 @@ format: env ## put the style right
 bench: env ## block-sparse against scaled_dot_product_attention on this CPU, and how both scale
 	$(BIN)/python -m dit_accel.evals.benchmarks.scaling
 	$(BIN)/python -m dit_accel.evals.benchmarks.attention
+	$(BIN)/python -m dit_accel.evals.benchmarks.backward
 	$(BIN)/python -m dit_accel.evals.benchmarks.quantization
 
 # from the bare checkout, with the python that has torch and triton: nothing is installed

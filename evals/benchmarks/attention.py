@@ -181,15 +181,17 @@ def excess_error(
     return float((computed[:, :, rows] - exact).abs().max() / allowance)
 
 
-def interleaved(first: Callable, second: Callable, repeats: int) -> list[tuple[float, float, float]]:
+def interleaved(
+    first: Callable, second: Callable, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[tuple[float, float, float]]:
     """The 20%, 50% and 80% quantiles, in milliseconds, of two calls taken in turn after a warm-up each."""
     taken = ([], [])
     for repeat in range(-1, repeats):
         for run, times in zip((first, second), taken, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
             if repeat >= 0:
-                times.append((time.perf_counter() - start) * 1e3)
+                times.append((clock() - start) * 1e3)
     return [tuple(torch.tensor(t).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()) for t in taken]
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -110,8 +111,10 @@ def _write(path: Path, data: bytes, partial: Path) -> None:
 
 
 def _fingerprint(source: Path) -> str:
-    """Names what is compiled, how, and what for."""
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), processor().encode())
+    """Names what is compiled, with the files beside it that it includes, how, and what for."""
+    code = source.read_bytes()
+    included = (source.with_name(name.decode()) for name in re.findall(rb'(?m)^#include "(.+)"', code))
+    parts = (code, *(path.read_bytes() for path in included), " ".join(FLAGS).encode(), processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

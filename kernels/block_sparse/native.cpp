@@ -14,7 +14,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -51,7 +53,7 @@ inline void store(float* p, vec x) { *(loose*)p = x; }
 inline vec splat(float x) { return x - vec{}; }  // x + 0 would be an addition
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// 2^x for x <= 0 to a relative error of 1e-7, NaN for NaN. What would vanish in any sum with 1 is 0: denormal
+// 2^x for x below 127 to a relative error of 1e-7, NaN for NaN. What would vanish in any sum with 1 is 0: denormal
 // numbers are slow.
 inline vec exp2(vec x) {
   constexpr float magic = 12582912.0f + 127;  // 1.5 * 2^23: its low bits become round(x) + 127
@@ -173,6 +175,15 @@ struct Integers {
   }
 };
 
+// Which keys of a panel, from `i` vectors on into all, a row attends to: not 0.
+inline ivec shown(const Panel& panel, int64_t row, int64_t bits_stride, int i) {
+  ivec bit;
+  for (int j = 0; j < W; j++) bit[j] = 1 << j;
+  uint16_t bits = 0xffff;
+  if (panel.bits) memcpy(&bits, panel.bits + row * bits_stride, 2);
+  return (ivec{} + ((bits & panel.keep) >> (i * W % PANEL))) & bit;
+}
+
 // Scores of one row with KEYS keys to powers of two in place, below the row's largest so far. Whether one of
 // them is above that by `threshold`.
 template <class Scores>
@@ -180,19 +191,14 @@ __attribute__((always_inline)) inline bool soften(float* scores, const Panel* pa
                                                   int64_t row, int64_t bits_stride, Scores multiplied,
                                                   float threshold, float* top, float* sum, float* out,
                                                   int64_t width) {
-  ivec bit;
-  for (int i = 0; i < W; i++) bit[i] = 1 << i;
   vec x[VECTORS];
   for (int i = 0; i < VECTORS; i++) x[i] = multiplied(scores, i);
   if (masked)
     for (int i = 0; i < VECTORS; i++) {
       const Panel& panel = panels[i * W / PANEL];
       if (panel.full()) continue;
-      uint16_t bits = 0xffff;
-      if (panel.bits) memcpy(&bits, panel.bits + row * bits_stride, 2);
-      const ivec here = ivec{} + ((bits & panel.keep) >> (i * W % PANEL));
       if (panel.bias) x[i] += load(panel.bias + i * W % PANEL);
-      x[i] = (here & bit) != 0 ? x[i] : splat(-INFINITY);
+      x[i] = shown(panel, row, bits_stride, i) != 0 ? x[i] : splat(-INFINITY);
     }
   vec most = x[0];
   for (int i = 1; i < VECTORS; i++) most = larger(x[i], most);
@@ -226,7 +232,7 @@ inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename F
     for (int64_t i = 0; i < job.dim; i++) out[i] = Format::converted(result[i] * inverse);
   if (!lse) return;
   const float shift = Format::INT8 ? scratch.shift[r] : 0.0f;
-  *lse = sum == 0.0f ? -INFINITY : (top + log2f(sum) + shift) * float(M_LN2);
+  *lse = sum == 0.0f ? -INFINITY : float((double(top) + log2(double(sum)) + shift) * M_LN2);
 }
 
 // -- float32 ------------------------------------------------------------------------------------------------
@@ -234,6 +240,7 @@ inline void finish(const Job& job, const Scratch& scratch, int64_t r, typename F
 struct Single {
   typedef float type;
   static constexpr bool INT8 = false;
+  static constexpr int64_t PART = 128;  // of a row's channels
 
   static int64_t width(int64_t dim) { return rounded(dim, W); }
   static int64_t depth(int64_t) { return 0; }
@@ -254,25 +261,30 @@ struct Single {
     for (int64_t j = 0; j < count; j++) memcpy(packed + j * width(job.dim), v + j * stride, 4 * job.dim);
   }
 
-  // scores[m] = q[m] . k for R rows and all keys of the panels
+  // scores[m] = q[m] . k for R rows and all keys of the panels; long sums in parts, which round less
   template <int R>
   static void score(const float* q, int64_t stride, const float* const* k, int64_t dim, float* scores) {
     constexpr int at_once = N * W / PANEL;
     const float* rows[R];
     for (int m = 0; m < R; m++) rows[m] = q + m * stride;
-    for (int panel = 0; panel < PANELS; panel += at_once) {
-      vec sum[R][N] = {};
-      for (int64_t i = 0; i < dim; i++) {
-        vec keys[N];
-        for (int n = 0; n < N; n++) keys[n] = load(k[panel + n * W / PANEL] + i * PANEL + n * W % PANEL);
-        for (int m = 0; m < R; m++) {
-          const vec x = splat(rows[m][i]);
-          for (int n = 0; n < N; n++) sum[m][n] += x * keys[n];
+    for (int panel = 0; panel < PANELS; panel += at_once)
+      for (int64_t first = 0; first < dim; first += PART) {
+        const int64_t stop = std::min(first + PART, dim);
+        vec sum[R][N] = {};
+        for (int64_t i = first; i < stop; i++) {
+          vec keys[N];
+          for (int n = 0; n < N; n++) keys[n] = load(k[panel + n * W / PANEL] + i * PANEL + n * W % PANEL);
+          for (int m = 0; m < R; m++) {
+            const vec x = splat(rows[m][i]);
+            for (int n = 0; n < N; n++) sum[m][n] += x * keys[n];
+          }
         }
+        for (int m = 0; m < R; m++)
+          for (int n = 0; n < N; n++) {
+            float* to = scores + m * KEYS + panel * PANEL + n * W;
+            store(to, first == 0 ? sum[m][n] : load(to) + sum[m][n]);
+          }
       }
-      for (int m = 0; m < R; m++)
-        for (int n = 0; n < N; n++) store(scores + m * KEYS + panel * PANEL + n * W, sum[m][n]);
-    }
   }
 
   // out[m] += p[m] . v for R rows and C vectors of columns
@@ -310,8 +322,7 @@ struct Single {
 
   // out += scores . v for R rows
   template <int R>
-  static void weigh(const Values& values, const float* scores, int64_t wide, float* out) {
-    const float* const* v = values.of;
+  static void weigh(const float* const* v, const float* scores, int64_t wide, float* out) {
     int64_t column = 0;
     for (; column + N * W <= wide; column += N * W) add_columns<R, N>(scores, v, column, wide, out);
     if (N > 2 && wide - column == 3 * W) add_columns<R, 3>(scores, v, column, wide, out);
@@ -324,13 +335,13 @@ struct Single {
     const int64_t wide = width(job.dim);
     const float* s = scratch.scores;
     float* out = scratch.out + row * wide;
-    for (; rows >= M; rows -= M, s += M * KEYS, out += M * wide) weigh<M>(values, s, wide, out);
+    for (; rows >= M; rows -= M, s += M * KEYS, out += M * wide) weigh<M>(values.of, s, wide, out);
     switch (rows) {
-      case 5: return weigh<5>(values, s, wide, out);
-      case 4: return weigh<4>(values, s, wide, out);
-      case 3: return weigh<3>(values, s, wide, out);
-      case 2: return weigh<2>(values, s, wide, out);
-      case 1: return weigh<1>(values, s, wide, out);
+      case 5: return weigh<5>(values.of, s, wide, out);
+      case 4: return weigh<4>(values.of, s, wide, out);
+      case 3: return weigh<3>(values.of, s, wide, out);
+      case 2: return weigh<2>(values.of, s, wide, out);
+      case 1: return weigh<1>(values.of, s, wide, out);
     }
   }
 
@@ -344,7 +355,7 @@ struct Single {
       counts |= soften(scratch.scores + m * KEYS, panels, masked, row + m, job.block_k / 8,
                        Floats{job.factor}, job.pv_threshold, scratch.top + row + m,
                        scratch.sum + (row + m) * W, scratch.out + (row + m) * wide, wide);
-    if (counts) weigh<R>(values, scratch.scores, wide, scratch.out + row * wide);
+    if (counts) weigh<R>(values.of, scratch.scores, wide, scratch.out + row * wide);
   }
 
   static void begin(const Job&, int64_t, const float*, int64_t, Scratch&) {}
@@ -766,6 +777,13 @@ inline void add(const float* x, int64_t count, int64_t size, float* sums) {
   }
 }
 
+// Blocks of which a pooled key is the mean: those from `first` on that are dropped, or, alone, a whole group.
+struct Pool {
+  int64_t first, stop;
+  float inverse;  // of how many tokens
+  bool alone;
+};
+
 // The panels of one query block: full blocks first, then partial ones, then pooled keys.
 template <class Format>
 struct Panels {
@@ -776,6 +794,10 @@ struct Panels {
   const int32_t *full, *full_end, *part, *part_end, *tile;
   const uint8_t* dropped;
   int64_t plane, per_block, sub = 0, block = 0, valid_end;
+  struct {
+    Pool of[PANEL];
+    int count;
+  } pools[PANELS];  // of the panels of pooled keys, by their place
 
   Panels(const Job& job, Scratch& scratch, int64_t plane, int64_t row)
       : job(job), scratch(scratch), plane(plane), per_block(job.block_k / PANEL) {
@@ -816,7 +838,8 @@ struct Panels {
     int count = 0;
     while (block < job.groups * job.group_blocks && count < PANEL) {
       const bool alone = block % job.group_blocks == 0 && all_dropped(block);
-      const int64_t stop = block + (alone ? job.group_blocks : job.part_blocks), n = left(block, stop);
+      const int64_t first = block, stop = block + (alone ? job.group_blocks : job.part_blocks);
+      const int64_t n = left(block, stop);
       const float* sums = scratch.added;
       if (alone)
         sums = job.group_sums + (plane * job.groups + block / job.group_blocks) * 2 * stride;
@@ -829,9 +852,11 @@ struct Panels {
         k[count * dim + i] = Format::converted(sums[i] * inverse);
         v[count * dim + i] = Format::converted(sums[stride + i] * inverse);
       }
+      pools[place].of[count] = {first, stop, inverse, alone};
       bias[count++] = log2f(n);
     }
     if (count == 0) return false;
+    pools[place].count = count;
     for (int i = count; i < PANEL; i++) bias[i] = 0;
     const int64_t slot = scratch.first_slot + place;
     Format::pack_keys(job, plane, 0, k, dim, count, (type*)job.k_packed + slot * Format::k_size(dim));
@@ -883,6 +908,39 @@ struct Nothing {
   explicit Nothing(const Job&) {}
 };
 
+template <class T>
+inline const T* of_plane(const Job& job, const void* x, const int64_t* stride, int64_t plane) {
+  return (const T*)x + plane / job.heads * stride[0] + plane % job.heads * stride[1];
+}
+
+// Keys and values by panels, and with a tail their sums; for a team of threads.
+template <class Format>
+void pack(const Job& job) {
+  typedef typename Format::type type;
+  const int64_t planes = job.batch * job.heads, panels = panels_of(job), dim = job.dim;
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < planes * panels; item++) {
+    const int64_t plane = item / panels, key = item % panels * PANEL;
+    const int64_t count = std::clamp<int64_t>(job.kv_len - key, 0, PANEL);
+    const type* k = of_plane<type>(job, job.k, job.k_stride, plane) + key * job.k_stride[2];
+    const type* v = of_plane<type>(job, job.v, job.v_stride, plane) + key * job.v_stride[2];
+    type *k_packed = (type*)job.k_packed + item * Format::k_size(dim), *v_packed = (type*)job.v_packed + item * Format::v_size(dim);
+    Format::pack_keys(job, plane, key, k, job.k_stride[2], count, k_packed);
+    Format::pack_values(job, v, job.v_stride[2], count, v_packed);
+    if (job.dropped)
+      sum_panel<Format>(job, k, v, plane, key, count, job.sums + item * 2 * sum_stride(job));
+  }
+  if (!job.dropped) return;
+  const int64_t size = 2 * sum_stride(job), per_group = job.group_blocks * (job.block_k / PANEL);
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < planes * job.groups; item++) {
+    const int64_t first = item % job.groups * per_group;
+    float* sums = job.group_sums + item * size;
+    memset(sums, 0, 4 * size);
+    add(job.sums + (item / job.groups * panels + first) * size, std::min(per_group, panels - first), size, sums);
+  }
+}
+
 template <class Format, class Setting>
 void run(const Job& job) {
   typedef typename Format::type type;
@@ -890,7 +948,7 @@ void run(const Job& job) {
   const int64_t panels = panels_of(job), dim = job.dim;
   const int64_t k_size = Format::k_size(dim), v_size = Format::v_size(dim), width = Format::width(dim);
   const auto at = [&](const void* x, const int64_t* stride, int64_t plane) {
-    return (const type*)x + plane / job.heads * stride[0] + plane % job.heads * stride[1];
+    return of_plane<type>(job, x, stride, plane);
   };
 #pragma omp parallel num_threads(job.threads)
   {
@@ -899,27 +957,7 @@ void run(const Job& job) {
       for (int64_t plane = 0; plane < planes; plane++)
         Format::prepare(job, plane, at(job.q, job.q_stride, plane), at(job.k, job.k_stride, plane));
     }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < planes * panels; item++) {
-      const int64_t plane = item / panels, key = item % panels * PANEL;
-      const int64_t count = std::clamp<int64_t>(job.kv_len - key, 0, PANEL);
-      const type* k = at(job.k, job.k_stride, plane) + key * job.k_stride[2];
-      const type* v = at(job.v, job.v_stride, plane) + key * job.v_stride[2];
-      Format::pack_keys(job, plane, key, k, job.k_stride[2], count, (type*)job.k_packed + item * k_size);
-      Format::pack_values(job, v, job.v_stride[2], count, (type*)job.v_packed + item * v_size);
-      if (job.dropped)
-        sum_panel<Format>(job, k, v, plane, key, count, job.sums + item * 2 * sum_stride(job));
-    }
-    if (job.dropped) {
-      const int64_t size = 2 * sum_stride(job), per_group = job.group_blocks * (job.block_k / PANEL);
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < planes * job.groups; item++) {
-        const int64_t first = item % job.groups * per_group;
-        float* sums = job.group_sums + item * size;
-        memset(sums, 0, 4 * size);
-        add(job.sums + (item / job.groups * panels + first) * size, std::min(per_group, panels - first), size, sums);
-      }
-    }
+    pack<Format>(job);
     Setting setting(job);
     (void)setting;
     int64_t thread = 0;
@@ -961,9 +999,13 @@ void run(const Job& job) {
 
 }  // namespace
 
+#include "native_backward.h"
+
 extern "C" {
 
 void attend_float32(const Job* job) { run<Single, Nothing>(*job); }
+
+void gradients_float32(const GradientsJob* job) { run_gradients(*job); }
 
 #ifdef X86
 void attend_int8_float32(const Job* job) { run<Bytes<Single>, ConfiguredForBytes>(*job); }

@@ -1,4 +1,4 @@
-"""Block-sparse attention compiled for this CPU: calls `native.cpp`."""
+"""Block-sparse attention and its gradients compiled for this CPU: calls `native.cpp`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from dit_accel.errors import UnavailableError
 from dit_accel.masks.block_mask import BlockMask
 
 from . import cpp_library
-from .backward import gradients
 from .formats import key_group
 from .problem import Backend, Lengths, Problem
 from .quantized import LOG2_E
@@ -27,6 +26,7 @@ PRODUCTS = ("plain", "vnni", "amx")  # of int8, from slow to fast
 POOLED_AT_ONCE = 64  # keys that a thread packs
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_GRADIENTS = "gradients_float32"
 _FUNCTIONS = tuple(f"attend_{kind}{dtype}" for kind in ("", "int8_") for dtype in ("float32", "bfloat16"))
 
 
@@ -77,22 +77,99 @@ def attend(
     out = torch.empty_like(inputs[0])  # with q's strides, where they leave no gaps
     out = out if out.stride(3) == 1 else torch.empty(q.shape, dtype=dtype, device="cpu")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu") if problem.return_lse else None
-    job = _Job(
-        *map(torch.Tensor.data_ptr, (*inputs, *packed, out)),
+    threshold = math.inf if problem.pv_threshold is None else problem.pv_threshold
+    job = _job((*inputs, *packed, out), lse, mask, text_valid, tail, sums, scale, group, channels, threshold)
+    name = f"attend_{'int8_' if quantized else ''}{'bfloat16' if tiles else 'float32'}"
+    getattr(library, name)(ctypes.byref(job))
+    return out.to(q.dtype), lse
+
+
+@torch.compiler.disable
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    *,
+    scale: float,
+    text_valid: Lengths = None,
+    tail: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, in their dtype, in compiled code that computes in fp32.
+
+    The same on every run with the same number of threads; with another, sums may be of another order.
+
+    Args:
+        q, k, v, mask, scale, text_valid, tail: as of `block_sparse_attention`.
+        out, lse: what it returned, (batch, heads, seq_len, head_dim) and (batch, heads, seq_len).
+        dout, dlse: gradients of them; None: lse has none.
+    """
+    library, _ = _library()
+    given, threads = q.dtype, torch.get_num_threads()
+    q, k, v, out, dout = (
+        x.float() if x.stride(3) == 1 else x.float().contiguous() for x in (q, k, v, out, dout)
+    )
+    lse, dlse = lse.float().contiguous(), None if dlse is None else dlse.float().contiguous()
+    batch, heads, _, dim = q.shape
+    pooled = None if tail is None else Tail.of(mask)
+    mask = mask if pooled is None else pooled.whole or mask
+    planes, keys, stride = batch * heads, mask.num_cols * mask.block_size[1], -(-dim // 16) * 16
+    room = 0 if pooled is None else threads * POOLED_AT_ONCE
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+    packed = empty(planes * keys + room, 2 * stride), empty(planes * keys + room, stride)
+    dq = empty(*q.shape)
+    dk, dv = (empty(batch, heads, keys, stride) for _ in range(2))
+    apart, sums, passed = empty(threads - 1, 2, keys, stride), [], None
+    if pooled is not None:
+        sums = _sums(planes, planes * keys // PANEL, pooled, dim)
+        groups, blocks = pooled.dropped.shape[2:]
+        passed = empty(planes + threads - 1, groups * (blocks + 1), 2, stride)
+    job = _GradientsJob(
+        _job((q, k, v, *packed, out), lse, mask, text_valid, pooled, sums, scale),
+        *(None if x is None else x.data_ptr() for x in (dout, dlse, dq, dk, dv, apart, passed)),
+        *(_Strides(*x.stride()[:3]) for x in (dout, dq)),
+        scale,
+    )
+    library.gradients_float32(ctypes.byref(job))
+    dk, dv = (x[:, :, : mask.kv_len, :dim] for x in (dk, dv))
+    return dq.to(given), dk.to(given), dv.to(given)
+
+
+def _job(
+    tensors: tuple[Tensor, ...],
+    lse: Tensor | None,
+    mask: BlockMask,
+    text_valid: Lengths,
+    tail: Tail | None,
+    sums: list[Tensor],
+    scale: float,
+    group: int = 0,
+    channels: Tensor | None = None,
+    threshold: float = math.inf,
+) -> _Job:
+    """What the compiled code is told; `tensors` are q, k, v, room for packed keys and values, and out."""
+    q, k, v, _, _, out = tensors
+    batch, heads, _, dim = q.shape
+    return _Job(
+        *map(torch.Tensor.data_ptr, tensors),
         None if lse is None else lse.data_ptr(),
-        *(_Strides(*x.stride()[:3]) for x in (*inputs, out)),
+        *(_Strides(*x.stride()[:3]) for x in (q, k, v, out)),
         *mask.derived(_Launch, lambda: _Launch.of(mask, batch, heads), batch, heads).pointers,
         None if text_valid is None else text_valid.data_ptr(),
         *((None, None, None, 0, 0, 0) if tail is None else _of_tail(tail, sums)),
         *(batch, heads, mask.seq_len, mask.kv_len, dim, *mask.block_size, *mask.text),
-        threads,
+        torch.get_num_threads(),
         scale * LOG2_E,
         *(group, PRODUCTS.index(products()), None if channels is None else channels.data_ptr()),
-        math.inf if problem.pv_threshold is None else problem.pv_threshold,
+        threshold,
     )
-    name = f"attend_{'int8_' if quantized else ''}{'bfloat16' if tiles else 'float32'}"
-    getattr(library, name)(ctypes.byref(job))
-    return out.to(q.dtype), lse
 
 
 def _sums(planes: int, panels: int, tail: Tail, dim: int) -> list[Tensor]:
@@ -126,6 +203,17 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("group", "products")),
         ("channels", ctypes.c_void_p),
         ("pv_threshold", ctypes.c_float),
+    ]
+
+
+class _GradientsJob(ctypes.Structure):
+    """As in native_backward.h."""
+
+    _fields_ = [
+        ("job", _Job),
+        *((name, ctypes.c_void_p) for name in ("dout", "dlse", "dq", "dk", "dv", "apart", "pooled")),
+        *((name, _Strides) for name in ("dout_stride", "dq_stride")),
+        ("scale", ctypes.c_float),
     ]
 
 
@@ -164,12 +252,13 @@ def _reason() -> str | None:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled library, or None and the reason why there is none."""
     try:
-        library = cpp_library.load(_SOURCE, (*_FUNCTIONS, "has_tiles", "products"))
+        library = cpp_library.load(_SOURCE, (*_FUNCTIONS, _GRADIENTS, "has_tiles", "products"))
     except UnavailableError as error:
         return None, str(error)
-    for name in _FUNCTIONS:
+    for name in (*_FUNCTIONS, _GRADIENTS):
         function = getattr(library, name)
-        function.argtypes, function.restype = (ctypes.POINTER(_Job),), None
+        told = _GradientsJob if name == _GRADIENTS else _Job
+        function.argtypes, function.restype = (ctypes.POINTER(told),), None
     library.products.restype = ctypes.c_int64
     return library, None
 

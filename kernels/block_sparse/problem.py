@@ -91,7 +91,7 @@ class Backend:
         automatic_on: device types on which `"auto"` considers it, None for all.
         formats: values of `quantization` that it computes, beside None.
         backward: whether it has gradients.
-        gradients: what gives them from out and lse, as `backward.gradients` does; None: autograd, or nothing.
+        gradients: what gives them from out and lse, as `native.gradients` does; None: autograd, or nothing.
         traceable: whether `torch.compile` looks into it; if not, compiled code calls it as one operator.
         own_tail: whether `attend` computes the tail; if not, and always where numbers are quantized or values
             skipped, it is computed beside it, of the numbers as given, and merged.

@@ -87,7 +87,7 @@ def block_sizes(device: torch.device) -> dict[tuple[int, int], float]:
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *given: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward.gradients` by the kernels of `triton_backward`."""
+    """As `native.gradients`, by the kernels of `triton_backward`."""
     from . import triton_backward
 
     return triton_backward.gradients(q, k, v, mask, *given, **options)

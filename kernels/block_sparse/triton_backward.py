@@ -318,7 +318,7 @@ def gradients(
     text_valid: Lengths = None,
     tail: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, in their dtype: as `backward.gradients`, which says what is given."""
+    """Gradients of q, k and v, in their dtype: as `native.gradients`, which says what is given."""
     given = q.dtype
     if INTERPRETED and given == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
         q, k, v, out, dout = (x.float() for x in (q, k, v, out, dout))

@@ -141,6 +141,45 @@ def check_tail(case: Case, backend: str) -> None:
 LENGTHS = [
     Case(n, batch=2, dtype=t) for n in (1, 63, 128, 300, 1027) for t in (torch.float32, torch.bfloat16)
 ]
+
+
+def gradients(inputs, mask, valid, dout, dlse, **options):
+    """Of a loss that the output and the log-sum-exp, where it is finite, have a part in."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out, lse = block_sparse_attention(*inputs, mask, text_valid=valid, return_lse=True, **options)
+    lse = torch.where(lse.isfinite(), lse, 0.0)
+    loss = (out * dout.to(out.dtype)).sum() + (lse * dlse.to(lse.dtype)).sum()
+    return torch.autograd.grad(loss, inputs)
+
+
+def check_gradients(inputs, mask, valid, backend: str, tail: str | None = None, scale=None) -> None:
+    """Gradients are off by at most twice what the specification's in that dtype are, plus eps of the largest.
+
+    What a backend leaves unwritten is NaN.
+    """
+    q, generator = inputs[0], torch.Generator().manual_seed(3)
+    dout, dlse = (torch.randn(shape, generator=generator).to(q) for shape in (q.shape, q.shape[:3]))
+    given, options = (mask, valid, dout, dlse), {"tail": tail, "scale": scale}
+    expected = gradients([x.double() for x in inputs], *given, backend="reference", **options)
+    plain = gradients(inputs, *given, backend="reference", **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, device=q.device).isnan().all(), "results are not poisoned"
+        found = gradients(inputs, *given, backend=backend, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    eps = torch.finfo(q.dtype).eps
+    for name, one, other, truth in zip("qkv", found, plain, expected, strict=True):
+        assert one.dtype == q.dtype
+        assert one.shape == truth.shape
+        error, allowed = ((x - truth).abs().max().item() for x in (one, other))
+        allowed = 2 * allowed + eps * truth.abs().max().item()
+        assert error <= allowed, f"d{name}: error {error:.3g}, allowed {allowed:.3g}"
+    nothing = ~reference.dense_mask(mask, *q.shape[:2], valid).any(-1).expand(q.shape[:3])
+    if tail is None:
+        assert (found[0][nothing] == 0).all(), "a query that attends nothing has a gradient"
+
+
 VARIANTS = [
     Case(300, torch.float16),
     Case(300, torch.bfloat16, strided=True, batch=2),

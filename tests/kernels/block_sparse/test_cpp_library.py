@@ -104,6 +104,16 @@ def test_it_is_compiled_once_and_only_the_user_may_write_it(cache):
     assert not any(path.stat().st_mode & 0o077 for path in cache.folder.iterdir())
 
 
+def test_what_the_source_includes_counts(cache):
+    """Another file beside it is another library, the same one is not compiled again."""
+    header = cache.source.with_name("sample.h")
+    cache.source.write_text('#include "sample.h"\n')
+    for number, compiled in ((7, 1), (7, 1), (8, 2)):
+        header.write_text(f'extern "C" int answer() {{ return {number}; }}\n')
+        assert cache.answer() == number
+        assert cache.compiled == compiled
+
+
 def test_files_are_on_the_disk_before_they_have_their_names(cache, monkeypatch):
     events, fsync, replace = [], os.fsync, Path.replace
 

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 import torch
-from attention_cases import VARIANTS, Case, check, check_tail
+from attention_cases import VARIANTS, Case, check, check_gradients, check_tail
 
 from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sizes, block_sparse_attention, can_run
@@ -15,6 +15,10 @@ from dit_accel.kernels.block_sparse import backends, cpp_library, native
 X86 = platform.machine() in ("x86_64", "AMD64")
 ASKED = {"device": "cpu", "dtype": torch.float32, "head_dim": 64, "block_size": (64, 16)}
 CASES = [case for case in VARIANTS if case.block_size[1] % native.PANEL == 0]
+WITH_GRADIENTS = [
+    Case(600, dim=24, text=20, text_valid=(7,), density=0.01),
+    Case(263, batch=2, dim=40, extra_keys=33, per_head=True, per_sample=True),
+]
 CASES += [Case(1027, batch=2), Case(1027, torch.bfloat16), Case(63, dim=100), Case(130, dim=1)]
 
 
@@ -36,6 +40,9 @@ def test_every_width_of_vector(monkeypatch, flag):
     for case in CASES:
         check(case, "native")
     check_tail(Case(300, dim=40, heads=3, per_head=True, text=40, text_valid=(5,)), "native")
+    for case in WITH_GRADIENTS:
+        for tail in (None, "pooled"):
+            check_gradients(case.inputs(), case.mask(), case.valid(), "native", tail)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import Case
+from attention_cases import Case, check_gradients
 
 from dit_accel import BlockMask
 from dit_accel.kernels import block_sparse_attention, can_run
-from dit_accel.kernels.block_sparse import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("dit_accel.kernels.block_sparse.triton_backward")
@@ -27,47 +26,11 @@ CASES = {
 WITH_TAIL = [str(case) for case in CASES.values() if case.text or case.per_sample]
 
 
-def gradients(inputs, mask, valid, dout, dlse, **options):
-    """Of a loss that the output and the log-sum-exp, where it is finite, have a part in."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out, lse = block_sparse_attention(*inputs, mask, text_valid=valid, scale=0.3, return_lse=True, **options)
-    lse = torch.where(lse.isfinite(), lse, 0.0)
-    loss = (out * dout.to(out.dtype)).sum() + (lse * dlse.to(lse.dtype)).sum()
-    return torch.autograd.grad(loss, inputs)
-
-
-def compare(inputs, mask, valid, tail=None):
-    """Error at most twice that of the specification in the inputs' dtype, plus eps of the largest value.
-
-    What the kernels leave unwritten is NaN.
-    """
-    q, generator = inputs[0], torch.Generator().manual_seed(3)
-    dout, dlse = (torch.randn(shape, generator=generator).to(q) for shape in (q.shape, q.shape[:3]))
-    given = mask, valid, dout, dlse
-    expected = gradients([x.double() for x in inputs], *given, backend="reference", tail=tail)
-    plain = gradients(inputs, *given, backend="reference", tail=tail)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(8, device=q.device).isnan().all(), "results are not poisoned"
-        found = gradients(inputs, *given, backend="triton", tail=tail)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    eps = torch.finfo(q.dtype).eps
-    for name, one, other, truth in zip("qkv", found, plain, expected, strict=True):
-        assert one.dtype == q.dtype
-        assert one.shape == truth.shape
-        error, allowed = ((x - truth).abs().max().item() for x in (one, other))
-        allowed = 2 * allowed + eps * truth.abs().max().item()
-        assert error <= allowed, f"d{name}: error {error:.3g}, allowed {allowed:.3g}"
-    nothing = ~reference.dense_mask(mask, *q.shape[:2], valid).any(-1).expand(q.shape[:3])
-    if tail is None:
-        assert (found[0][nothing] == 0).all(), "a query that attends nothing has a gradient"
-
-
 def check(name, tail=None, device="cpu"):
     case = CASES[name]
     valid = None if case.text_valid is None else case.valid().to(device)
-    compare([x.to(device) for x in case.inputs()], case.mask().to(device), valid, tail)
+    inputs = [x.to(device) for x in case.inputs()]
+    check_gradients(inputs, case.mask().to(device), valid, "triton", tail, 0.3)
 
 
 def check_text_first():
@@ -75,7 +38,7 @@ def check_text_first():
     allowed = torch.ones(150, 150, dtype=torch.bool).tril(20)
     mask = BlockMask.from_token_mask(allowed, (64, 32), (0, 45))
     assert mask.num_full
-    compare(list(torch.randn(3, 2, 1, 150, 16)), mask, torch.tensor([45, 9]))
+    check_gradients(list(torch.randn(3, 2, 1, 150, 16)), mask, torch.tensor([45, 9]), "triton", scale=0.3)
 
 
 def check_layouts():
