@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -114,6 +114,18 @@ def _drawings() -> tuple[list[tuple[str, float]], torch.Tensor]:
     return keys, torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2).contiguous()
 
 
+@lru_cache(maxsize=2)
+def _spectra(height: int, width: int) -> torch.Tensor:
+    """Of the drawings, of the size that `_padded` gives pictures of this size: complex64 (N, 4, ...)."""
+    return torch.fft.rfft2(_drawings()[1], _padded(height, width)).conj()
+
+
+def _padded(height: int, width: int) -> tuple[int, int]:
+    """A size with room for half a drawing on all sides, whose transform is fast."""
+    border = _drawings()[1].shape[-1] - 1
+    return 8 * -(-(height + border) // 8), 8 * -(-(width + border) // 8)
+
+
 def _backdrop(picture: np.ndarray) -> np.ndarray:
     """The plane (H, W, 3) through most of a picture's pixels: what stands out is left out, step by step."""
     height, width, _ = picture.shape
@@ -131,14 +143,20 @@ def _backdrop(picture: np.ndarray) -> np.ndarray:
 def _search(difference: np.ndarray, backdrop: np.ndarray, only: str | None = None) -> tuple[_Match, float]:
     """The best match, and the share of its own difference from the backdrop that it explains."""
     keys, drawings = _drawings()
+    height, width, _ = difference.shape
+    spectra = _spectra(height, width)
     if only is not None:
         chosen = [index for index, key in enumerate(keys) if key[0] == only]
-        keys, drawings = [keys[index] for index in chosen], drawings[chosen]
+        keys, drawings, spectra = [keys[index] for index in chosen], drawings[chosen], spectra[chosen]
     tone = torch.from_numpy(backdrop.mean((0, 1)))
-    kernels = drawings[:, :3] - drawings[:, 3:] * tone[:, None, None]
-    energy = kernels.square().sum((1, 2, 3))
-    inputs = torch.from_numpy(difference).permute(2, 0, 1)[None]
-    product = F.conv2d(inputs, kernels, padding=kernels.shape[-1] // 2)[0]
+    energy = (drawings[:, :3] - drawings[:, 3:] * tone[:, None, None]).square().sum((1, 2, 3))
+    inputs = torch.from_numpy(difference).permute(2, 0, 1)
+    toned = (inputs * tone[:, None, None]).sum(0, keepdim=True)
+    inputs = torch.cat([inputs, -toned])
+    border, size = drawings.shape[-1] // 2, _padded(height, width)
+    seen = torch.fft.rfft2(F.pad(inputs, (border, 0, border, 0)), size)
+    # the correlation with each drawing less its coverage of the tone; conv2d would take four times as long
+    product = torch.fft.irfft2((seen * spectra).sum(1), size)[:, :height, :width]
     explained = 2 * product - energy[:, None, None]
     index, row, column = np.unravel_index(int(explained.argmax()), explained.shape)
     name, scale = keys[index]
