@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -18,37 +19,42 @@ def generate(cli_of):
     return cli_of("generate")
 
 
+def is_the_picture_of_one(generate, folder, recipe):
+    """Whether two.png of the folder is what one process makes."""
+    generate.run(*ARGUMENTS, "--recipe", recipe, "--device", "cpu", "--out", folder / "one.png")
+    one, two = (np.asarray(Image.open(folder / name)).astype(int) for name in ("one.png", "two.png"))
+    return np.abs(one - two).max() <= 1
+
+
+def shared(recipe, share, folder):
+    """The arguments after `python` of a process that makes two.png with another one."""
+    options = ["--recipe", str(recipe), "--device", "cpu", "--share", share, "--out", str(folder / "two.png")]
+    return ["-m", "dit_accel.cli", "generate", *ARGUMENTS, *options]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "recipe"), [("heads", "tiny-flux-routed"), ("rows", "tiny-flux-clear")])
-def test_two_processes_make_the_picture_of_one(generate, tmp_path, share, recipe):
-    if share == "rows":  # which has dense steps, and rows have none
-        recipe = tmp_path / "local.yaml"
-        recipe.write_text("attention: {pattern: Clear, radius: 6}\n")
+def test_two_processes_share_rows(generate, tmp_path):
+    recipe = tmp_path / "local.yaml"  # presets have dense steps, and rows have none
+    recipe.write_text("attention: {pattern: Clear, radius: 6}\n")
+    processes.launch(tmp_path, *shared(recipe, "rows", tmp_path))
+    assert is_the_picture_of_one(generate, tmp_path, recipe)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_share_heads(generate, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", "-m", "dit_accel.cli", "generate", *ARGUMENTS]
-    launch += [
-        "--recipe",
-        str(recipe),
-        "--device",
-        "cpu",
-        "--share",
-        share,
-        "--out",
-        str(tmp_path / "two.png"),
-    ]
+    command = [*launch, "--main_process_port", "0", *shared("tiny-flux-routed", "heads", tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    generate.run(*ARGUMENTS, "--recipe", recipe, "--device", "cpu", "--out", tmp_path / "one.png")
-    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
-    assert np.abs(one - two).max() <= 1
+    assert is_the_picture_of_one(generate, tmp_path, "tiny-flux-routed")
 
 
 def test_what_cannot_be_shared_is_one_line(generate, monkeypatch):
     assert "`--share` must be heads or rows" in generate.error(*ARGUMENTS, "--share", "pixels")
     assert "start them with `accelerate launch`" in generate.error(*ARGUMENTS, "--share", "heads")
     assert "needs a `--recipe`" in generate.error(*ARGUMENTS, "--share", "rows")
-    shared = ("--share", "heads", "--highres", "growing")
-    assert "do not go together" in generate.error(*ARGUMENTS, *shared)
+    both = ("--share", "heads", "--highres", "growing")
+    assert "do not go together" in generate.error(*ARGUMENTS, *both)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "would each make the same; give `--share heads` or `rows`" in generate.error(*ARGUMENTS)

@@ -1,11 +1,9 @@
 """HeadHunter: searches that were stopped and go on, and one in two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from painted_heads import PAIRS, darkness, draw, hunter, level
 
@@ -145,13 +143,9 @@ state.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(flux, tmp_path):
-    """`accelerate launch` on two CPU processes that go on after a round: log and images are those of one."""
+    """Two CPU processes that go on after a round: log and images are those of one."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--main_process_port", "0", tmp_path / "script.py", ROOT / "tests", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    processes.launch(tmp_path, tmp_path / "script.py", ROOT / "tests", tmp_path / "two")
 
     def generate(pipe, prompts, seeds):
         return draw(flux.run, pipe, prompts, seeds)
