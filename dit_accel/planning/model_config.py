@@ -19,6 +19,7 @@ from dit_accel.pipelines.families import families, family_named
 from dit_accel.pipelines.families.base import Family, Fill
 
 from .meta_values import EveryConditionHolds
+from .twins import counting
 
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
@@ -183,9 +184,7 @@ class ModelConfig:
 
     def count_flops(self, transformer: nn.Module, grid: Size) -> Flops:
         """The same, counted now, with whatever acts in the transformer."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as counter, EveryConditionHolds(), torch.no_grad():
+        with counting(transformer) as counter, EveryConditionHolds(), torch.no_grad():
             transformer(**self.inputs(transformer, grid, lambda *shape: torch.empty(shape, device="meta")))
         counts = counter.get_flop_counts()
         names = {module: name for name, module in transformer.named_modules()}
