@@ -102,6 +102,12 @@ class Cubes:
         sums = (x[:, :, :stop].unflatten(2, (self.count, self.size)) * own).sum(3, dtype=exact)
         return sums / self.sizes[:, None]
 
+    def means_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of the visual tokens x (B, H, V, D) in the order of calls."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        sums = x.new_zeros((*x.shape[:2], self.count, x.shape[3]), dtype=exact)
+        return sums.index_add(2, self.cube, x.to(exact)) / self.sizes[:, None]
+
     def every(self, chosen: torch.Tensor) -> torch.Tensor:
         """All blocks that are computed where these cubes are, bool (..., count, count): bool (..., R, R)."""
         blocks = len(self.exists) // self.size

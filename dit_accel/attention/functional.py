@@ -63,6 +63,7 @@ def attention(
         UnavailableError: what was asked for cannot run here; the message says why.
     """
     check_tail(tail, pattern)
+    check_format(quantization, pattern)
     if q.ndim != 4 or q.shape[2] != layout.seq_len:
         raise ValueError(
             f"`q` must have shape (batch, heads, seq, head_dim) with the {layout.seq_len} tokens of the "
@@ -110,6 +111,15 @@ def check_tail(tail: str | None, pattern: Pattern) -> None:
         )
     if tail is not None and pattern.own_tail:
         raise ValueError(f"{pattern} says itself which heads have a tail; use tail=None with it")
+
+
+def check_format(quantization: str | None, pattern: Pattern) -> None:
+    """Raise ValueError if it is a numeric format, and the pattern is not what kernels compute."""
+    if quantization is not None and not all(variant.blocks for variant in pattern.variants):
+        raise ValueError(
+            f"{pattern} is computed without the kernels that `quantization` is for, got {quantization!r}; "
+            "use quantization=None with it"
+        )
 
 
 @torch.compiler.disable

@@ -1,5 +1,6 @@
 """Patterns: which token pairs are computed."""
 
+from .agent import Agent
 from .base import AxisWise, OnlinePattern, Pattern, StaticPattern
 from .by_noise import ByNoise
 from .calibrated import Calibrated
@@ -8,6 +9,7 @@ from .chunk_growth import ChunkGrowth
 from .clear import Clear
 from .clustered import Clustered
 from .dense import Dense
+from .inline import InLine
 from .inward_window import InwardWindow
 from .local_global import LocalGlobal
 from .neighborhood import Neighborhood
@@ -22,6 +24,7 @@ from .sparse_videogen import SparseVideoGen, SpatialHead, TemporalHead
 from .video_sparse import VideoSparse
 
 __all__ = [
+    "Agent",
     "AxisWise",
     "ByNoise",
     "Calibrated",
@@ -30,6 +33,7 @@ __all__ = [
     "Clear",
     "Clustered",
     "Dense",
+    "InLine",
     "InwardWindow",
     "LocalGlobal",
     "Neighborhood",

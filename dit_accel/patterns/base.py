@@ -36,6 +36,7 @@ class Pattern:
 
     anchor_sees_visual = True
     online = False  # whether it is chosen by content
+    blocks = True  # whether kernels compute it, in blocks of pairs; if not, numeric formats are refused
     sparse = True  # whether it leaves anything out
     by_noise = False  # whether it is another one at other noise levels
     per_head = False  # whether each head sees its tokens in an order of its own

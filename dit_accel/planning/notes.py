@@ -60,7 +60,7 @@ def notes_of(
         notes.append(f"quantization in {name!r} is counted as {how}".rstrip())
     notes += [note for pattern in binding.recipe.patterns for note in pattern.notes]
     used = (variant for layer in binding.layers for p in layer.patterns for variant in p.variants)
-    if any(variant.online for variant in used):
+    if any(variant.online and variant.blocks for variant in used):
         notes.append("what it takes to choose by content in each call is not counted")
     if model_config.transformers > 1:
         notes.append(

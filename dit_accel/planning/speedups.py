@@ -84,7 +84,7 @@ def speedups(
     beside = flops_beside(binding, of_steps, flops) / rest
 
     def at(efficiency: float, paid: float, calls: float) -> tuple[float, float, float]:
-        attention = sparse / (paid / efficiency + calls + own + beside) if paid else 1.0
+        attention = sparse / (paid / efficiency + calls + own + beside) if paid + beside else 1.0
         dense = sparse + kept
         step = dense / (paid / efficiency + calls + own + beside + kept + more)
         return attention, step, 1 / (dense_share * (dense + more) / dense + (1 - dense_share) / step)

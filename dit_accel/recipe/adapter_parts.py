@@ -29,6 +29,8 @@ NOUNS = {
     POOLING: "pooling weights",
     "proj_l": "projections of linear attention",
     "to_gate_compress": "gates of the coarse branch",
+    "taps_in": "local kernels",
+    "taps_out": "local kernels",
 }  # of learned weights, by the first part of their names
 _WEIGHT = re.compile(r"([\w.]+\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out))\.(weight|bias)")
 _LEARNED = re.compile(rf"([\w.]+)\.processor\.((?:{'|'.join(NOUNS)})(?:\.\w+)?)")

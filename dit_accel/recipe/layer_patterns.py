@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dit_accel.attention.functional import check_tail
+from dit_accel.attention.functional import check_format, check_tail
 from dit_accel.errors import UnavailableError
 from dit_accel.layer_names import flat_indices
 from dit_accel.patterns import ChunkCausal, Dense, Pattern
@@ -117,6 +117,7 @@ def assign_patterns(recipe: Recipe, layers: list[str], heads: int) -> list[Layer
             given.append(LayerPatterns(name, tuple(p or Dense() for p in row), "", tail, format))
             for pattern in given[-1].patterns:
                 check_tail(tail, pattern)
+                check_format(format, pattern)
             online = [p for p in given[-1].patterns if any(one.online for one in p.variants)]
             if len(online) > 1:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dit_accel.attention.approximate import TAPS_IN
 from dit_accel.attention.call import LayerSizes
 from dit_accel.attention.pooled import POOLING
 from dit_accel.attention.sparse_linear import WEIGHT
@@ -64,6 +65,8 @@ def _said(shapes: Shapes) -> str:
 
 def _pattern(shapes: Shapes) -> str:
     """A pattern that takes them."""
+    if TAPS_IN in shapes:
+        return "`InLine()`"
     if GATE in shapes:
         return "`VideoSparse(...)`"
     return "`SparseLinear(...)`" if WEIGHT in shapes else f"`Clear(radius, downsample={shapes[POOLING][0]})`"

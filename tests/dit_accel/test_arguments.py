@@ -13,6 +13,7 @@ from dit_accel import TokenLayout, patterns
 from dit_accel.arguments import integer, shown
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import (
+    Agent,
     ByNoise,
     Calibrated,
     ChunkCausal,
@@ -20,6 +21,7 @@ from dit_accel.patterns import (
     Clear,
     Clustered,
     Dense,
+    InLine,
     InwardWindow,
     LocalGlobal,
     Neighborhood,
@@ -144,6 +146,12 @@ ARGUMENTS = {  # of every pattern, good ones
         "feature_map": st.sampled_from(["softmax", "elu", "relu"]),
         "negligible": st.floats(0, 0.99),
     },
+    Agent: {
+        "patch": st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)),
+        "exponent": st.floats(0, 1),
+        "shortcut": st.floats(0, 1),
+    },
+    InLine: {},
     VideoSparse: {
         "top_k": shares,
         "cube": st.sampled_from([(4, 4, 4), (1, 8, 8), (2, 4, 2)]),
@@ -199,6 +207,8 @@ def test_exact_or_refused(case, layout):
         assert exact.diagonal().all(), "a token that does not attend to itself"
         assert density == pytest.approx(exact.double().mean().item(), abs=1e-12)
         assert torch.equal(pattern.block_mask(layout, (16, 8)).to_token_mask(), exact)
+    elif not pattern.blocks:
+        assert 0 <= density <= 1
     elif isinstance(pattern, OnlinePattern):
         q, k = torch.randn(2, 1, 2, layout.seq_len, 8, generator=torch.Generator().manual_seed(0))
         assert 0 < density <= 1 + 1e-12

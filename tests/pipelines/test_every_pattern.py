@@ -25,6 +25,7 @@ from dit_accel import TokenLayout, patterns, pipelines
 from dit_accel.attention import online
 from dit_accel.layer_names import flat_indices
 from dit_accel.patterns import (
+    Agent,
     ByNoise,
     Calibrated,
     ChunkCausal,
@@ -32,6 +33,7 @@ from dit_accel.patterns import (
     Clear,
     Clustered,
     Dense,
+    InLine,
     InwardWindow,
     LocalGlobal,
     Neighborhood,
@@ -158,6 +160,10 @@ EXCLUDED = {
     ("image", TemporalHead): "in one frame places are raster order: it is SpatialHead",
     ("image", Rectified): "is more than a mask: dit_accel/patterns/test_rectified.py",
     ("video", Rectified): "is more than a mask: dit_accel/patterns/test_rectified.py",
+    ("image", Agent): "is no mask: dit_accel/patterns/test_maskless.py",
+    ("video", Agent): "is no mask: dit_accel/patterns/test_maskless.py",
+    ("image", InLine): "is no mask: dit_accel/patterns/test_maskless.py",
+    ("video", InLine): "is no mask: dit_accel/patterns/test_maskless.py",
     ("image", Calibrated): "is for one model and size: test_calibrations_of_every_family",
     ("video", Calibrated): "is for one model and size: test_calibrations_of_every_family",
     ("image", Skipping): "computes all in one step: dit_accel/attention/test_skipping.py",
@@ -515,7 +521,9 @@ def preset_cases() -> list:
     cases = []
     for name, info in tiny.INFO.items():
         for preset, recipe in presets(info.family).items():
-            if preset.startswith(f"{name}-") and not isinstance(recipe.attention, (Rectified, Skipping)):
+            if preset.startswith(f"{name}-") and not isinstance(
+                recipe.attention, (Agent, InLine, Rectified, Skipping)
+            ):
                 grid = small_grid(recipe.attention, info.video)
                 marks = [pytest.mark.slow] if math.prod(grid) > 1000 else []
                 cases.append(pytest.param(name, preset, grid, id=preset, marks=marks))

@@ -125,7 +125,7 @@ def test_every_pattern_is_here():
     public = {getattr(patterns, name) for name in patterns.__all__} - {patterns.Pattern}
     public = {pattern for pattern in public if not pattern.__subclasses__() or pattern is Clear}
     # in tests of their own
-    elsewhere = {"ByNoise", "Calibrated", "ChunkCausal", "ChunkGrowth"}
+    elsewhere = {"Agent", "ByNoise", "InLine", "Calibrated", "ChunkCausal", "ChunkGrowth"}
     elsewhere |= {"Clustered", "Rectified", "Routed", "Skipping", "SparseLinear", "VideoSparse"}
     here = {type(pattern).__name__ for pattern in [*STATIC.values(), SVG]}
     assert {pattern.__name__ for pattern in public} <= here | elsewhere

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_accel import TokenLayout
 from dit_accel.attention.call import AttentionCall, LayerSizes
 from dit_accel.attention.layer_masks import LayerMasks, layer_attention
-from dit_accel.patterns import Neighborhood, SparseLinear, VideoSparse
+from dit_accel.patterns import InLine, Neighborhood, SparseLinear, VideoSparse
 from dit_accel.planning.plan import plan
 from dit_accel.recipe.recipe import Recipe
 
@@ -16,6 +16,7 @@ STUDENTS = {
     "sparse-linear": SparseLinear(0.3, block_size=(32, 32)),
     "sparse-linear-all": SparseLinear(0.3, "all", block_size=(32, 32)),
     "video-sparse": VideoSparse(0.3, (2, 4, 4)),
+    "inline": InLine(),
 }
 
 
@@ -38,6 +39,8 @@ def test_it_is_what_pytorch_counts(pattern):
     layer = layer_attention([pattern], LayerMasks(LAYOUT, None, (32, 32), torch.device("cpu")))
     own = layer.pairs_beside(SIZES) * 4 * SIZES.head_dim * SIZES.heads
     added = counted(pattern, learned=True) - counted(pattern, learned=False)
+    if pattern == InLine():  # linear without learned weights too; its kernels are no products in PyTorch
+        added = counted(pattern, learned=False) + 18 * LAYOUT.visual_len * SIZES.head_dim * SIZES.heads
     if isinstance(pattern, VideoSparse):
         added += 2 * layer.cubes.count**2 * SIZES.head_dim * SIZES.heads
     assert own == pytest.approx(added, rel=2 / SIZES.head_dim)

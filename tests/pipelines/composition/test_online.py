@@ -7,8 +7,10 @@ import torch
 
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import (
+    Agent,
     ChunkGrowth,
     Clustered,
+    InLine,
     Pattern,
     Rectified,
     Routed,
@@ -85,14 +87,14 @@ def learned_by_chance(case, pattern: Pattern, folder):
     return folder
 
 
-def students(case, cell, patterns: list[Pattern], folder) -> None:
-    """Patterns with the same learned weights; Chroma's padded text would need their log-sum-exp."""
-    learned_by_chance(case, patterns[0], folder)
+def students(case, cell, patterns: list[Pattern], folder=None) -> None:
+    """Patterns with the same learned weights, or none; Chroma's padded text would need their log-sum-exp."""
+    adapted = {"adapter": learned_by_chance(case, patterns[0], folder)} if folder else {}
     for pattern in patterns:
         if case.family != "chroma":
-            chosen_by_content(case, pattern, adapter=folder)
+            chosen_by_content(case, pattern, **adapted)
             continue
-        pipe, recipe = case.make(), replace(case.recipe, attention=pattern, adapter=folder)
+        pipe, recipe = case.make(), replace(case.recipe, attention=pattern, **adapted)
         refused = r"mask of numbers.* `prompt_attention_mask` as booleans.* another pattern .*no lse"
         short = "padded text would need its log-sum-exp"
         with accelerated(pipe, recipe), cell.refused(UnavailableError, refused, short):
@@ -104,6 +106,16 @@ def test_sparse_linear(case, cell, tmp_path):
     """In both forms."""
     forms = [SparseLinear(0.3, form, block_size=(16, 16)) for form in ("complement", "all")]
     students(case, cell, forms, tmp_path / "sla")
+
+
+@pytest.mark.feature("Attention through agents (`Agent`)")
+def test_agent(case, cell):
+    students(case, cell, [Agent((1, 2, 2))])
+
+
+@pytest.mark.feature("Linear attention with learned local kernels (`InLine`)")
+def test_inline(case, cell, tmp_path):
+    students(case, cell, [InLine()], tmp_path / "inline")
 
 
 @pytest.mark.feature("Cubes, and their means by a learned gate (`VideoSparse`)")
