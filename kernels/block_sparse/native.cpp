@@ -924,7 +924,8 @@ void pack(const Job& job) {
     const int64_t count = std::clamp<int64_t>(job.kv_len - key, 0, PANEL);
     const type* k = of_plane<type>(job, job.k, job.k_stride, plane) + key * job.k_stride[2];
     const type* v = of_plane<type>(job, job.v, job.v_stride, plane) + key * job.v_stride[2];
-    type *k_packed = (type*)job.k_packed + item * Format::k_size(dim), *v_packed = (type*)job.v_packed + item * Format::v_size(dim);
+    type* k_packed = (type*)job.k_packed + item * Format::k_size(dim);
+    type* v_packed = (type*)job.v_packed + item * Format::v_size(dim);
     Format::pack_keys(job, plane, key, k, job.k_stride[2], count, k_packed);
     Format::pack_values(job, v, job.v_stride[2], count, v_packed);
     if (job.dropped)

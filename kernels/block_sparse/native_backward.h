@@ -230,7 +230,8 @@ inline void query_block(const GradientsJob& it, int64_t plane, int64_t row, cons
 inline std::vector<int64_t> runs(const Job& job, int64_t planes, int64_t rows) {
   const auto work = [&](int64_t item) {
     const int64_t at = job.group_of_plane[item / rows] * rows + item % rows;
-    return job.full_count[at] + job.part_count[at] + (job.dropped ? job.groups / (job.block_k / PANEL) : 0) + 1;
+    const int64_t means = job.dropped ? job.groups / job.block_k : 0;  // in blocks, at least
+    return job.full_count[at] + job.part_count[at] + means + 1;
   };
   int64_t all = 0, done = 0;
   for (int64_t item = 0; item < planes * rows; item++) all += work(item);
