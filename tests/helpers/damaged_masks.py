@@ -136,9 +136,12 @@ def outcome(path: Path, backend: str = "native") -> str:
     q, k, v = (torch.randn(*shape, n, 8, generator=generator) for n in lengths)
     if mask.block_size[1] % 16 and backend == "native":
         backend = "gather"
-    out, lse = block_sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = block_sparse_attention(*inputs, mask, backend=backend, return_lse=True)
     if not out.isfinite().all() or lse.isnan().any():
         raise AssertionError(f"{path}: the output is not finite")
+    if not all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), inputs)):
+        raise AssertionError(f"{path}: a gradient is not finite")
     return "attended"
 
 
@@ -146,7 +149,6 @@ def outcomes(folder: Path, seeds: range) -> Counter:
     """How often each came of damaged files, written to a folder one after another."""
     sound, found, path = masks(), Counter(), folder / "mask.safetensors"
     for seed in seeds:
-        path.unlink(missing_ok=True)  # to write over a file that has content takes ext4 20 times longer
         path.write_bytes(damaged(sound[seed % len(sound)], seed))
         found[outcome(path)] += 1
     return found
