@@ -17,13 +17,13 @@ class Command:
 
     def run(self, *arguments, code: int = 0):
         """The result, whose exit code must be `code`."""
-        from typer.testing import CliRunner
+        from command_line import invoke
 
         from dit_accel.cli import app
 
         line = [*self.words, *map(str, arguments)]
         with mock.patch.object(sys, "argv", ["dit-accel", *line]):  # results name their command
-            result = CliRunner().invoke(app, line)
+            result = invoke(app, line)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"

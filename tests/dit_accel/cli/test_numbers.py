@@ -4,8 +4,8 @@ import inspect
 import typing
 
 import pytest
+from command_line import invoke
 from typer.models import OptionInfo
-from typer.testing import CliRunner
 
 from dit_accel.cli import app
 from dit_accel.seeds import LARGEST_OPTION
@@ -62,7 +62,7 @@ def outcome(words, option, value, tmp_path):
         known = inspect.signature(function).parameters.get(name)
         if known and known.default is inspect.Parameter.empty:
             line += [f"--{name}", str(tmp_path / name)]
-    result = CliRunner().invoke(app, [*line, f"{name_of(option)}={value}"])
+    result = invoke(app, [*line, f"{name_of(option)}={value}"])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert "Traceback" not in result.stderr
@@ -104,7 +104,7 @@ def test_other_numbers_are_finite(words, option, tmp_path):
 @pytest.mark.parametrize("name", ["attributes", "", "attributes=3"])
 def test_minima_of_a_hunt_are_finite(name, value, tmp_path):
     line = ["hunt", *NEEDED["hunt"], "--out", str(tmp_path / "hunt"), "--at-least", f"{name}={value}"]
-    result = CliRunner().invoke(app, line)
+    result = invoke(app, line)
     assert result.exit_code == 1
     assert "`--at-least` must be OBJECTIVE=MINIMUM" in result.stderr
     assert not list(tmp_path.iterdir())

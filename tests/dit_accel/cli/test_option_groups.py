@@ -6,7 +6,7 @@ from typing import Annotated
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from command_line import invoke
 
 from dit_accel.cli.option_groups import Judging, grouped
 
@@ -29,7 +29,7 @@ def run():
         seen.append((name, pair, last))
 
     def call(*arguments: str):
-        result = CliRunner().invoke(app, arguments)
+        result = invoke(app, arguments)
         assert result.exit_code == 0, result.output
         return seen[-1] if seen else result.output
 
