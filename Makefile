@@ -49,7 +49,7 @@ docs: env ## write the tables of planned speed-ups and of several GPUs, and draw
 	$(BIN)/python -m dit_accel.evals.reports.scaling
 
 test: env ## all tests, on both cores
-	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 20
+	PYTHONPATH=.venv/tests OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 .PHONY: fuzz
 fuzz: env ## the tests of properties, with new random examples each time
