@@ -178,3 +178,14 @@ def test_fused_projections_are_refused(flux, tmp_path):
         pipe.transformer.fuse_qkv_projections()
         with pytest.raises(UnavailableError, match=r"call `unfuse_qkv_projections\(\)`"):
             flux.run(pipe, steps=1)
+
+
+def test_in_compiled_blocks_the_graph_breaks(wan, tmp_path):
+    """Where the layer's input is read; what is computed is the same."""
+    folder = fast_wan(wan, tmp_path / "fastwan")
+    pipe = wan.make()
+    with accelerated(pipe, Recipe(PATTERN, adapter=folder)):
+        expected = wan.run(pipe, steps=2)
+        for block in pipe.transformer.blocks:
+            block.compile(backend="eager")
+        torch.testing.assert_close(wan.run(pipe, steps=2), expected)
