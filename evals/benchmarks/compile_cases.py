@@ -38,6 +38,7 @@ class Case:
         format: quantized.
         part: of attention: the forward pass, or what gives dQ, or dK and dV.
         kernel: of those that compute it (`KERNELS`).
+        ping_pong: of the one in Gluon; that it is persistent changes its grid alone.
     """
 
     chip: str
@@ -48,6 +49,7 @@ class Case:
     format: str | None = None
     part: str = "forward"
     kernel: str = "pointer"
+    ping_pong: bool = False
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -79,8 +81,11 @@ def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
             for head_dim in head_dims:
                 if kernel != "gluon" or head_dim <= 128:
                     yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
-                if kernel == "tma" and keys == 64 and head_dim in GATED_HEAD_DIMS:
+                if keys == 64 and head_dim in GATED_HEAD_DIMS:
                     yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel)
+                if kernel == "gluon" and head_dim in GATED_HEAD_DIMS:
+                    yield Case(chip, head_dim, "bf16", text=True, kernel=kernel, ping_pong=True)
+                    yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel, ping_pong=True)
 
 
 GATE = tuple(

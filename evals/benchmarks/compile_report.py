@@ -140,11 +140,13 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
 
     if case.kernel != "pointer":
         other = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{case.kernel}")
-        config = getattr(triton_configs, f"{case.kernel}_config")(case.head_dim, case.block_size, gpu)
+        format = None if case.format is None else FORMATS[case.format]
+        config = getattr(triton_configs, f"{case.kernel}_config")(case.head_dim, case.block_size, gpu, format)
+        config |= {"PING_PONG": True} if case.ping_pong else {}
         codes = ()
-        if case.format is not None:
-            dim = triton_configs.padded_head_dim(case.head_dim)
-            codes = (_codes(q, FORMATS[case.format], case.block_size[1], dim),)
+        if format is not None:
+            dim = other.held_head_dim(case.head_dim)
+            codes = (_codes(q, format, case.block_size[1], dim),)
         return other._forward, *other.launch_arguments(
             q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
             case.block_size, mask.text, config, *codes,
@@ -244,7 +246,8 @@ def line(row: Row) -> str:
     """A row under `HEADER`."""
     case, options = row.case, row.options
     block, tile = (f"{a}x{b}" for a, b in (case.block_size, (options["TQ"], options["TK"])))
-    remarks = " ".join([*row.instructions, *row.products, *(f"<- {problem}" for problem in row.problems())])
+    remarks = [*row.instructions, *row.products, *["ping-pong"] * case.ping_pong]
+    remarks = " ".join([*remarks, *(f"<- {problem}" for problem in row.problems())])
     text = "yes" if case.text else "no"
     what = (
         f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} "

@@ -19,7 +19,7 @@ from dit_accel.patterns import Clear, Dense, Neighborhood, Pattern
 
 from .attention import BLOCK_SIZE
 from .job import Row
-from .launches import attend, block_size
+from .launches import allowed, attend, block_size
 from .peers import PROVIDERS, kernel
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -78,10 +78,12 @@ def check(
     dtype: torch.dtype,
     device: str,
     size: tuple[int, int] = BLOCK_SIZE,
+    relative: float | None = None,
 ) -> Row:
     """Errors of output and log-sum-exp as multiples of what is allowed, and whether it repeats to the bit.
 
-    Allowed is twice the error of dense attention under the same mask in the same dtype, plus eps.
+    Allowed is twice the error of dense attention under the same mask in the same dtype, plus eps; of
+    quantized attention a `relative` L1 error, and as much on average of the log-sum-exp.
     """
     mask, lengths, q, k, v = problem(geometry, head_dim, dtype, device, size)
     scale = head_dim**-0.5
@@ -98,6 +100,9 @@ def check(
     eps = torch.finfo(dtype).eps
     error = (out - exact).abs().max() / (2 * (plain - exact).abs().max() + eps)
     lse_error = (lse - exact_lse).abs().max() / (2 * (plain_lse - exact_lse).abs().max() + eps)
+    if relative is not None:
+        error = (out - exact).abs().sum() / exact.abs().sum() / relative
+        lse_error = (lse - exact_lse).abs().mean() / relative
     repeats = torch.equal(out, again) and torch.equal(lse, lse_again)
     return {
         "kind": "check", "geometry": geometry.name, "head_dim": head_dim,
@@ -160,7 +165,8 @@ def run(device: str, dtype: str, head_dims: list[int]) -> Iterator[Row]:
 
 def run_launch(device: str, launch: list[int], dtype: str, head_dims: list[int]) -> Iterator[Row]:
     """A kernel under one launch configuration, on blocks as it is for."""
-    run, size = partial(attend, Launch(*launch)), block_size(Launch(*launch))
+    chosen = Launch(*launch)
+    run, size, relative = partial(attend, chosen), block_size(chosen), allowed(chosen)
     for head_dim in head_dims:
         for geometry in GEOMETRIES if device == "cuda" else REHEARSAL:
-            yield {"launch": launch, **check(run, geometry, head_dim, DTYPES[dtype], device, size)}
+            yield {"launch": launch, **check(run, geometry, head_dim, DTYPES[dtype], device, size, relative)}

@@ -11,6 +11,7 @@ import torch
 
 from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse.formats import FORMATS, key_group
 from dit_accel.kernels.block_sparse.problem import Problem
 from dit_accel.kernels.block_sparse.triton_configs import launch_options
 from dit_accel.kernels.block_sparse.tuned import Launch
@@ -19,7 +20,7 @@ from dit_accel.masks.block_mask import BlockMask
 from .attention import BLOCK_SIZE, dtype_on, inputs, tflops, wrong
 from .cases import BY_NAME
 from .job import Row
-from .peers import kernel
+from .peers import ERRORS, kernel
 from .timing import measure
 
 GRID = (
@@ -27,17 +28,25 @@ GRID = (
     *(Launch(128, 64, 8, stages, "tma") for stages in (2, 3, 4)),
     Launch(64, 64, 4, 3, "tma"),
     *(Launch(128, 64, 8, stages, "gluon") for stages in (2, 3)),
+    *(Launch(128, 64, 8, 3, "gluon", 64, "none", *how) for how in ((True, False), (False, True))),
+    *(Launch(128, 64, 8, stages, "gluon", 64, "none", True, True) for stages in (2, 3)),
     *(Launch(128, 64, 8, stages, "pointer", 128) for stages in (5, 3)),
     *(Launch(128, keys, 8, stages, "tma", 128) for keys, stages in ((128, 2), (128, 3), (64, 3))),
+    *(Launch(128, 64, 8, stages, "pointer", 64, "int8") for stages in (5, 3)),
+    *(Launch(128, 64, 8, stages, "tma", 64, "int8") for stages in (2, 3)),
+    Launch(128, 64, 8, 2, "tma", 128, "int8"),
+    *(Launch(128, 64, 8, 3, "gluon", 64, "int8", both, both) for both in (False, True)),
 )
-REHEARSAL_GRID = (Launch(64, 64, 4, 3), Launch(64, 32, 4, 2))
+REHEARSAL_GRID = (Launch(64, 64, 4, 3), Launch(64, 32, 4, 2), Launch(64, 64, 4, 3, "pointer", 64, "int8"))
 
 
 def describe(launch: Launch) -> str:
     """A launch in a few characters, such as `128x64 w8 s2`."""
     what = f"{launch.rows}x{launch.keys} w{launch.warps} s{launch.stages}"
-    kernel = "" if launch.kernel == "pointer" else f" {launch.kernel}"
-    return what + kernel + ("" if launch.block_keys == 64 else f", blocks of {launch.block_keys} keys")
+    what += "" if launch.kernel == "pointer" else f" {launch.kernel}"
+    what += "" if launch.format == "none" else f" {launch.format}"
+    what += " ping-pong" * launch.ping_pong + " persistent" * launch.persistent
+    return what + ("" if launch.block_keys == 64 else f", blocks of {launch.block_keys} keys")
 
 
 def block_size(launch: Launch) -> tuple[int, int]:
@@ -60,14 +69,15 @@ def attend(
     """
     if kernel(q.device.type) != "triton":
         options = {"text_valid": text_valid, "return_lse": True, "backend": "gather"}
+        options["quantization"] = format_of(launch)
         out, lse = block_sparse_attention(q, k, v, mask, **options)
         return out, lse
     from dit_accel.kernels.block_sparse import triton_forward as forward
 
     text_valid = None if text_valid is None else text_valid.int().contiguous()
     options = launch_options(launch, mask.block_size)
-    if launch.kernel != "pointer":
-        return _by_another(launch.kernel, q, k, v, mask, text_valid, options)
+    if launch.kernel != "pointer" or launch.format != "none":
+        return _by_another(launch, q, k, v, mask, text_valid)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, arguments, options = forward.launch_arguments(
         q, k, v, out, lse, forward.mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
@@ -77,13 +87,32 @@ def attend(
     return out, lse
 
 
-def _by_another(kernel: str, q, k, v, mask: BlockMask, text_valid, options: dict[str, int]):
-    """By another kernel than that with pointers."""
-    problem = Problem.of(q, k, v, mask)
-    if (reason := can_run(f"triton-{kernel}", **vars(problem))) is not None:
+def _by_another(launch: Launch, q, k, v, mask: BlockMask, text_valid):
+    """By another kernel than that with pointers, or in a numeric format."""
+    name = "triton" if launch.kernel == "pointer" else f"triton-{launch.kernel}"
+    problem = Problem.of(q, k, v, mask, quantization=format_of(launch))
+    if (reason := can_run(name, **vars(problem))) is not None:
         raise UnavailableError(reason)
-    module = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{kernel}")
-    return module.attention(q, k, v, mask, scale=q.shape[3] ** -0.5, text_valid=text_valid, options=options)
+    given = {"scale": q.shape[3] ** -0.5, "text_valid": text_valid}
+    if launch.format != "none":
+        from dit_accel.kernels.block_sparse.triton_quantized import quantized_attention
+
+        format, (rows, keys) = FORMATS[launch.format], mask.block_size
+        given["options"] = launch_options(launch, (rows, key_group(keys)))
+        return quantized_attention(q, k, v, mask, format, kernel=launch.kernel, **given)
+    given["options"] = launch_options(launch, mask.block_size)
+    module = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{launch.kernel}")
+    return module.attention(q, k, v, mask, **given)
+
+
+def format_of(launch: Launch) -> str | None:
+    """The value of `quantization` that a launch is for."""
+    return None if launch.format == "none" else launch.format
+
+
+def allowed(launch: Launch) -> float | None:
+    """The error that a launch may have, relative L1 of normal inputs, if it is in a numeric format."""
+    return ERRORS.get(launch.format)
 
 
 def run(device: str, case: list[str], launch: list[int]) -> Iterator[Row]:
@@ -92,7 +121,7 @@ def run(device: str, case: list[str], launch: list[int]) -> Iterator[Row]:
     q, k, v, mask = inputs(chosen, device, block_size(which))
     call = partial(attend, which, q, k, v, mask)
     out, _ = call()
-    if not (error := wrong(q, k, v, mask, out)) <= 1:
+    if not (error := wrong(q, k, v, mask, out, allowed(which))) <= 1:
         yield {"kind": "wrong", "reason": f"error {error:.2f} times what is allowed, not timed"}
         return
     timed = measure(call, device)

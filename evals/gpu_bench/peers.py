@@ -149,7 +149,7 @@ PROVIDERS = {
         *(block_sparse(name, name, package="triton") for name in OTHER_KERNELS),
         block_sparse("gather", "gather"),
         *(quantized("triton", format, error, package="triton") for format, error in ERRORS.items()),
-        quantized("triton-tma", "int8", ERRORS["int8"], package="triton"),
+        *(quantized(name, "int8", ERRORS["int8"], package="triton") for name in OTHER_KERNELS),
         *(quantized("gather", format, error) for format, error in ERRORS.items()),
     )
 }

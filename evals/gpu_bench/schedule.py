@@ -27,7 +27,10 @@ PEERS = {  # on a CPU FlexAttention would compile for half a minute
     "cuda": ("flex", "flash-attn", "flash-attn-4", "fa4", "sageattention", "xformers"),
     "cpu": ("flash-attn",),
 }
-OTHERS = {"cuda": (*OTHER_KERNELS, "triton-tma-int8"), "cpu": ()}  # kernels of ours, where there are peers
+OTHERS = {  # kernels of ours, where there are peers
+    "cuda": (*OTHER_KERNELS, *(f"{name}-int8" for name in OTHER_KERNELS)),
+    "cpu": (),
+}
 QUANTIZED = {"cuda": tuple(ERRORS), "cpu": ("int8",)}  # formats of ours, where there are peers too
 SHAPES_WITH_PEERS = 3  # the first ones; FlexAttention compiles anew for each
 BACKWARD_PEERS = {"cuda": ("flex",), "cpu": ()}  # beside the yardsticks

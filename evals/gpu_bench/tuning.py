@@ -15,12 +15,12 @@ HOPELESS = 1.3  # times slower than the best on one case
 
 
 def choose(
-    rows: Iterable[Row], default: Launch, kernel: str = "pointer", block_keys: int = 64
+    rows: Iterable[Row], default: Launch, kind: tuple[str, int, str] | None = None
 ) -> tuple[Launch, float] | None:
-    """The fastest launch of a kernel on blocks of so many keys; None if it or the default was not measured.
+    """The fastest launch of a kind (`Launch.kind`, the default's), if it and the default were measured.
 
-    With how many times as many pairs per second it computes as the default, whose kernel and blocks may be
-    others. Of the launches measured on every case that the default was measured on, the one with the largest
+    With how many times as many pairs per second it computes as the default, which may be of another kind.
+    Of the launches measured on every case that the default was measured on, the one with the largest
     geometric mean.
     """
     rates: dict[Launch, dict[tuple, float]] = {}
@@ -32,7 +32,7 @@ def choose(
     gains = {
         launch: math.exp(sum(math.log(seen[case] / own[case]) for case in own) / len(own))
         for launch, seen in rates.items()
-        if seen.keys() >= own.keys() and (launch.kernel, launch.block_keys) == (kernel, block_keys)
+        if seen.keys() >= own.keys() and launch.kind == (kind or default.kind)
     }
     if not gains:
         return None
@@ -43,26 +43,26 @@ def choose(
 def promising(rows: Iterable[Row], case: Case, default: Launch) -> list[Launch]:
     """The default, and the launches that are near enough to the best on a case to be tried on the next.
 
-    The best of the same kernel on the same blocks.
+    The best of the same kind.
     """
     key = [case.name, case.preset]
     rates = {Launch(*row["launch"]): row["tflops"] for row in rows if row["case"] == key}
     most: dict[tuple, float] = {}
     for launch, rate in rates.items():
-        most[launch[4:]] = max(rate, most.get(launch[4:], rate))
-    near = [launch for launch, rate in rates.items() if rate * HOPELESS >= most[launch[4:]]]
+        most[launch.kind] = max(rate, most.get(launch.kind, rate))
+    near = [launch for launch, rate in rates.items() if rate * HOPELESS >= most[launch.kind]]
     return list(dict.fromkeys([default, *sorted(near, key=rates.get, reverse=True)]))
 
 
 def entries(rows: Iterable[Row], defaults: dict[int, Launch], machine: Row) -> list[Entry]:
-    """An entry for each head_dim, kernel and size of blocks that was measured, with the machine."""
+    """An entry for each head_dim and kind of launch that was measured, with the machine."""
     here, rows = machine["environment"], list(rows)
     gpu = here["gpus"][0]["name"] if here["gpus"] else here["cpu"]["name"]
     found = []
     for head_dim, default in defaults.items():
         measured = [row for row in rows if row["head_dim"] == head_dim]
-        for kernel, block_keys in product(KERNELS, RANGES["block_keys"]):
-            if (chosen := choose(measured, default, kernel, block_keys)) is None:
+        for kind in product(KERNELS, RANGES["block_keys"], RANGES["format"]):
+            if (chosen := choose(measured, default, kind)) is None:
                 continue
             launch, gain = chosen
             found.append(

@@ -8,6 +8,7 @@ from torch import Tensor
 from dit_accel.masks.block_mask import BlockMask
 
 from . import tma, triton, triton_configs
+from .formats import FORMATS
 from .problem import Backend, Lengths, Problem
 
 NAME = "triton-gluon"
@@ -18,8 +19,11 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, problem: Problem, *, scale: float, text_valid: Lengths
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`block_sparse_attention` by the kernel of `triton_gluon`; `UnavailableError` if it does not compile."""
-    from . import triton_gluon
+    from . import triton_gluon, triton_quantized
 
+    if problem.quantization is not None:
+        format, options = FORMATS[problem.quantization], {"scale": scale, "text_valid": text_valid}
+        return triton_quantized.quantized_attention(q, k, v, mask, format, kernel="gluon", **options)
     return triton_gluon.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
 
 
@@ -51,6 +55,7 @@ BACKEND = Backend(
     attend,
     dtypes=(torch.float16, torch.bfloat16),
     condition=condition,
+    formats=tma.BACKEND.formats,
     backward=True,
     gradients=triton.gradients,
 )

@@ -28,10 +28,10 @@ def attend(
     from . import triton_forward, triton_quantized
 
     options = {"scale": scale, "text_valid": text_valid, "pv_threshold": problem.pv_threshold}
+    name = "pointer" if triton_forward.INTERPRETED else _kernel(q, k, v, problem)
     if problem.quantization is not None:
         format = FORMATS[problem.quantization]
-        return triton_quantized.quantized_attention(q, k, v, mask, format, **options)
-    name = "pointer" if triton_forward.INTERPRETED else _kernel(q, k, v, problem)
+        return triton_quantized.quantized_attention(q, k, v, mask, format, kernel=name, **options)
     if name != "pointer":
         other = importlib.import_module(f"{__package__}.triton_{name}")
         return other.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
@@ -39,20 +39,20 @@ def attend(
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str:
-    """Which kernel computes a problem in 16 or 32 bits: the fastest measured, where it can as things are.
+    """Which kernel computes a problem: the fastest measured in its format, where it can as things are.
 
     That with pointers where nothing was measured, in code that `torch.compile` looks into, with a threshold,
     and on tensors that the copy engine could not read without a copy of them.
     """
     if torch.compiler.is_compiling() or problem.pv_threshold is not None:
         return "pointer"
-    gpu = triton_configs.gpu(problem.device)
-    name = triton_configs.fastest_kernel(problem.head_dim, problem.dtype, problem.block_size, gpu)
+    gpu, format = triton_configs.gpu(problem.device), problem.quantization
+    name = triton_configs.fastest_kernel(problem.head_dim, problem.dtype, problem.block_size, gpu, format)
     if name == "pointer":
         return name
     from .triton_tma import describable
 
-    if not all(map(describable, (q, k, v))):
+    if not all(map(describable, (q, k, v) if format is None else (v,))):  # q and k are made codes
         return "pointer"
     if name == "gluon" and (reason := _gluon_failure(problem)) is not None:
         _say_once("the Gluon kernel, measured to be the fastest, gives way to the TMA kernel: %s", reason)
@@ -66,7 +66,7 @@ def _gluon_failure(problem: Problem) -> str | None:
         from . import triton_gluon
     except (ImportError, AttributeError) as error:  # Gluon is experimental, and names in it move
         return f"this Triton has another Gluon ({error})"
-    return triton_gluon.failure(problem.head_dim, problem.dtype, problem.device)
+    return triton_gluon.failure(problem.head_dim, problem.dtype, problem.device, problem.quantization)
 
 
 @cache

@@ -54,7 +54,7 @@ TMA_CONFIGS = {
 
 # (largest padded head_dim), of the kernel for Hopper in Gluon: stages are the blocks of keys and values held
 GLUON_BLOCKS = (128, 64)  # the only ones that it takes
-GLUON_CONFIGS = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}
+GLUON_CONFIGS = dict.fromkeys((64, 128), tuned.Launch(128, 64, 8, 3, "gluon"))
 
 QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P and V have eight bits
     ("sm_80", 64): (128, 64, 4, 4),
@@ -122,26 +122,42 @@ def config(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: 
     return launch_options(launch or untuned(head_dim, dtype, gpu), block_size)
 
 
-def tma_config(head_dim: int, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
-    """The same of the kernel whose keys the copy engine fetches, in 16 bits."""
-    largest = max(padded_head_dim(head_dim), 64)
-    launch = None if isinstance(gpu, str) else tuned.find(gpu, 2, largest, "tma", block_size[1])
-    return launch_options(launch or tuned.Launch(*TMA_CONFIGS[chip(gpu), largest]), block_size)
+def tma_config(
+    head_dim: int, block_size: tuple[int, int], gpu: Gpu, format: Format | None = None
+) -> dict[str, int]:
+    """The same of the kernel whose keys the copy engine fetches, in 16 bits or a format: a group a step."""
+    launch = _measured(head_dim, block_size, gpu, "tma", format)
+    launch = launch or tuned.Launch(*TMA_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)])
+    keys = block_size[1] if format is None else key_group(block_size[1])
+    return launch_options(launch, (block_size[0], keys))
 
 
-def gluon_config(head_dim: int, block_size: tuple[int, int], gpu: Gpu) -> dict[str, int]:
+def gluon_config(
+    head_dim: int, block_size: tuple[int, int], gpu: Gpu, format: Format | None = None
+) -> dict[str, int]:
     """The same of the kernel for Hopper in Gluon, up to head_dim 128."""
-    largest = max(padded_head_dim(head_dim), 64)
-    launch = None if isinstance(gpu, str) else tuned.find(gpu, 2, largest, "gluon", block_size[1])
-    return launch_options(launch or tuned.Launch(*GLUON_CONFIGS[largest]), block_size)
+    launch = _measured(head_dim, block_size, gpu, "gluon", format)
+    return launch_options(launch or GLUON_CONFIGS[max(padded_head_dim(head_dim), 64)], block_size)
 
 
-def fastest_kernel(head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu) -> str:
+def _measured(
+    head_dim: int, block_size: tuple[int, int], gpu: Gpu, kernel: str, format: Format | None
+) -> tuned.Launch | None:
+    """The launch of a kernel that was measured on a GPU, of inputs in 16 bits."""
+    if isinstance(gpu, str):  # the table of what was measured knows compute capabilities alone
+        return None
+    largest, name = max(padded_head_dim(head_dim), 64), "none" if format is None else format.name
+    return tuned.find(gpu, 2, largest, kernel, block_size[1], name)
+
+
+def fastest_kernel(
+    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu, format: str | None = None
+) -> str:
     """Which kernel of the forward pass was measured to be the fastest on a GPU (`tuned.KERNELS`)."""
     if isinstance(gpu, str):
         return "pointer"
     largest = max(padded_head_dim(head_dim), 64)
-    name = tuned.fastest_kernel(gpu, dtype.itemsize, largest, block_size[1])
+    name = tuned.fastest_kernel(gpu, dtype.itemsize, largest, block_size[1], format or "none")
     return "tma" if name == "gluon" and block_size != GLUON_BLOCKS else name
 
 
@@ -153,11 +169,11 @@ def quantized_config(
     capability: tuple[int, int],
 ) -> dict[str, int]:
     """The same in a numeric format; where P is rounded, a step takes the keys of a group."""
-    largest = max(padded_head_dim(head_dim), 64)
     if format.weights is None:
-        launch = untuned(head_dim, dtype, capability)
+        measured = dtype.itemsize == 2 and _measured(head_dim, block_size, capability, "pointer", format)
+        launch = measured or untuned(head_dim, dtype, capability)
         return launch_options(launch, (block_size[0], key_group(block_size[1])))
-    launch = tuned.Launch(*QUANTIZED_CONFIGS[chip(capability), largest])
+    launch = tuned.Launch(*QUANTIZED_CONFIGS[chip(capability), max(padded_head_dim(head_dim), 64)])
     options = launch_options(launch, block_size)
     return options | {"TK": key_group(block_size[1])}
 
@@ -179,10 +195,16 @@ def _launch(options: tuple[int, int, int, int], gpu: Gpu) -> tuned.Launch:
 
 
 def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[str, int]:
-    """`TQ`, `TK`, `num_warps` and `num_stages` of a launch on a mask's blocks, which may be smaller."""
+    """`TQ`, `TK`, `num_warps` and `num_stages` of a launch on a mask's blocks, which may be smaller.
+
+    And, of the kernel in Gluon, `PING_PONG` and `PERSISTENT`.
+    """
     rows, keys, warps, stages, *_ = launch
     tq, tk = min(rows, block_size[0]), min(keys, block_size[1])
-    return {"TQ": tq, "TK": tk, "num_warps": max(4, warps * tq // rows), "num_stages": stages}
+    options = {"TQ": tq, "TK": tk, "num_warps": max(4, warps * tq // rows), "num_stages": stages}
+    if launch.kernel == "gluon":
+        options |= {"PING_PONG": launch.ping_pong, "PERSISTENT": launch.persistent}
+    return options
 
 
 def backward_configs(

@@ -31,7 +31,8 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from dit_accel.masks.block_mask import BlockMask
 
-from .triton_configs import config, gpu, padded_head_dim
+from .triton_configs import config, gpu
+from .triton_configs import padded_head_dim as held_head_dim
 
 # -- kernel --------------------------------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ def launch_arguments(
         scale * math.log2(math.e), pv_threshold, seq_len, kv_len, -(-seq_len // bq), heads,
         heads if len(groups) > 1 else 0, *text,
     )  # fmt: skip
-    sizes |= {"D": head_dim, "DP": padded_head_dim(head_dim), "BQ": bq, "BK": block_size[1], "ALIGN": align}
+    sizes |= {"D": head_dim, "DP": held_head_dim(head_dim), "BQ": bq, "BK": block_size[1], "ALIGN": align}
     return (order.shape[1] * (bq // options["TQ"]), batch), args, options | sizes
 
 

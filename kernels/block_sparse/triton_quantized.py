@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from dit_accel.masks.block_mask import BlockMask
 
-from . import triton_forward
+from . import triton_configs
 from .formats import Format, key_group
-from .triton_configs import padded_head_dim, quantized_config, tma_config
-from .triton_forward import (
-    INTERPRETED,
-    LAUNCH_OPTIONS,
-    addressable,
-    launch_arguments,
-    mask_arguments,
-    outputs,
-)
+from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, addressable, mask_arguments, outputs
 from .triton_quantize import quantize
 
 
@@ -31,45 +25,44 @@ def quantized_attention(
     text_valid: torch.Tensor | None,
     pv_threshold: float | None = None,
     kernel: str = "pointer",
+    options: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` in a numeric format, by one of the kernels that `tuned` names.
+    """`attention` in a numeric format, by one of the kernels that `tuned` names; `options` are a launch's.
 
-    `"tma"` computes formats whose values stay in 16 bits, without a threshold.
+    Others than `"pointer"` know no threshold, and only formats whose values stay in 16 bits.
+
+    Raises:
+        UnavailableError: the kernel in Gluon does not compile with this Triton; the message says why.
     """
     if INTERPRETED and q.dtype == torch.bfloat16:  # which the interpreter does not know
-        wide = (x.float() for x in (q, k, v))
-        options = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold, "kernel": kernel}
-        out, lse = quantized_attention(*wide, mask, format, **options)
+        wide, rest = (x.float() for x in (q, k, v)), {"kernel": kernel, "options": options}
+        given = {"scale": scale, "text_valid": text_valid, "pv_threshold": pv_threshold}
+        out, lse = quantized_attention(*wide, mask, format, **given, **rest)
         return out.to(q.dtype), lse
+    module = importlib.import_module(f"{__package__}.triton_{'forward' if kernel == 'pointer' else kernel}")
+    if kernel == "gluon":
+        module.check_that_it_compiles(q, format.name)
     q, k, v = addressable(q), addressable(k), addressable(v)
-    capability = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
-    group = key_group(mask.block_size[1])
+    if kernel != "pointer":
+        from .triton_tma import copied, describable
+
+        v = v if describable(v) else copied(v)
+    gpu = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
+    if options is None and kernel == "pointer":
+        options = triton_configs.quantized_config(q.shape[3], q.dtype, format, mask.block_size, gpu)
+    elif options is None:
+        config = getattr(triton_configs, f"{kernel}_config")
+        options = config(q.shape[3], mask.block_size, gpu, format)
     given = quantize(
-        q, k, v, format, group=group, dim=padded_head_dim(q.shape[3]), scale=scale,
-        text=mask.text, text_valid=text_valid,
+        q, k, v, format, group=key_group(mask.block_size[1]), dim=module.held_head_dim(q.shape[3]),
+        scale=scale, text=mask.text, text_valid=text_valid,
     )  # fmt: skip
     out, lse = outputs(q)
-    if kernel == "tma":
-        launch_by_tma(q, k, v, out, lse, mask, text_valid, given, capability)
-        return out, lse
-    grid, args, options = launch_arguments(
-        q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, scale, mask.block_size, mask.text,
-        quantized_config(q.shape[3], q.dtype, format, mask.block_size, capability), given, format.weights,
-        pv_threshold,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        triton_forward._forward[grid](*args, **options, **LAUNCH_OPTIONS)
-    return out, lse
-
-
-def launch_by_tma(q, k, v, out, lse, mask: BlockMask, text_valid, given, capability: tuple[int, int]) -> None:
-    """The kernel whose keys the copy engine fetches, of codes, a group of keys a step."""
-    from . import triton_tma
-
-    v = v if triton_tma.describable(v) else triton_tma.copied(v)
-    grid, args, options = triton_tma.launch_arguments(
+    of_values = (format.weights, pv_threshold) if kernel == "pointer" else ()
+    grid, args, chosen = module.launch_arguments(
         q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, 1.0, mask.block_size, mask.text,
-        tma_config(q.shape[3], (mask.block_size[0], given.group), capability), given,
+        options, given, *of_values,
     )  # fmt: skip
     with torch.cuda.device_of(q):
-        triton_tma._forward[grid](*args, **options, **LAUNCH_OPTIONS)
+        module._forward[grid](*args, **chosen, **LAUNCH_OPTIONS)
+    return out, lse

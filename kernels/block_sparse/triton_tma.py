@@ -25,7 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.masks.block_mask import BlockMask
 
-from .triton_configs import gpu, padded_head_dim, tma_config
+from .triton_configs import gpu, tma_config
+from .triton_configs import padded_head_dim as held_head_dim
 from .triton_forward import (
     INTERPRETED,
     LAUNCH_OPTIONS,
@@ -45,7 +46,7 @@ ALIGNED = 16  # bytes: of the first number of a tensor, and of every stride
 
 
 @triton.jit
-def _box(desc, b, h, row, ROWS: tl.constexpr, DP: tl.constexpr):
+def box(desc, b, h, row, ROWS: tl.constexpr, DP: tl.constexpr):
     """Rows from `row` on of one head: [ROWS, DP]."""
     return desc.load([b, h, row, 0]).reshape([ROWS, DP])
 
@@ -63,7 +64,7 @@ def _stream(
     """
     for i in range(first * SPLIT, last * SPLIT):
         start = (tl.load(idx_ptr + i // SPLIT) * SPLIT + i % SPLIT) * TK
-        k = _box(k_desc, b, h, start, TK, DP)
+        k = box(k_desc, b, h, start, TK, DP)
         s = tl.dot(q, tl.trans(k))  # [TQ, TK]
         factor = scale
         if GROUP:
@@ -80,7 +81,7 @@ def _stream(
         p = powers(s, factor, m_new, GROUP and PARTIAL)
         alpha = tl.exp2(m - m_new)
         total = total * alpha + tl.sum(p, 1)
-        v = _box(v_desc, b, h, start, TK, DP)
+        v = box(v_desc, b, h, start, TK, DP)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])  # [TQ, DP]
         m = m_new
     return acc, m, total
@@ -104,7 +105,7 @@ def _forward(
     in_block = tl.program_id(0) % (BQ // TQ) * TQ + tl.arange(0, TQ)
     rows = block * BQ + in_block
     d = tl.arange(0, DP)
-    q = _box(q_desc, b, h, block * BQ + tl.program_id(0) % (BQ // TQ) * TQ, TQ, DP)
+    q = box(q_desc, b, h, block * BQ + tl.program_id(0) % (BQ // TQ) * TQ, TQ, DP)
     if GROUP:
         head = b.to(tl.int64) * heads + h
         scale = tl.load(q_scale_ptr + head * QUERIES + rows)  # [TQ]
@@ -238,11 +239,12 @@ def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
 def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None):
     """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`; v stays in 16 bits."""
     order, groups = mask[:2]
-    (batch, heads, seq_len, head_dim), bq, dim = q.shape, block_size[0], padded_head_dim(q.shape[3])
+    (batch, heads, seq_len, head_dim), bq, dim = q.shape, block_size[0], held_head_dim(q.shape[3])
     align = 8 if all(stride % 8 == 0 for stride in out.stride()[:3]) else 1
     extra, sizes = [None] * 3, {"GROUP": None, "QUERIES": None, "KEYS": None}
     if quantized is not None:
-        q, k, extra = quantized.q, quantized.k, [quantized.q_scale, quantized.k_scale, quantized.shift]
+        q, k, v = quantized.q, quantized.k, quantized.v
+        extra = [quantized.q_scale, quantized.k_scale, quantized.shift]
         sizes = {"GROUP": quantized.group, "QUERIES": q.shape[2], "KEYS": k.shape[2]}
     args = (
         descriptor(q, options["TQ"], dim), *(descriptor(x, options["TK"], dim) for x in (k, v)),

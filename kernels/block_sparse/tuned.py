@@ -26,6 +26,9 @@ RANGES = {  # what an entry may say; rows and keys divide every block of a mask,
     "keys": (32, 64, 128),
     "warps": (4, 8),
     "stages": (1, 2, 3, 4, 5, 6, 7, 8),
+    "format": ("none", "int8"),  # "none": the numbers' own
+    "ping_pong": (False, True),
+    "persistent": (False, True),
 }
 REMEDY = "delete it, or measure again with `python -m dit_accel.evals.gpu_bench`"
 
@@ -33,7 +36,9 @@ REMEDY = "delete it, or measure again with `python -m dit_accel.evals.gpu_bench`
 class Launch(NamedTuple):
     """Query rows and keys that a program takes at a time, its warps, and the stages of its pipeline.
 
-    Of which kernel, and on masks whose blocks have how many keys: 64, or 128.
+    Of which kernel, on masks whose blocks have how many keys, 64 or 128, and in which numeric format. What
+    the kernel in Gluon may do besides: `ping_pong`, its two groups of warps take turns at the tensor cores;
+    `persistent`, a program for each multiprocessor takes tile after tile.
     """
 
     rows: int
@@ -42,6 +47,14 @@ class Launch(NamedTuple):
     stages: int
     kernel: str = "pointer"
     block_keys: int = 64
+    format: str = "none"
+    ping_pong: bool = False
+    persistent: bool = False
+
+    @property
+    def kind(self) -> tuple[str, int, str]:
+        """What it is the launch of: kernel, keys of a block, format. The fastest of each is kept."""
+        return self.kernel, self.block_keys, self.format
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,11 @@ class Entry:
         capability: as in `"9.0"`.
         kernel: one of `KERNELS`.
         block_keys: of the masks that it was measured on; 64 stands for fewer as well.
+        element_bytes: of the inputs, whatever the format.
+        format: of `quantization`, or `"none"`.
+        ping_pong, persistent: as of `Launch`.
         gain: times as many pairs of a query and a key per second as the kernel with pointers under its own
-            table on blocks of 64 keys, the geometric mean over some shapes.
+            table on blocks of 64 keys and without a format, the geometric mean over some shapes.
         gpu, torch, triton, cuda, commit: what it was measured with.
     """
 
@@ -72,12 +88,17 @@ class Entry:
     commit: str
     kernel: str = "pointer"
     block_keys: int = 64
+    format: str = "none"
+    ping_pong: bool = False
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if type(value) is not type(allowed[0]) or value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        if self.kernel != "gluon" and (self.ping_pong or self.persistent):
+            raise ValueError(f"`ping_pong` and `persistent` are of the kernel 'gluon', got {self.kernel!r}")
         numbers = str(self.capability).split(".")
         if not isinstance(self.capability, str) or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
             raise ValueError(f"`capability` must be like '9.0', got {self.capability!r}")
@@ -88,13 +109,13 @@ class Entry:
                 raise ValueError(f"`{name}` must be text, got {getattr(self, name)!r}")
 
     @property
-    def key(self) -> tuple[tuple[int, ...], int, int, str, int]:
+    def key(self) -> tuple[tuple[int, ...], int, int, str, int, str]:
         numbers = tuple(map(int, self.capability.split(".")))
-        return numbers, self.element_bytes, self.head_dim, self.kernel, self.block_keys
+        return numbers, self.element_bytes, self.head_dim, *self.launch.kind
 
     @property
     def launch(self) -> Launch:
-        return Launch(self.rows, self.keys, self.warps, self.stages, self.kernel, self.block_keys)
+        return Launch(*(getattr(self, name) for name in Launch._fields))
 
 
 def load(path: Path) -> dict[tuple, Entry]:
@@ -151,6 +172,7 @@ def find(
     head_dim: int,
     kernel: str = "pointer",
     block_keys: int = 64,
+    format: str = "none",
 ) -> Launch | None:
     """The launch of a kernel measured for exactly this compute capability and padded head_dim, or None.
 
@@ -160,13 +182,17 @@ def find(
         ValueError: `tuned.json` is damaged.
     """
     key = (tuple(capability), element_bytes, head_dim, kernel)
-    wide = _read().get((*key, 128)) if block_keys == 128 else None
-    entry = wide or _read().get((*key, 64))
+    wide = _read().get((*key, 128, format)) if block_keys == 128 else None
+    entry = wide or _read().get((*key, 64, format))
     return None if entry is None else entry.launch
 
 
 def fastest_kernel(
-    capability: tuple[int, int], element_bytes: int, head_dim: int, block_keys: int = 64
+    capability: tuple[int, int],
+    element_bytes: int,
+    head_dim: int,
+    block_keys: int = 64,
+    format: str = "none",
 ) -> str:
     """The kernel measured to be the fastest for these: the one with pointers where none was.
 
@@ -174,7 +200,8 @@ def fastest_kernel(
         ValueError: `tuned.json` is damaged.
     """
     keys = 128 if block_keys == 128 else 64
-    found = [_read().get((tuple(capability), element_bytes, head_dim, name, keys)) for name in KERNELS]
+    here = tuple(capability), element_bytes, head_dim
+    found = [_read().get((*here, name, keys, format)) for name in KERNELS]
     known = [entry for entry in found if entry is not None]
     return max(known, key=lambda entry: entry.gain).kernel if known else "pointer"
 
@@ -191,8 +218,8 @@ def time_on_wide_blocks(capability: tuple[int, int]) -> float | None:
         keys: max(
             (
                 entry.gain
-                for (seen, size, dim, _, block_keys), entry in _read().items()
-                if (seen, size, dim, block_keys) == (tuple(capability), 2, 128, keys)
+                for (seen, size, dim, _, *of_masks), entry in _read().items()
+                if (seen, size, dim, *of_masks) == (tuple(capability), 2, 128, keys, "none")
             ),
             default=None,
         )

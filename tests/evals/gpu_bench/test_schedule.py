@@ -58,7 +58,7 @@ def test_dense_yardsticks_come_before_ours_on_every_case():
     assert names.count("triton") == len(cases.SHAPES)
     assert names.count("flex") == schedule.SHAPES_WITH_PEERS
     rate = [job.arguments.get("provider") for job in schedule.of("cuda").rate]
-    for other in ("triton-tma", "triton-gluon"):
+    for other in ("triton-tma", "triton-gluon", "triton-tma-int8", "triton-gluon-int8"):
         assert names.count(other) == schedule.SHAPES_WITH_PEERS
         assert rate.count(other) == rate.count("triton")
 
@@ -79,9 +79,19 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
         tuple(job.arguments["launch"]) for job in schedule.of("cuda").checks if "launch" in job.arguments
     ]
     assert checked == list(launches.GRID)
-    assert len({launches.describe(launch) for launch in launches.GRID}) == len(launches.GRID) == 43
+    assert len({launches.describe(launch) for launch in launches.GRID}) == len(launches.GRID) == 54
     for launch in launches.GRID:
         assert all(value in tuned.RANGES[name] for name, value in launch._asdict().items())
+    kinds = Counter(launch.kind for launch in launches.GRID)
+    assert set(kinds) == {
+        (kernel, keys, format)
+        for kernel in tuned.KERNELS
+        for keys in (64, 128)
+        for format in tuned.RANGES["format"]
+        if (kernel, keys) != ("gluon", 128) and (kernel, keys, format) != ("pointer", 128, "int8")
+    }
+    ways = {(launch.ping_pong, launch.persistent) for launch in launches.GRID if launch.kernel == "gluon"}
+    assert len(ways) == 4
 
 
 def test_the_kernels_own_launches_are_among_those_tried():
@@ -95,7 +105,7 @@ def test_the_schedule_in_words_names_all_of_it():
     text = schedule.describe()
     for name in (*(case.name for case in cases.SHAPES), *(step.name for step in steps.STEPS), "sdpa-cudnn"):
         assert name in text
-    assert "43 launches with head_dim 128" in text
+    assert "54 launches with head_dim 128" in text
 
 
 @pytest.mark.parametrize("step", steps.STEPS, ids=lambda step: step.name)

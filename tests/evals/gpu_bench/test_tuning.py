@@ -50,7 +50,7 @@ def test_nothing_without_the_default():
 def test_entries_say_what_they_were_measured_on():
     rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 1.0), row(LARGE, "c", 1.0, head_dim=64)]
     (entry,) = tuning.entries(rows, {128: DEFAULT, 64: DEFAULT}, HERE)
-    key = (9, 0), 2, 128, "pointer", 64
+    key = (9, 0), 2, 128, "pointer", 64, "none"
     assert (entry.key, entry.launch, entry.gain) == (key, SMALL, 2.0)
     assert (entry.gpu, entry.torch, entry.triton) == ("a GPU", "2.11.0", "3.6.0")
     assert (entry.cuda, entry.commit) == ("12.8", "abc")
@@ -61,6 +61,17 @@ def test_each_kernel_and_size_of_blocks_has_an_entry_of_its_own():
     first, second, third = tuning.entries(rows, {128: DEFAULT}, HERE)
     assert [entry.launch for entry in (first, second, third)] == [DEFAULT, TMA, WIDE]
     assert [entry.gain for entry in (first, second, third)] == [1.0, 1.25, 2.0]
+
+
+def test_numeric_formats_have_entries_of_their_own():
+    """Against the default in 16 bits; ways of the kernel in Gluon compete."""
+    plain = Launch(128, 64, 8, 3, "gluon", 64, "int8")
+    both = plain._replace(ping_pong=True, persistent=True)
+    rows = [row(DEFAULT, "a", 2.0), row(plain, "a", 1.6), row(both, "a", 1.0)]
+    first, second = tuning.entries(rows, {128: DEFAULT}, HERE)
+    assert (first.launch, first.gain) == (DEFAULT, 1.0)
+    assert (second.launch, second.gain, second.format, second.ping_pong) == (both, 2.0, "int8", True)
+    assert second.key == ((9, 0), 2, 128, "gluon", 64, "int8")
 
 
 def test_hopeless_launches_are_not_tried_again():

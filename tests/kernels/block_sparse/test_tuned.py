@@ -33,7 +33,7 @@ def write(path, **change):
 def test_written_and_read_back(table):
     other = dataclasses.replace(ENTRY, head_dim=64, stages=5)
     tuned.save(table, [ENTRY, other])
-    narrow = ("pointer", 64)
+    narrow = ("pointer", 64, "none")
     assert tuned.load(table) == {((9, 0), 2, 128, *narrow): ENTRY, ((9, 0), 2, 64, *narrow): other}
     newer = dataclasses.replace(ENTRY, warps=8)
     tuned.save(table, [newer])
@@ -48,7 +48,8 @@ def test_nothing_is_measured_without_a_file(table):
 
 def test_an_entry_holds_for_its_capability_bytes_and_head_dim_alone(table):
     tuned.save(table, [ENTRY])
-    assert tuned.find((9, 0), 2, 128) == (64, 32, 4, 3, "pointer", 64)
+    assert tuned.find((9, 0), 2, 128) == tuned.Launch(64, 32, 4, 3)
+    assert tuned.find((9, 0), 2, 128, format="int8") is None
     for other in (((9, 1), 2, 128), ((10, 0), 2, 128), ((9, 0), 4, 128), ((9, 0), 2, 64)):
         assert tuned.find(*other) is None
 
@@ -90,6 +91,9 @@ def test_every_launch_of_a_table_fits_every_mask(launch):
         ({"kernel": "fast"}, "`kernel` must be one of pointer, tma, gluon, got 'fast'"),
         ({"kernel": 1}, "`kernel` must be one of pointer, tma, gluon, got 1"),
         ({"block_keys": 32}, "`block_keys` must be one of 64, 128, got 32"),
+        ({"format": "int8-fp8"}, "`format` must be one of none, int8, got 'int8-fp8'"),
+        ({"ping_pong": 1}, "`ping_pong` must be one of False, True, got 1"),
+        ({"persistent": True}, "`ping_pong` and `persistent` are of the kernel 'gluon', got 'pointer'"),
         ({"gain": -1}, "`gain` must be a positive number, got -1"),
         ({"gpu": None}, "`gpu` must be text, got None"),
         ({"more": 1}, "exactly the fields"),
@@ -161,6 +165,34 @@ def test_the_fastest_kernel_is_the_one_with_pointers_until_another_was_measured(
     assert fastest(128) == "tma"
 
 
+def test_int8_launches_as_it_was_measured(table):
+    from dit_accel.kernels.block_sparse.formats import FORMATS
+
+    int8 = FORMATS["int8"]
+    both = dataclasses.replace(
+        ENTRY, rows=128, keys=64, kernel="gluon", format="int8", ping_pong=True, persistent=True, gain=1.7
+    )
+    quantized = dataclasses.replace(ENTRY, format="int8", stages=4)
+    tuned.save(table, [ENTRY, TMA, dataclasses.replace(TMA, format="int8", stages=2), both, quantized])
+    tuned._read.cache_clear()
+    options = {"TQ": 128, "TK": 64, "num_warps": 4, "num_stages": 3, "PING_PONG": True, "PERSISTENT": True}
+    assert triton_configs.gluon_config(128, (128, 64), (9, 0), int8) == options
+    plain = options | {"num_warps": 8, "PING_PONG": False, "PERSISTENT": False}
+    assert triton_configs.gluon_config(128, (128, 64), (9, 0)) == plain, "16 bits were not measured"
+    assert triton_configs.tma_config(128, (128, 64), (9, 0), int8)["num_stages"] == 2
+    assert triton_configs.tma_config(128, (128, 64), (9, 0))["num_stages"] == 3
+    half = torch.float16
+    assert triton_configs.quantized_config(128, half, int8, (128, 64), (9, 0))["num_stages"] == 4
+    fp8 = FORMATS["int8-fp8"]
+    assert triton_configs.quantized_config(128, half, fp8, (128, 64), (9, 0))["num_stages"] == 5
+    fastest = {
+        format: triton_configs.fastest_kernel(128, half, (128, 64), (9, 0), format)
+        for format in (None, "int8", "int8-fp8")
+    }
+    assert fastest == {None: "tma", "int8": "gluon", "int8-fp8": "pointer"}
+    assert triton_configs.fastest_kernel(128, half, (64, 64), (9, 0), "int8") == "tma", "Gluon takes 128 rows"
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU that no kernel is launched on: the names of those that would have been, in order."""
@@ -195,6 +227,24 @@ def test_the_backend_takes_the_fastest_kernel_where_it_can(table, hopper):
     tuned.save(table, [dataclasses.replace(TMA, gain=0.9)])
     tuned._read.cache_clear()
     assert ask(x) == "pointer"
+
+
+def test_int8_is_computed_by_the_fastest_kernel_too(table, hopper, monkeypatch):
+    from dit_accel.kernels.block_sparse import triton_quantized
+
+    asked = []
+    monkeypatch.setattr(
+        triton_quantized, "quantized_attention", lambda q, *_, kernel, **__: (asked.append(kernel), q)
+    )
+    tuned.save(table, [ENTRY, dataclasses.replace(TMA, format="int8")])
+    mask = BlockMask.from_token_mask(torch.ones(70, 70, dtype=torch.bool), (128, 64))
+    x = torch.zeros(1, 1, 70, 128, dtype=torch.float16)
+    odd = torch.zeros(1, 1, 70, 132, dtype=torch.float16)[..., 4:]
+    for q, v, format in ((x, x, "int8"), (odd, x, "int8"), (x, odd, "int8"), (x, x, "int8-fp8")):
+        problem = Problem("cuda", x.dtype, 128, (128, 64), quantization=format)
+        triton.attend(q, x, v, mask, problem, scale=1.0, text_valid=None)
+    assert asked == ["tma", "tma", "pointer", "pointer"], "codes of q and k are new tensors, v stays as it is"
+    assert hopper == []
 
 
 def test_where_gluon_fails_the_copy_engine_stays_and_it_is_said_once(table, hopper, monkeypatch, caplog):
