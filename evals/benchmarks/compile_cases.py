@@ -83,6 +83,9 @@ def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
                     yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
                 if keys == 64 and head_dim in GATED_HEAD_DIMS:
                     yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel)
+                if kernel == "tma" and keys == 64:
+                    options = (128, keys), True, None
+                    yield from (Case(chip, head_dim, "bf16", *options, part, kernel) for part in PARTS[1:])
                 if kernel == "gluon" and head_dim in GATED_HEAD_DIMS:
                     yield Case(chip, head_dim, "bf16", text=True, kernel=kernel, ping_pong=True)
                     yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel, ping_pong=True)

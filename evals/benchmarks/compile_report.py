@@ -166,9 +166,10 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
 
 def gradients_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_configs.Gpu) -> tuple:
     """The same of a kernel of the backward pass."""
-    from dit_accel.kernels.block_sparse import triton_backward as backward
+    from dit_accel.kernels.block_sparse import triton_backward, triton_tma_backward
 
-    _, dq, dkv = backward.launches(
+    launches = triton_tma_backward.launches if case.kernel == "tma" else triton_backward.pointer_launches
+    _, dq, dkv = launches(
         q, q, q, q, lse, q, None, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid, gpu
     )  # fmt: skip
     return dq if case.part == "dq" else dkv

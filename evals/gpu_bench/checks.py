@@ -147,9 +147,9 @@ def check_gradients(run: Attend, geometry: Geometry, head_dim: int, dtype: torch
     }  # fmt: skip
 
 
-def run_gradients(device: str, dtype: str, head_dims: list[int]) -> Iterator[Row]:
-    """Those of the kernel through the public function."""
-    run = partial(block_sparse_attention, backend=PROVIDERS[kernel(device)].name, return_lse=True)
+def run_gradients(device: str, dtype: str, head_dims: list[int], backend: str | None = None) -> Iterator[Row]:
+    """Those of a backend, ours unless named, through the public function."""
+    run = partial(block_sparse_attention, backend=backend or kernel(device), return_lse=True)
     for head_dim in head_dims:
         for geometry in GEOMETRIES if device == "cuda" else REHEARSAL:
             yield {"launch": None, **check_gradients(run, geometry, head_dim, DTYPES[dtype], device)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.masks.block_mask import BlockMask
 
-from . import tma, triton, triton_configs
+from . import tma, triton_configs
 from .formats import FORMATS
 from .problem import Backend, Lengths, Problem
 
@@ -57,5 +57,5 @@ BACKEND = Backend(
     condition=condition,
     formats=tma.BACKEND.formats,
     backward=True,
-    gradients=triton.gradients,
+    gradients=tma.gradients,
 )

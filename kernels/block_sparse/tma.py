@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,13 @@ def attend(
         format, options = FORMATS[problem.quantization], {"scale": scale, "text_valid": text_valid}
         return triton_quantized.quantized_attention(q, k, v, mask, format, kernel="tma", **options)
     return triton_tma.attention(q, k, v, mask, scale=scale, text_valid=text_valid)
+
+
+def gradients(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `native.gradients`, by the kernels of `triton_tma_backward`."""
+    from . import triton_tma_backward
+
+    return triton_tma_backward.gradients(*given, **options)
 
 
 def condition(problem: Problem) -> str | None:
@@ -55,5 +64,5 @@ BACKEND = Backend(
     condition=condition,
     formats=tuple(name for name, format in FORMATS.items() if format.weights is None),
     backward=True,
-    gradients=triton.gradients,
+    gradients=gradients,
 )

@@ -21,6 +21,7 @@ the pooled keys is added by `backward.of_tail`.
 # (Triton's annotations leave out the remainder of an int by a `constexpr`)
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,41 @@ def _prepare(
 
 
 @triton.jit
+def through_keys(
+    dq, q, dout, top, delta, k, v, words, scale, hidden_start, hidden_stop,
+    TK: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """dQ with what comes through `TK` keys, of which bits from `words` on show some if `PARTIAL`."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [TQ, TK]
+    p = tl.exp2(tl.fma(s, scale, -top[:, None]))
+    if PARTIAL:
+        p = tl.where(shown(words, hidden_start, hidden_stop, TK), p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [TQ, DP]
+
+
+@triton.jit
+def through_queries(
+    dk, dv, k, v, q, dout, top, delta, words, visible, scale, TK: tl.constexpr, PARTIAL: tl.constexpr
+):
+    """dK and dV with what comes through some queries, to the `TK` keys that are `visible`, as of the bits."""
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [TK, TQ]
+    p = tl.exp2(tl.fma(s, scale, -top[None, :]))
+    if PARTIAL:
+        keys = tl.arange(0, TK)
+        word = tl.load(words)[None, :]  # [1, TQ]
+        for j in tl.static_range(32, TK, 32):  # pyright: ignore[reportGeneralTypeIssues]
+            word = tl.where(keys[:, None] < j, word, tl.load(words + j // 32)[None, :])  # [TK, TQ]
+        bits = tl.where(visible, 1 << (keys % 32), 0)[:, None]
+        p = tl.where((word & bits) != 0, p, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")  # [TK, DP]
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
+
+
+@triton.jit
 def _over_keys(
     dq, q, dout, top, delta, k_ptr, v_ptr, k_s, v_s, first, last, idx_ptr, tile_ptr, words_ptr,
     scale, kv_len, hidden_start, hidden_stop,
@@ -99,15 +135,12 @@ def _over_keys(
             inside = within if inside is None else inside & within
         k = tl.load(k_tile + start64 * k_s, mask=inside, other=None if inside is None else 0.0)  # [TK, DP]
         v = tl.load(v_tile + start64 * v_s, mask=inside, other=None if inside is None else 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [TQ, TK]
-        p = tl.exp2(tl.fma(s, scale, -top[:, None]))
+        words = words_ptr
         if PARTIAL:
             tile = tl.load(tile_ptr + i // SPLIT).to(tl.int64)
             words = words_ptr + tile * TILE_WORDS + i % SPLIT * (TK // 32)
-            p = tl.where(shown(words, hidden_start - start, hidden_stop - start, TK), p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [TQ, DP]
+        start, stop = hidden_start - start, hidden_stop - start
+        dq = through_keys(dq, q, dout, top, delta, k, v, words, scale, start, stop, TK, PARTIAL)
     return dq
 
 
@@ -179,7 +212,6 @@ def _over_queries(
 ):  # fmt: skip
     """dK and dV through the query blocks `idx_ptr[first:last]`, each in BQ / TQ steps of `TQ` queries."""
     cols = tl.arange(0, TQ)
-    keys = tl.arange(0, TK)
     d = tl.arange(0, DP)
     for i in range(first * (BQ // TQ), last * (BQ // TQ)):
         in_block = i % (BQ // TQ) * TQ
@@ -194,20 +226,10 @@ def _over_queries(
         dout = tl.load(dout_ptr + (row64[:, None] * dout_s + d[None, :]), mask=inside, other=other)
         top = tl.where(start + cols < seq_len, tl.load(top_ptr + row), float("inf"))
         delta = tl.load(delta_ptr + row)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [TK, TQ]
-        p = tl.exp2(tl.fma(s, scale, -top[None, :]))
+        words = words_ptr + in_block * (BK // 32) + cols * (BK // 32)
         if PARTIAL:
-            tile = tl.load(tile_ptr + i // (BQ // TQ)).to(tl.int64)
-            words = words_ptr + tile * (BQ * (BK // 32)) + (in_block + cols) * (BK // 32)
-            word = tl.load(words)[None, :]  # [1, TQ]
-            for j in tl.static_range(32, TK, 32):  # pyright: ignore[reportGeneralTypeIssues]
-                word = tl.where(keys[:, None] < j, word, tl.load(words + j // 32)[None, :])  # [TK, TQ]
-            bits = tl.where(visible, 1 << (keys % 32), 0)[:, None]
-            p = tl.where((word & bits) != 0, p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")  # [TK, DP]
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            words += tl.load(tile_ptr + i // (BQ // TQ)).to(tl.int64) * (BQ * (BK // 32))
+        dk, dv = through_queries(dk, dv, k, v, q, dout, top, delta, words, visible, scale, TK, PARTIAL)
     return dk, dv
 
 
@@ -317,8 +339,12 @@ def gradients(
     scale: float,
     text_valid: Lengths = None,
     tail: str | None = None,
+    launches: Callable[..., Iterator[tuple]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, in their dtype: as `native.gradients`, which says what is given."""
+    """Gradients of q, k and v, in their dtype: as `native.gradients`, which says what is given.
+
+    By the kernels of `launches`, those of this module unless given.
+    """
     given = q.dtype
     if INTERPRETED and given == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
         q, k, v, out, dout = (x.float() for x in (q, k, v, out, dout))
@@ -330,7 +356,7 @@ def gradients(
     found = tuple(empty_like(x, exact) for x in (q, k, v))
     top, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
-        for kernel, grid, args, options in launches(
+        for kernel, grid, args, options in (launches or pointer_launches)(
             q, k, v, out, lse, dout, dlse, *found, top, delta, computed, scale, text_valid,
             (8, 0) if INTERPRETED else gpu(q.device),
         ):  # fmt: skip
@@ -345,7 +371,7 @@ def gradients(
     return dq, dk, dv
 
 
-def launches(
+def pointer_launches(
     q, k, v, out, lse, dout, dlse, dq, dk, dv, top, delta, mask, scale, text_valid, device
 ):  # fmt: skip
     """Each kernel with its grid, positional and keyword arguments, in the order in which they have to run."""
@@ -354,27 +380,36 @@ def launches(
     rows = mask_arguments(mask, batch, heads)
     columns = transposed_arguments(mask, batch, heads)
     sizes = {"D": head_dim, "DP": padded_head_dim(head_dim)}
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-
-    strides, align = _strides(out, dout)
-    grid = (heads * -(-seq_len // PREPARED_ROWS), batch)
-    args = (out, dout, lse, dlse, top, delta, *strides, seq_len, heads)
-    yield _prepare, grid, args, sizes | {"ALIGN": align, "ROWS": PREPARED_ROWS, "num_warps": 4}
+    yield preparing(out, dout, lse, dlse, top, delta)
 
     sizes |= {"BQ": bq, "BK": bk}
     numbers = heads, heads if len(rows[1]) > 1 else 0, *mask.text
-    strides, align = _strides(q, k, v, dout, dq)
+    strides, align = strides_of(q, k, v, dout, dq)
     grid = (rows[0].shape[1] * (bq // of_queries["TQ"]), batch)
     args = (q, k, v, dout, dq, top, delta, *rows, text_valid, *strides, scale, seq_len, mask.kv_len)
     yield _queries, grid, (*args, mask.num_rows, *numbers), of_queries | sizes | {"ALIGN": align}
 
-    strides, align = _strides(q, k, v, dout, dk, dv)
+    strides, align = strides_of(q, k, v, dout, dk, dv)
     grid = (columns[0].shape[1] * (bk // of_keys["TK"]), batch)
     args = (q, k, v, dout, dk, dv, top, delta, *columns, text_valid, *strides, scale, seq_len, mask.kv_len)
     yield _keys, grid, (*args, mask.num_cols, *numbers), of_keys | sizes | {"ALIGN": align}
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
+def preparing(out, dout, lse, dlse, top, delta) -> tuple:
+    """The launch of the first kernel, which both others need."""
+    (batch, heads, seq_len, head_dim), (strides, align) = out.shape, strides_of(out, dout)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    sizes = {"D": head_dim, "DP": padded_head_dim(head_dim), "ALIGN": align, "ROWS": PREPARED_ROWS}
+    grid = (heads * -(-seq_len // PREPARED_ROWS), batch)
+    return (
+        _prepare,
+        grid,
+        (out, dout, lse, dlse, top, delta, *strides, seq_len, heads),
+        sizes | {"num_warps": 4},
+    )
+
+
+def strides_of(*tensors: torch.Tensor) -> tuple[list[int], int]:
     """Strides but the last of each, and how many elements they count."""
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     align = 8 if all(stride % 8 == 0 for stride in strides) else 1

@@ -95,6 +95,16 @@ BACKWARD_CONFIGS = {
     ("any", 4, 256): ((32, 32, 8, 1), (32, 32, 8, 1)),
 }
 
+# (chip, largest padded head_dim), of the backward pass whose tiles the copy engine fetches
+TMA_BACKWARD_CONFIGS = {
+    ("sm_90", 64): ((128, 64, 8, 2), (64, 64, 4, 2)),
+    ("sm_90", 128): ((128, 64, 8, 2), (32, 64, 4, 3)),  # 64 queries spill under Triton 3.6
+    ("sm_90", 256): ((64, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_100", 64): ((128, 64, 8, 2), (64, 64, 4, 2)),
+    ("sm_100", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_100", 256): ((64, 32, 8, 2), (64, 64, 8, 1)),
+}
+
 
 def gpu(device: torch.device) -> Gpu:
     """What a device is."""
@@ -215,6 +225,17 @@ def backward_configs(
     return (
         launch_options(_launch(of_queries, gpu), block_size),
         launch_options(_launch(of_keys, gpu), block_size),
+    )
+
+
+def tma_backward_configs(
+    head_dim: int, block_size: tuple[int, int], gpu: Gpu
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The same of the kernels whose tiles the copy engine fetches, in 16 bits."""
+    of_queries, of_keys = TMA_BACKWARD_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)]
+    return (
+        launch_options(tuned.Launch(*of_queries), block_size),
+        launch_options(tuned.Launch(*of_keys), block_size),
     )
 
 

@@ -23,14 +23,40 @@ CASES = {
         Case(1, BRAIN, dim=128, heads=1, block_size=(128, 128)),
     )
 }
+BY_TMA = {
+    str(case): case
+    for case in (
+        *(case for case in CASES.values() if case.dtype in (HALF, BRAIN)),
+        Case(150, HALF, batch=2, dim=20, per_head=True, per_sample=True, extra_keys=50, block_size=(64, 128)),
+        Case(130, HALF, batch=2, dim=72, heads=1, text=70, text_valid=(0, 33), block_size=(64, 32)),
+        Case(200, HALF, heads=1, dim=16, density=0.0, block_size=(128, 64)),
+    )
+}
 WITH_TAIL = [str(case) for case in CASES.values() if case.text or case.per_sample]
 
 
-def check(name, tail=None, device="cpu"):
-    case = CASES[name]
+def check(name, tail=None, device="cpu", backend="triton"):
+    case = (CASES | BY_TMA)[name]
     valid = None if case.text_valid is None else case.valid().to(device)
     inputs = [x.to(device) for x in case.inputs()]
-    check_gradients(inputs, case.mask().to(device), valid, "triton", tail, 0.3)
+    check_gradients(inputs, case.mask().to(device), valid, backend, tail, 0.3)
+
+
+def check_as_the_kernels_with_pointers():
+    """In fp32, where both interpret the same products: the same numbers, for any sign of the scale."""
+    from dit_accel.kernels.block_sparse import triton_backward, triton_forward, triton_tma_backward
+
+    for size, scale in (((64, 32), 0.3), ((128, 128), -0.3)):
+        case = Case(140, batch=2, heads=1, dim=24, text=40, text_valid=(7, 40), block_size=size)
+        q, k, v, mask = *case.inputs(), case.mask()
+        options = {"scale": scale, "text_valid": case.valid().int()}
+        out, lse = triton_forward.attention(q, k, v, mask, **options)
+        given = q, k, v, mask, out, lse, torch.randn_like(out), torch.randn_like(lse)
+        found, expected = (
+            module.gradients(*given, **options) for module in (triton_tma_backward, triton_backward)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=f"{size}, {scale}")
 
 
 def check_text_first():
@@ -85,7 +111,12 @@ def test_gradients_with_a_tail(interpreter, name):
     interpreter("check", name, "pooled")
 
 
-@pytest.mark.parametrize("check", ["check_text_first", "check_layouts"])
+@pytest.mark.parametrize("name", BY_TMA)
+def test_gradients_by_the_copy_engine(interpreter, name):
+    interpreter("check", name, None, "cpu", "triton-tma")
+
+
+@pytest.mark.parametrize("check", ["check_text_first", "check_layouts", "check_as_the_kernels_with_pointers"])
 def test_other_masks_and_inputs(interpreter, check):
     interpreter(check)
 
