@@ -29,7 +29,8 @@ class Provider:
             do beforehand, such as another layout of the tensors, is not part of the call.
         sparse: computes the mask, else all pairs.
         exact: in the dtype of its inputs throughout; quantised ones are shown, but are no yardstick.
-        error: what a quantised one of ours may have, relative L1 of normal inputs.
+        error: what one of ours that is not exact may have, relative L1 of normal inputs.
+        tail: what it adds to the mask, as of `block_sparse_attention`.
         ours: a kernel of this project, whose results must be equal to the bit each time.
         package: what must be installed for it.
         block_size: of the masks that it computes.
@@ -40,6 +41,7 @@ class Provider:
     sparse: bool = False
     exact: bool = True
     error: float | None = None
+    tail: str | None = None
     ours: bool = False
     package: str = "torch"
     block_size: tuple[int, int] = (128, 64)
@@ -83,6 +85,16 @@ def quantized(backend: str, format: str, error: float, *, package: str = "torch"
 
     name = f"{backend}-{format}"
     return Provider(name, prepare, sparse=True, exact=False, error=error, ours=True, package=package)
+
+
+def tailed(backend: str, *, package: str = "torch") -> Provider:
+    """A backend of `block_sparse_attention` with the compensated tail, which it merges or computes itself."""
+
+    def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
+        return partial(block_sparse_attention, q, k, v, mask, backend=backend, tail="pooled")
+
+    name, what = f"{backend}-tail", {"sparse": True, "exact": False, "error": 0.01, "tail": "pooled"}
+    return Provider(name, prepare, **what, ours=True, package=package)
 
 
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
@@ -150,6 +162,8 @@ PROVIDERS = {
         block_sparse("gather", "gather"),
         *(quantized("triton", format, error, package="triton") for format, error in ERRORS.items()),
         *(quantized(name, "int8", ERRORS["int8"], package="triton") for name in OTHER_KERNELS),
+        *(tailed(name, package="triton") for name in ("triton", *OTHER_KERNELS)),
+        tailed("gather"),
         *(quantized("gather", format, error) for format, error in ERRORS.items()),
     )
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dit_accel.kernels.block_sparse.tuned import Launch
+from dit_accel.patterns import Dense
 
 from . import cases, launches, steps
 from .cases import Case
@@ -28,9 +29,13 @@ PEERS = {  # on a CPU FlexAttention would compile for half a minute
     "cpu": ("flash-attn",),
 }
 OTHERS = {  # kernels of ours, where there are peers
-    "cuda": (*OTHER_KERNELS, *(f"{name}-int8" for name in OTHER_KERNELS)),
-    "cpu": (),
-}
+    "cuda": (
+        *OTHER_KERNELS, *(f"{name}-int8" for name in OTHER_KERNELS),
+        *(f"{name}-tail" for name in ("triton", *OTHER_KERNELS)),
+    ),
+    "cpu": ("gather-tail",),
+}  # fmt: skip
+OTHERS_BACKWARD = {"cuda": ("triton-tma",), "cpu": ()}  # backward passes of ours
 QUANTIZED = {"cuda": tuple(ERRORS), "cpu": ("int8",)}  # formats of ours, where there are peers too
 SHAPES_WITH_PEERS = 3  # the first ones; FlexAttention compiles anew for each
 BACKWARD_PEERS = {"cuda": ("flex",), "cpu": ()}  # beside the yardsticks
@@ -58,6 +63,7 @@ def of(device: str) -> Phases:
         checks += [_check("bf16", [16, 256])]
         checks += [_check_gradients("bf16", [64, 128, 256]), _check_gradients("fp16", [72, 128])]
         checks += [_check_gradients("fp32", [64, 128])]
+        checks += [_check_gradients("bf16", [64, 128], other) for other in OTHERS_BACKWARD[device]]
         checks += [_check_launch(launch, "bf16", [64, 128]) for launch in launches.GRID]
         rate, shapes, models = cases.RATE, cases.SHAPES, steps.STEPS
     again = _attention(rate[0], YARDSTICKS[device][0])  # throttling would show
@@ -90,9 +96,10 @@ def _check(dtype: str, head_dims: list[int]) -> Job:
     return Job("check", name, {"dtype": dtype, "head_dims": head_dims})
 
 
-def _check_gradients(dtype: str, head_dims: list[int]) -> Job:
-    name = f"check gradients {dtype}, head_dim {', '.join(map(str, head_dims))}"
-    return Job("check gradients", name, {"dtype": dtype, "head_dims": head_dims})
+def _check_gradients(dtype: str, head_dims: list[int], backend: str | None = None) -> Job:
+    of = f" of {backend}" if backend else ""
+    name = f"check gradients{of} {dtype}, head_dim {', '.join(map(str, head_dims))}"
+    return Job("check gradients", name, {"dtype": dtype, "head_dims": head_dims, "backend": backend})
 
 
 def _check_launch(launch: Launch, dtype: str, head_dims: list[int]) -> Job:
@@ -108,6 +115,7 @@ def _timed(chosen: Iterable[Case], device: str, with_peers: int) -> list[Job]:
         _attention(case, name)
         for number, case in enumerate(chosen)
         for name in (*YARDSTICKS[device], kernel(device), *(peers if number < with_peers else ()))
+        if PROVIDERS[name].tail is None or not isinstance(case.pattern, Dense)  # which leaves nothing out
     ]
 
 
@@ -118,7 +126,7 @@ def _backward(chosen: Iterable[Case], device: str) -> list[Job]:
             "backward", f"{case.title}: {name} backward", {"case": [case.name, case.preset], "provider": name}
         )
         for case in chosen
-        for name in (*YARDSTICKS[device], kernel(device), *BACKWARD_PEERS[device])
+        for name in (*YARDSTICKS[device], kernel(device), *OTHERS_BACKWARD[device], *BACKWARD_PEERS[device])
     ]
 
 

@@ -101,7 +101,9 @@ def test_the_stand_in_is_for_a_rehearsal_alone():
     ]  # fmt: skip
     assert {name for name, provider in ours.items() if not provider.exact} == {
         f"{name}-{format}" for name in ("triton", "gather") for format in quantizations()
-    } | {"triton-tma-int8", "triton-gluon-int8"}
+    } | {"triton-tma-int8", "triton-gluon-int8"} | {
+        f"{name}-tail" for name in ("triton", "triton-tma", "triton-gluon", "gather")
+    }
 
 
 def backward_rows(provider, monkeypatch):
@@ -135,6 +137,18 @@ def test_a_format_has_an_error_of_its_own(monkeypatch, format):
     worse = wrapped(provider, lambda out: out * (1 + 2 * provider.error))
     (row,) = rows(worse, monkeypatch)
     assert row["kind"] == "wrong"
+
+
+def test_a_tail_is_held_against_plain_pytorch(monkeypatch):
+    provider = PROVIDERS["gather-tail"]
+    (row,) = rows(provider, monkeypatch)
+    assert row["kind"] == "time"
+    for change in (lambda out: out * 1.02, lambda out: out * torch.nan):
+        (row,) = rows(wrapped(provider, change), monkeypatch)
+        assert row["kind"] == "wrong"
+    without = dataclasses.replace(peers.block_sparse("gather", "gather"), tail="pooled", error=provider.error)
+    (row,) = rows(without, monkeypatch)
+    assert row["kind"] == "wrong", "a tail that is left out is missed"
 
 
 def test_flex_is_compiled_anew_for_each_mask(monkeypatch):

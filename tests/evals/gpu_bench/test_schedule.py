@@ -58,9 +58,9 @@ def test_dense_yardsticks_come_before_ours_on_every_case():
     assert names.count("triton") == len(cases.SHAPES)
     assert names.count("flex") == schedule.SHAPES_WITH_PEERS
     rate = [job.arguments.get("provider") for job in schedule.of("cuda").rate]
-    for other in ("triton-tma", "triton-gluon", "triton-tma-int8", "triton-gluon-int8"):
+    for other in ("triton-tma", "triton-gluon", "triton-tma-int8", "triton-gluon-int8", "triton-tail"):
         assert names.count(other) == schedule.SHAPES_WITH_PEERS
-        assert rate.count(other) == rate.count("triton")
+        assert rate.count(other) == (0 if other.endswith("tail") else rate.count("triton"))
 
 
 def test_backward_passes_are_checked_and_timed_beside_flex():
@@ -70,8 +70,9 @@ def test_backward_passes_are_checked_and_timed_beside_flex():
         ("bf16", 128), ("fp16", 128), ("fp32", 128),
     }  # fmt: skip
     names = [job.arguments["provider"] for job in phases.backward]
-    assert names[:4] == ["sdpa-cudnn", "sdpa-flash", "triton", "flex"]
+    assert names[:5] == ["sdpa-cudnn", "sdpa-flash", "triton", "triton-tma", "flex"]
     assert names.count("triton") == len(cases.RATE) + schedule.SHAPES_WITH_PEERS
+    assert {each["backend"] for each in checked} == {None, "triton-tma"}
 
 
 def test_every_launch_is_checked_and_one_that_a_table_may_name():
