@@ -151,7 +151,7 @@ class Cubes:
         pairs = (chosen.double() @ sizes @ sizes).mean()
         return (pairs + tokens**2 - self.layout.visual_len**2) / tokens**2
 
-    def block_share(self, listed: float | torch.Tensor) -> float | torch.Tensor:
+    def block_share(self, listed: float) -> float:
         """What a kernel pays as a share of all pairs of tokens, for this share of all blocks."""
         return listed * (len(self.exists) / self.layout.seq_len) ** 2
 

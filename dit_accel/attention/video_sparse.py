@@ -65,7 +65,7 @@ class VideoSparseAttention(LayerAttention):
         """With the places of cut cubes that hold no token."""
         blocks, count = len(self.cubes.exists) // self.cubes.size, self.cubes.count
         listed = blocks**2 - count**2 + count * self.pattern.kept(count)
-        return float(self.cubes.block_share(listed / blocks**2))
+        return self.cubes.block_share(listed / blocks**2)
 
     def pairs_beside(self, sizes: LayerSizes) -> float:
         """Those of cubes, and the gate."""
@@ -123,8 +123,6 @@ class VideoSparseAttention(LayerAttention):
         """Attention to the chosen cubes, by place; tells what it computes."""
         mask = self.cubes.mask(coarse.chosen, self.rows)
         online.tell(call, mask)
-        blocks = self.cubes.every(coarse.chosen).double().mean()
-        call.notes["achieved"] = torch.stack(
-            [self.cubes.share(coarse.chosen), torch.as_tensor(self.cubes.block_share(blocks))]
-        )
+        blocks = self.cubes.every(coarse.chosen).double().mean() * self.cubes.block_share(1)
+        call.notes["achieved"] = torch.stack([self.cubes.share(coarse.chosen), blocks])
         return Masked(mask)

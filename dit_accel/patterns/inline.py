@@ -45,13 +45,14 @@ class InLine(Maskless):
 
     def learned(self, sizes: LayerSizes) -> dict[str, torch.Tensor]:
         heads, dim, width = sizes.heads, sizes.head_dim, sizes.width // sizes.heads
-        options = {"dtype": torch.float32, "device": "cpu"}
-        return {
-            TAPS_IN: torch.eye(dim, width, **options).expand(heads, -1, -1).clone(),
-            TAPS_IN_BIAS: torch.zeros(heads, dim, **options),
-            TAPS_OUT: torch.zeros(heads, 9 * dim, dim, **options),
-            TAPS_OUT_BIAS: torch.zeros(heads, 9 * dim, **options),
+        shapes = {
+            TAPS_IN_BIAS: (heads, dim),
+            TAPS_OUT: (heads, 9 * dim, dim),
+            TAPS_OUT_BIAS: (heads, 9 * dim),
         }
+        zeros = {name: torch.zeros(n, dtype=torch.float32, device="cpu") for name, n in shapes.items()}
+        eye = torch.eye(dim, width, dtype=torch.float32, device="cpu")
+        return {TAPS_IN: eye.expand(heads, -1, -1).clone(), **zeros}
 
     def of_input(
         self, x: torch.Tensor, learned: Mapping[str, torch.Tensor], heads: int
