@@ -57,13 +57,13 @@ IMAGES = (
     TrainingSize((1, 384, 384), 2, 1536, ((0.98, 0.4),)),
 )
 KNOWN_WORDS = (  # the same in fewer steps, for text encoders that start from another model's
-    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.444, 0.12))),
-    TrainingSize((1, 64, 96), 24, 512, ((0.444, 0.02),)),
-    TrainingSize((1, 96, 64), 24, 512, ((0.444, 0.02),)),
-    TrainingSize((1, 128, 128), 10, 2048, ((0.444, 0.1),)),
-    TrainingSize((1, 192, 128), 8, 512, ((0.444, 0.02),)),
-    TrainingSize((1, 256, 256), 8, 1024, ((0.444, 0.1),), tokens=1000),
-    TrainingSize((1, 384, 384), 8, 1536, ((0.444, 0.62),), tokens=1000),
+    TrainingSize((1, 64, 64), 32, 6144, ((0.0, 1.0), (0.25, 0.12), (0.5625, 0.2))),
+    TrainingSize((1, 64, 96), 24, 512, ((0.25, 0.02), (0.5625, 0.0))),
+    TrainingSize((1, 96, 64), 24, 512, ((0.25, 0.02), (0.5625, 0.0))),
+    TrainingSize((1, 128, 128), 10, 2048, ((0.25, 0.1), (0.5625, 0.08))),
+    TrainingSize((1, 192, 128), 8, 512, ((0.25, 0.02), (0.5625, 0.0))),
+    TrainingSize((1, 256, 256), 8, 1024, ((0.25, 0.1),), tokens=1000),
+    TrainingSize((1, 384, 384), 8, 1536, ((0.25, 0.62),), tokens=1000),
 )
 VIDEOS = (  # objects are learned from pictures first
     TrainingSize((1, 64, 64), 32, 4096, ((0.0, 1.0), (0.15, 0.1), (0.4, 0.05))),
@@ -84,7 +84,7 @@ CURRICULA: dict[str, Curriculum] = {
     "tiny-sd3": Curriculum(
         autoencoder="tiny-flux",
         crops=16,
-        flow=Stage("flow", steps=2250, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
+        flow=Stage("flow", steps=4000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=KNOWN_WORDS,
         starts={"text_encoder_3": ("tiny-flux", "text_encoder_2")},
     ),
