@@ -14,6 +14,7 @@ from torch import nn
 from dit_accel.arguments import shown
 from dit_accel.errors import UnavailableError
 from dit_accel.pipelines.families.base import Family
+from dit_accel.runtime.steps import level_of
 
 from .nested import is_plain, mapped
 
@@ -137,8 +138,7 @@ def _levels(pipe: Any, family: Family, timestep: torch.Tensor) -> tuple[float, .
         levels = [1 - level for level in levels]
     levels = [round(level, 6) for place, level in enumerate(levels) if not place or level < levels[place - 1]]
     assert family.pure_noise is not None  # or it would be refused
-    first = float(timestep.max())
-    first = first / family.pure_noise if family.pure_noise else 1 - first / family.clean
+    first = level_of(float(timestep.max()), family.pure_noise, family.clean)
     if not 0.9 <= levels[0] <= 1 or abs(first - levels[0]) > 0.01:
         raise UnavailableError(
             f"the {type(scheduler).__name__} of this {type(pipe).__name__} starts at {levels[0]:g} and the "

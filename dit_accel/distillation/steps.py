@@ -13,6 +13,7 @@ import torch
 from dit_accel.pipelines.families.base import Family
 from dit_accel.recipe.noise import NoiseRange
 from dit_accel.recipe.recipe import Recipe
+from dit_accel.runtime.steps import timestep_at
 from dit_accel.training_loop import Draw
 
 from .nested import equal, mapped
@@ -62,7 +63,7 @@ class Batch:
 
         found = {name: mapped(self._joined(name, family), placed) for name in first.inputs}
         assert family.pure_noise is not None  # `capture` refuses such a family
-        timestep = sigma * family.pure_noise if family.pure_noise else family.clean * (1 - sigma)
+        timestep = timestep_at(sigma, family.pure_noise, family.clean)
         timestep = timestep.view(-1, *[1] * len(first.per_token)).expand(-1, *first.per_token)
         return family.with_denoised(found, self.noisy(device).to(dtype), timestep)
 

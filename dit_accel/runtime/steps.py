@@ -34,6 +34,16 @@ class Tick(NamedTuple):
     evaluation: int | None = None
 
 
+def level_of(timestep: Any, pure_noise: float, clean: float) -> Any:
+    """The noise level of a flow at a timestep: from `pure_noise` down to 0, or from 0 up to `clean`."""
+    return timestep / pure_noise if pure_noise else 1 - timestep / clean
+
+
+def timestep_at(level: Any, pure_noise: float, clean: float) -> Any:
+    """The inverse of `level_of`."""
+    return level * pure_noise if pure_noise else (1 - level) * clean
+
+
 class StepTracker:
     """Counts the sampler steps of a pipeline or bare transformer, for each thread by itself.
 
@@ -104,11 +114,10 @@ class StepTracker:
             )
         if run is None or run.value is None:
             raise RuntimeError("this thread has made no call of the transformer yet")
-        rises = pure_noise == 0
-        level = round(1 - run.value / clean if rises else run.value / pure_noise, 6)
+        level = round(level_of(run.value, pure_noise, clean), 6)
         if not 0 <= level <= 1:
             noise = "which is pure noise"
-            ends = f"0, {noise}, to {clean:g}" if rises else f"0 to {pure_noise:g}, {noise}"
+            ends = f"0, {noise}, to {clean:g}" if pure_noise == 0 else f"0 to {pure_noise:g}, {noise}"
             raise ValueError(
                 f"timestep {run.value:g} is no noise level of a flow: this transformer takes timesteps "
                 f"from {ends}"
