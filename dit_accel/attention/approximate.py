@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from dit_accel.masks.layout import TokenLayout
+
 from .call import AttentionCall, LayerAttention, LayerSizes
 from .cubes import Cubes
 
@@ -22,9 +24,11 @@ class Approximate(LayerAttention):
 
     Attributes:
         pattern: says what.
+        layout: of the layer's tokens.
     """
 
     pattern: Any
+    layout: TokenLayout
     mask = None
 
     def of_visual(self, call: AttentionCall, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -33,7 +37,7 @@ class Approximate(LayerAttention):
 
     @property
     def density(self) -> float:
-        raise NotImplementedError
+        return self.pattern.density(self.layout)
 
     @property
     def block_density(self) -> float:
@@ -64,10 +68,6 @@ class AgentAttention(Approximate):
 
     cubes: Cubes
 
-    @property
-    def density(self) -> float:
-        return self.pattern.density(self.cubes.layout)
-
     def of_visual(self, call: AttentionCall, hidden: torch.Tensor | None) -> torch.Tensor:
         q = call.q[:, :, call.layout.visual_slice]
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
@@ -83,26 +83,17 @@ class InLineAttention(Approximate):
     """Linear attention whose weights sum to one, plus kernels of 3 x 3 over the values of a frame.
 
     Attributes:
-        grid: of the visual tokens, (F, H, W).
-        tokens: of the layer.
         places: the visual token at each place of calls, int64 (V,); None: the model's own order.
         back: its inverse.
     """
 
-    grid: tuple[int, int, int]
-    tokens: int
     places: torch.Tensor | None = None
     back: torch.Tensor | None = None
 
-    @property
-    def density(self) -> float:
-        """Of the queries that attend to everything."""
-        return 1 - self.grid[0] * self.grid[1] * self.grid[2] / self.tokens
-
     def pairs_beside(self, sizes: LayerSizes) -> float:
         """Sums of k^T v, their products with q, and nine weights for each value."""
-        visual = self.grid[0] * self.grid[1] * self.grid[2]
-        return sizes.head_dim * (self.tokens + visual) / 2 + 4.5 * visual
+        visual = self.layout.visual_len
+        return sizes.head_dim * (self.layout.seq_len + visual) / 2 + 4.5 * visual
 
     def of_visual(self, call: AttentionCall, hidden: torch.Tensor | None) -> torch.Tensor:
         visual, exact = call.layout.visual_slice, torch.promote_types(call.q.dtype, torch.float32)
@@ -120,11 +111,12 @@ class InLineAttention(Approximate):
 
     def _local(self, v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
         """Kernels of 3 x 3, taps (B, H, 9, D), over the frames of v (B, H, V, D); zeros around them."""
-        _, height, width = self.grid
+        grid = self.layout.grid
+        _, height, width = grid
         if self.back is not None:
             v = v[:, :, self.back]
-        padded = F.pad(v.unflatten(2, self.grid), (0, 0, 1, 1, 1, 1))
-        out = torch.zeros_like(v).unflatten(2, self.grid)
+        padded = F.pad(v.unflatten(2, grid), (0, 0, 1, 1, 1, 1))
+        out = torch.zeros_like(v).unflatten(2, grid)
         for tap in range(9):
             row, column = divmod(tap, 3)
             part = padded[:, :, :, row : row + height, column : column + width]

@@ -60,9 +60,10 @@ class Agent(Maskless):
         return number if 2 * number < layout.visual_len else 0
 
     def layer(self, masks: LayerMasks) -> LayerAttention:
-        if not self.agents(masks.layout):
+        layout = masks.layout
+        if not self.agents(layout):
             return ModelAttention()
-        return AgentAttention(self, Cubes.of(masks.layout, self.patch, masks.places, masks.device))
+        return AgentAttention(self, layout, Cubes.of(layout, self.patch, masks.places, masks.device))
 
     def density(self, layout: TokenLayout) -> float:
         number, tokens, visual = self.agents(layout), layout.seq_len, layout.visual_len

@@ -70,11 +70,9 @@ class InLine(Maskless):
     def layer(self, masks: LayerMasks) -> InLineAttention:
         layout, places = masks.layout, masks.places
         if places is None:
-            return InLineAttention(self, layout.grid, layout.seq_len)
+            return InLineAttention(self, layout)
         back = torch.argsort(places)
-        return InLineAttention(
-            self, layout.grid, layout.seq_len, places.to(masks.device), back.to(masks.device)
-        )
+        return InLineAttention(self, layout, places.to(masks.device), back.to(masks.device))
 
     def density(self, layout: TokenLayout) -> float:
         """That of the queries of text and anchor, which attend to everything."""
