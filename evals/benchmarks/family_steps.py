@@ -1,9 +1,10 @@
 """What a recipe saves of a model's step in every family: `python -m dit_accel.evals.benchmarks.family_steps`.
 
 Each model is its real transformer of published width, head counts and text, cut to one block of each kind,
-with random weights in float32 on the CPU, at a size of some ten thousand tokens. One call of the transformer,
-untouched against accelerated, A B A B, medians. Models measured before stay in `family_steps_cpu.csv` under
-`evals/results`, until they are measured again; the table is `family_steps_cpu.md`.
+with random weights on the CPU, in bfloat16 where it multiplies that, at a size of some ten thousand tokens.
+One call of the transformer, untouched against accelerated, A B A B, medians. Models measured before stay in
+`family_steps_cpu.csv` under `evals/results`, until they are measured again; the table is
+`family_steps_cpu.md`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from dit_accel.environment import environment
 from dit_accel.planning.model_config import ModelConfig, Size, published
 from dit_accel.recipe.recipe import Recipe, resolve
 from dit_accel.runtime.switching import accelerated
+from dit_accel.training_loop import multiplies_bf16
 
 from .attention import interleaved
 from .table import RESULTS, append, markdown, row
 
-HEADINGS = ("model", "heads x dim", "frames x height x width", "tokens", "recipe", "block density",
+HEADINGS = ("model", "heads x dim", "frames x height x width", "tokens", "recipe", "dtype", "block density",
             "untouched (s)", "accelerated (s)", "speed-up")  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16)
 METRICS = ("heads", "head_dim", "tokens", "block_density", "untouched_s", "accelerated_s")
 
 
@@ -44,9 +47,10 @@ class Case:
     size: Size
     recipe: str
 
-    @property
-    def shape(self) -> str:
-        return f"{self.family} {self.variant} {'x'.join(map(str, self.size))} {self.recipe}"
+    def shape(self, dtype: torch.dtype) -> str:
+        """The row's name in the CSV."""
+        size, name = "x".join(map(str, self.size)), str(dtype).removeprefix("torch.")
+        return f"{self.family} {self.variant} {size} {self.recipe} {name}"
 
 
 CASES = (
@@ -92,23 +96,28 @@ def sparse_everywhere(recipe: str) -> Recipe:
     return dataclasses.replace(resolve(recipe), dense_layers=0, dense_steps=0, min_tokens=0)
 
 
-def built(model: ModelConfig) -> nn.Module:
-    """The transformer with random weights, float32, on the CPU."""
+def built(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The transformer with random weights on the CPU, but for what diffusers keeps in float32 in `dtype`."""
     import diffusers
 
     torch.manual_seed(0)
-    return getattr(diffusers, model.description.transformer)(**model.config).eval()
+    transformer = getattr(diffusers, model.description.transformer)(**model.config).eval()
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for name, weight in transformer.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            weight.data = weight.data.to(dtype)
+    return transformer
 
 
-def measure(case: Case, repeats: int, here: dict[str, Any]) -> list[dict[str, str]]:
+def measure(case: Case, dtype: torch.dtype, repeats: int, here: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of one case: times of a call, untouched and accelerated, and what was computed."""
     model = one_block_each(published(case.family, case.variant))
-    transformer = built(model)
+    transformer = built(model, dtype)
     generator = torch.Generator().manual_seed(0)
     inputs = model.inputs(
         transformer,
         model.grid(transformer, case.size),
-        lambda *shape: torch.randn(shape, generator=generator),
+        lambda *shape: torch.randn(shape, generator=generator).to(dtype),
     )
     heads, head_dim = model.description.heads(transformer)
     ours = copy.deepcopy(transformer, {id(weight): weight for weight in transformer.parameters()})
@@ -119,7 +128,7 @@ def measure(case: Case, repeats: int, here: dict[str, Any]) -> list[dict[str, st
     seconds = [tuple(ms / 1e3 for ms in quantiles) for quantiles in times]
     values = (heads, head_dim, tokens, density, *seconds)
     return [
-        row("family_step", "transformer", metric, case.shape, value, here)
+        row("family_step", "transformer", metric, case.shape(dtype), value, here)
         for metric, value in zip(METRICS, values, strict=True)
     ]
 
@@ -128,21 +137,21 @@ def table(path: Path) -> str:
     """The Markdown table of the rows in a CSV, models in the order of `CASES`."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    order = [case.shape for case in CASES]
+    order = [case.shape(dtype) for case in CASES for dtype in DTYPES]
     shapes = sorted({r["shape"] for r in rows}, key=[*order, *(r["shape"] for r in rows)].index)
     cells = []
     for shape in shapes:
-        _, variant, size, recipe = shape.split()
+        _, variant, size, recipe, dtype = shape.split()
         own = {r["metric"]: float(r["median"]) for r in rows if r["shape"] == shape}
         heads, dim, tokens, density, stock, ours = (own[metric] for metric in METRICS)
         cells.append(
-            [variant, f"{heads:.0f} x {dim:.0f}", size.replace("x", " x "), f"{tokens:.0f}", recipe,
+            [variant, f"{heads:.0f} x {dim:.0f}", size.replace("x", " x "), f"{tokens:.0f}", recipe, dtype,
              f"{density:.3f}", f"{stock:.2f}", f"{ours:.2f}", f"{stock / ours:.2f}x"]
         )  # fmt: skip
     made = sorted({f"- {r['device']}; {r['versions']}; commit {r['commit']}" for r in rows})
     return (
         "# A step of every family, untouched and accelerated\n\n"
-        "One call of each transformer, cut to one block of each kind, random weights, float32, on a CPU: "
+        "One call of each transformer, cut to one block of each kind, random weights, on a CPU: "
         "medians of calls taken in turn. What stands around the blocks (embeddings, the last projection) is "
         "as in the whole model, of which it is a smaller part. Written by "
         "`python -m dit_accel.evals.benchmarks.family_steps`.\n\n"
@@ -153,20 +162,20 @@ def table(path: Path) -> str:
     )
 
 
-def run(cases: Sequence[Case], repeats: int, out: Path) -> None:
+def run(cases: Sequence[Case], dtype: torch.dtype, repeats: int, out: Path) -> None:
     """Measures these cases, and writes the CSV and the table after each."""
     here = environment()
     path = out / "family_steps_cpu.csv"
     for case in cases:
-        rows = measure(case, repeats, here)
+        rows = measure(case, dtype, repeats, here)
         kept = []
         if path.is_file():
             with path.open(newline="") as file:
-                kept = [r for r in csv.DictReader(file) if r["shape"] != case.shape]
+                kept = [r for r in csv.DictReader(file) if r["shape"] != case.shape(dtype)]
             path.unlink()
         append(path, [*kept, *rows])
         (out / "family_steps_cpu.md").write_text(table(path))
-        print(case.shape, *(f"{r['metric']} {r['median']}" for r in rows), flush=True)
+        print(case.shape(dtype), *(f"{r['metric']} {r['median']}" for r in rows), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [case.family for case in CASES]
     parser.add_argument("--family", action="append", choices=names, help="these alone; default: all")
+    fastest = "bfloat16" if multiplies_bf16(torch.device("cpu")) else "float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=fastest, help=f"here {fastest}")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each kind")
     parser.add_argument("--quick", action="store_true", help="one small case, once; written only with --out")
     parser.add_argument("--out", type=Path, help=f"folder of the CSV and the table (default {RESULTS})")
@@ -186,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or (Path(folder) if options.quick else RESULTS)
         out.mkdir(parents=True, exist_ok=True)
-        run(cases, 1 if options.quick else options.repeats, out)
+        run(cases, getattr(torch, options.dtype), 1 if options.quick else options.repeats, out)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 
 from dit_accel.evals.benchmarks import family_steps
 from dit_accel.evals.benchmarks.family_steps import (
@@ -49,7 +50,8 @@ def test_a_case_is_the_published_model_with_one_block_of_each_kind(case):
     assert not recipe.dense_steps
 
 
-def test_untouched_and_accelerated_calls_are_measured_on_the_same_weights(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untouched_and_accelerated_calls_are_measured_on_the_same_weights(monkeypatch, dtype):
     called = []
     monkeypatch.setattr(
         family_steps,
@@ -63,39 +65,43 @@ def test_untouched_and_accelerated_calls_are_measured_on_the_same_weights(monkey
         "published",
         lambda *names: family_steps.dataclasses.replace(model, config={**model.config, **small}),
     )
-    rows = measure(Case("wan", "wan2.1-1.3b", (9, 128, 128), "wan-radial"), 1, HERE)
+    rows = measure(Case("wan", "wan2.1-1.3b", (9, 128, 128), "wan-radial"), dtype, 1, HERE)
     found = {r["metric"]: float(r["median"]) for r in rows}
     assert (found["heads"], found["head_dim"], found["tokens"]) == (2, 12, 192)
     assert (found["untouched_s"], found["accelerated_s"]) == (2.0, 0.5)
     assert 0 < found["block_density"] <= 1
     ((stock, ours),) = called
     assert stock.shape == ours.shape
+    assert stock.dtype == ours.dtype == dtype
     assert stock.isfinite().all()
 
 
 def test_families_measured_before_stay_in_the_table(monkeypatch, tmp_path, capsys):
-    taken = iter([[(2.0, 4.0, 6.0), (1.0, 2.0, 3.0)]] * 2 + [[(8.0, 9.0, 9.0), (2.0, 3.0, 3.0)]])
+    taken = iter([[(2.0, 4.0, 6.0), (1.0, 2.0, 3.0)]] * 3 + [[(8.0, 9.0, 9.0), (2.0, 3.0, 3.0)]])
 
-    def measured(case, repeats, here):
+    def measured(case, dtype, repeats, here):
         stock, ours = next(taken)
         values = (24, 128, 9216, 0.25, stock, ours)
         return [
-            family_steps.row("family_step", "transformer", metric, case.shape, value, HERE)
+            family_steps.row("family_step", "transformer", metric, case.shape(dtype), value, HERE)
             for metric, value in zip(family_steps.METRICS, values, strict=True)
         ]
 
     monkeypatch.setattr(family_steps, "measure", measured)
-    assert main(["--family", "wan", "--out", str(tmp_path)]) == 0
-    assert main(["--family", "flux", "--out", str(tmp_path)]) == 0
-    assert main(["--family", "wan", "--out", str(tmp_path)]) == 0
+    run = ["--out", str(tmp_path), "--dtype"]
+    assert main(["--family", "wan", *run, "bfloat16"]) == 0
+    assert main(["--family", "flux", *run, "bfloat16"]) == 0
+    assert main(["--family", "wan", *run, "float32"]) == 0
+    assert main(["--family", "wan", *run, "bfloat16"]) == 0
     lines = [
         line for line in (tmp_path / "family_steps_cpu.md").read_text().splitlines() if "| 9216 |" in line
     ]
-    assert [line.split(" | ")[0] for line in lines] == ["| flux.1-dev", "| wan2.1-1.3b"]
-    assert lines[0].endswith("| 4.00 | 2.00 | 2.00x |")
-    assert lines[1].endswith("| 9.00 | 3.00 | 3.00x |")
+    assert [line.split(" | ")[0] for line in lines] == ["| flux.1-dev", *["| wan2.1-1.3b"] * 2]
+    assert lines[0].endswith("| bfloat16 | 0.250 | 4.00 | 2.00 | 2.00x |")
+    assert lines[1].endswith("| float32 | 0.250 | 4.00 | 2.00 | 2.00x |")
+    assert lines[2].endswith("| bfloat16 | 0.250 | 9.00 | 3.00 | 3.00x |")
     with (tmp_path / "family_steps_cpu.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * len(family_steps.METRICS)
+        assert len(list(csv.DictReader(file))) == 3 * len(family_steps.METRICS)
 
 
 def test_an_unknown_family_is_refused(capsys):
