@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dit_accel import TokenLayout, pipelines, summary
 from dit_accel.errors import UnavailableError
 from dit_accel.patterns import ByNoise, ChunkCausal, Dense, Neighborhood, Radial, Routed
 from dit_accel.planning.plan import plan
-from dit_accel.recipe.recipe import Recipe
+from dit_accel.recipe.recipe import Recipe, presets
 from dit_accel.runtime.switching import accelerated, enable
 
 NEAR = Neighborhood((3, 3, 3))
@@ -183,6 +184,20 @@ class OfItsLength:
         mask = NEAR.token_mask(layout)
         mask = mask if attention_mask is None else mask & attention_mask
         return self.original(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
+
+
+def test_the_preset_for_chunks_of_five_frames(skyreels):
+    """Of three chunks the first, which has no past, is as dense attention leaves it."""
+    pipe, grid = skyreels.make(pipeline=FORCING), (15, 6, 8)
+    run = {"grid": grid, "steps": 1, "causal_block_size": 5, "base_num_frames": 57, "prompt": None}
+    dense, recipe = skyreels.run(pipe, **run), presets("skyreels-v2")["skyreels-v2-chunk-growth"]
+    with accelerated(pipe, recipe.name) as handle:
+        found, density = skyreels.run(pipe, **run), handle.run_density
+    with accelerated(pipe, replace(recipe, backend="reference")):
+        close(found, skyreels.run(pipe, **run))
+    assert density < ChunkCausal(5).density(TokenLayout(grid))
+    close(found[:, :, :5], dense[:, :, :5])
+    assert not torch.allclose(found[:, :, 5:], dense[:, :, 5:], atol=1e-3)
 
 
 def test_it_takes_the_weights_of_wan(families):
