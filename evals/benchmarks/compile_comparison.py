@@ -89,11 +89,12 @@ def page(report: dict[str, Any]) -> str:
         "dit_accel.evals.benchmarks.compile_report` and put together by `python -m "
         f"dit_accel.evals.benchmarks.compile_comparison`: {len(found)} configurations, {beyond} beyond a "
         "limit. **Before** is the kernel with pointers, which every chip had alone and has still until "
-        "another was measured to be faster; **after** are the rows of TMA and Gluon below it. A `/` divides the "
-        "loop over full blocks from that over partial ones, and in Gluon those of the two groups of warps "
-        "where they differ. Instructions are those of one warp for one turn of the loop as it has 64 keys: a "
-        "turn of dQ and dK, dV is one tile. `waits` are for multiplications in the whole program. Nothing here was "
-        "run, and nothing says how fast a kernel is.\n\n" + markdown(HEADINGS, (cells(*one) for one in found))
+        "another was measured to be faster; **after** are the rows of TMA and Gluon below it. A `/` "
+        "divides the loop over full blocks from that over partial ones, and in Gluon those of the two "
+        "groups of warps where they differ. Instructions are those of one warp for one turn of the loop "
+        "as it has 64 keys: a turn of dQ and dK, dV is one tile. `waits` are for multiplications in the "
+        "whole program. Nothing here was run, and nothing says how fast a kernel is.\n\n"
+        + markdown(HEADINGS, (cells(*one) for one in found))
     )
 
 
