@@ -30,10 +30,10 @@ class Draw:
         self.generator = generator(seed)
 
     def normal(self, shape: Iterable[int]) -> torch.Tensor:
-        return torch.randn(tuple(shape), generator=self.generator)
+        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float32, device="cpu")
 
     def uniform(self, shape: Iterable[int]) -> torch.Tensor:
-        return torch.rand(tuple(shape), generator=self.generator)
+        return torch.rand(tuple(shape), generator=self.generator, dtype=torch.float32, device="cpu")
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -20,10 +20,14 @@ from dit_accel.patterns import (
     SpatialHead,
 )
 from dit_accel.patterns.radial import radial_cells
+from dit_accel.training_loop import Draw
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [
-    *(f"dit_accel/{room}" for room in ("attention", "guidance", "masks", "patterns", "runtime")),
+    *(
+        f"dit_accel/{room}"
+        for room in ("attention", "distillation", "guidance", "masks", "patterns", "runtime")
+    ),
     "kernels",
     "pipelines/families",
 ]
@@ -63,6 +67,15 @@ def test_tensors_are_made_on_a_named_device_in_a_named_dtype(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert any(creations(file.read_text()) for file in files)
     assert not [f"{file.relative_to(ROOT)} {text}" for file in files for text in unnamed(file.read_text())]
+
+
+def test_draws_of_training_follow_no_default():
+    expected = [Draw(1).normal((3,)), Draw(1).uniform((3,))]
+    for scope in DEFAULTS.values():
+        with scope():
+            assert [x.tolist() for x in (Draw(1).normal((3,)), Draw(1).uniform((3,)))] == [
+                x.tolist() for x in expected
+            ]
 
 
 def test_what_the_walk_finds():

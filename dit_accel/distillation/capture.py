@@ -72,7 +72,8 @@ def run(pipe: Any, family: Family, call: Mapping[str, Any], to_the_end: bool) ->
     if not seen:
         raise RuntimeError(f"{type(pipe).__name__} never called its transformer")
     rows = family.conditional(pipe, seen)
-    noisy, timestep = family.denoised(pipe.transformer, seen)[rows], torch.as_tensor(family.timestep(seen))
+    noisy = family.denoised(pipe.transformer, seen)[rows]
+    timestep = torch.as_tensor(family.timestep(seen), device="cpu")
     if len(noisy) != 1:
         raise UnavailableError(f"{type(pipe).__name__} ran {len(noisy)} samples for one prompt")
     latents = _like(noisy, last[0], pipe) if last else None

@@ -181,7 +181,7 @@ def generated(
         own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         with _dense(pipe):
             found = capture.run(pipe, family, {**call, **own, "generator": noise}, whole)
-        made = torch.zeros(1, *found.shape) if found.latents is None else found.latents
+        made = _zeros(found) if found.latents is None else found.latents
         return Sample(made, found.inputs, found.levels, found.per_token)
 
     def make(index: int) -> Sample:
@@ -251,13 +251,18 @@ def encoded(
     def make_empty() -> Sample:
         frames = frames_of(items[0], call, family.video, getattr(pipe, "vae_scale_factor_temporal", 1))
         found = captured(items[0], "", frames)
-        return Sample(torch.zeros(1, *found.shape), found.inputs, found.levels, found.per_token)
+        return Sample(_zeros(found), found.inputs, found.levels, found.per_token)
 
     told = (f"{item.path.name} {item.path.stat().st_size} {item.caption}" for item in items)
     settings = {**_settings(pipe, call, 0, len(items)), "folder": _digest(told)}
     samples = Samples(folder, len(items))
     samples.make(make, make_empty if empty else None, settings, state, progress)
     return samples
+
+
+def _zeros(found: capture.FirstCall) -> torch.Tensor:
+    """Latents of a sample that is there for its text alone."""
+    return torch.zeros(1, *found.shape, dtype=torch.float32, device="cpu")
 
 
 def _settings(pipe: Any, call: Mapping[str, Any], seed: int, count: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Weights(nn.Module):
         for own in layers.values():
             if rank is not None:
                 a = draw.normal((rank, own.in_features)) / own.in_features**0.5
-                tensors += [a, torch.zeros(own.out_features, rank, device="cpu")]
+                tensors += [a, torch.zeros(own.out_features, rank, dtype=torch.float32, device="cpu")]
             else:
                 given = [own.weight] if own.bias is None else [own.weight, own.bias]
                 tensors += [x.detach().float().clone() for x in given]
