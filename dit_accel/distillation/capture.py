@@ -85,7 +85,7 @@ def run(pipe: Any, family: Family, call: Mapping[str, Any], to_the_end: bool) ->
 @contextmanager
 def _last_step(scheduler: Any) -> Iterator[list[torch.Tensor]]:
     """Within, the latents after the latest step of a scheduler, as its pipeline steps them, in a list."""
-    step, last = scheduler.step, []
+    own, step, last = vars(scheduler).get("step"), scheduler.step, []
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
@@ -97,6 +97,8 @@ def _last_step(scheduler: Any) -> Iterator[list[torch.Tensor]]:
         yield last
     finally:
         del scheduler.step
+        if own is not None:  # of the user's
+            scheduler.step = own
 
 
 def _like(noisy: torch.Tensor, latents: torch.Tensor, pipe: Any) -> torch.Tensor:
