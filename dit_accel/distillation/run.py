@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.errors import UnavailableError
+from dit_accel.arguments import integer
+from dit_accel.errors import NonFiniteError, UnavailableError
 from dit_accel.json_files import check_same, read_json, write_json
 from dit_accel.optional import required
 from dit_accel.pipelines.families import family_of
@@ -70,9 +72,10 @@ def distill(
         out: folder of the adapter, for `Recipe(adapter=out)`.
         call: arguments of the pipeline's call: sizes, `num_inference_steps`, `guidance_scale`, ...
         folder: of samples and checkpoints; None: beside `out`, with `.state` at the end.
-        log: folder of a TensorBoard log of the loss and its parts; it needs `tensorboard`.
+        log: folder of a TensorBoard log of the loss and its parts; it needs `tensorboard`. Neither is in
+            `out`.
         progress: whether to show progress bars on stderr, with the parts of the loss.
-        until: a step to stop at, before the end; no adapter is written then.
+        until: a step to stop at, from 1, before the end; no adapter is written then.
         **options: fields of `dit_accel.distillation.settings.Settings`.
 
     Returns:
@@ -84,10 +87,12 @@ def distill(
             family, or a folder begun with other settings.
         UnavailableError: a recipe without gradients here, packages that are missing, a pipeline with two
             transformers or of no flow.
+        NonFiniteError: training that has diverged.
 
     Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", 2024.
     """
     recipe, settings, call = resolve(recipe), Settings(**options), dict(call or {})
+    until = None if until is None else integer("until", until, 1)
     out = Path(out)
     folder = out.with_name(f"{out.name}.state") if folder is None else Path(folder)
     job = Distillation(pipe, recipe, settings, call, out, folder, log)
@@ -170,6 +175,12 @@ class Distillation:
 
     def _check_out(self) -> None:
         """Refuses a file, and a folder of other things, which the adapter would be mixed with."""
+        for name, other in (("folder", self.folder), ("log", self.log)):
+            if other is not None and Path(other).resolve().is_relative_to(self.out.resolve()):
+                raise ValueError(
+                    f"`{name}` {other} is in `out` {self.out}, where nothing but the adapter may be; name "
+                    "another folder"
+                )
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"`out` must be a folder, got the file {self.out}")
         others = [p.name for p in self.out.iterdir() if p.name not in FILES] if self.out.is_dir() else []
@@ -252,7 +263,7 @@ class Distillation:
         shown = Progress(settings.steps, loop.step, self.log if main else None, progress and main)
         with shown, self.student.enabled():
             loop.run(
-                lambda draw, _: self._loss(draw, shown),
+                lambda draw, _: self._loss(draw, shown, loop.step + 1),
                 until=until,
                 save_every=settings.save_every,
                 on_step=shown.step,
@@ -261,6 +272,8 @@ class Distillation:
                 return self.about
             if settings.average:
                 loop.adopt_average()
+            if not all(bool(x.isfinite().all()) for x in self.student.weights.parameters()):
+                raise self._diverged("what was trained is not finite")
             said = {**self.about, **self.steps.errors()}
         if main:
             for name in FILES:  # of an earlier adapter
@@ -290,13 +303,27 @@ class Distillation:
             for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad.copy_(part.view_as(parameter))
 
-    def _loss(self, draw: Draw, shown: Progress) -> torch.Tensor:
-        """The loss of a step, without a graph: its gradients are there already."""
+    def _loss(self, draw: Draw, shown: Progress, step: int) -> torch.Tensor:
+        """The loss of a step, without a graph: its gradients are there already.
+
+        Raises:
+            NonFiniteError: it is not finite, nor would what is trained be.
+        """
         totals = self.steps.train(draw)
+        if not all(map(math.isfinite, totals)):
+            raise self._diverged(f"the loss of step {step} is not finite")
         weights = [getattr(self.settings, name) for name in PARTS]
         loss = sum(weight * part for weight, part in zip(weights, totals, strict=True))
         shown.note({"loss": loss, **dict(zip(PARTS, totals, strict=True))})
         return torch.tensor(loss, dtype=torch.float64, device="cpu")
+
+    def _diverged(self, what: str) -> NonFiniteError:
+        settings = self.settings
+        return NonFiniteError(
+            f"{what}: training has diverged; take a lower `rate` than {settings.learning_rate:g}, or another "
+            f"`precision` than {settings.precision!r}, and another `folder`, as {self.folder} goes on with "
+            "these settings"
+        )
 
 
 class _Modes:

@@ -10,6 +10,7 @@ from left_behind import state_of
 import dit_accel
 from dit_accel import Recipe, UnavailableError, accelerated
 from dit_accel.distillation import progress, run
+from dit_accel.errors import NonFiniteError
 from dit_accel.json_files import read_json
 from dit_accel.patterns import ByNoise, Clear, Dense, InLine, Neighborhood, SparseLinear, VideoSparse
 from dit_accel.recipe.adapter_parts import Whole
@@ -213,6 +214,9 @@ REFUSED = {
     "nothing": (distillations.RECIPE, dict.fromkeys(run.PARTS, 0), ValueError, "must be above 0"),
     "optimizer": (distillations.RECIPE, {"optimizer": "sgd"}, ValueError, "must be 'adamw' or 'prodigy'"),
     "share": (distillations.RECIPE, {"average": 1.0}, ValueError, "`average` must be a share from 0"),
+    "until 0": (distillations.RECIPE, {"until": 0}, ValueError, "`until` must be a positive integer, got 0"),
+    "until below": (distillations.RECIPE, {"until": -1}, ValueError, "`until` must be a positive integer"),
+    "until part": (distillations.RECIPE, {"until": 1.5}, ValueError, "`until` must be a positive integer"),
     "unknown": (distillations.RECIPE, {"epochs": 3}, TypeError, "epochs"),
 }
 
@@ -225,6 +229,47 @@ def test_what_is_refused_before_any_work(flux, tmp_path, recipe, options, error,
     assert not list(tmp_path.iterdir())
     assert state_of(flux.pipe.transformer) == before
     assert all(p.requires_grad for p in flux.pipe.transformer.parameters())
+
+
+@pytest.mark.parametrize("name", ["folder", "log"])
+@pytest.mark.parametrize("inside", ["out", "out/more", "other/../out"])
+def test_nothing_else_may_be_where_the_adapter_is(flux, tmp_path, name, inside):
+    """Or a run that was stopped would refuse what it has written itself."""
+    with pytest.raises(ValueError, match=f"`{name}` .* is in `out` .*; name another folder"):
+        dit_accel.distill(
+            flux.pipe,
+            distillations.RECIPE,
+            distillations.prompts("flux"),
+            tmp_path / "out",
+            call=distillations.call("flux"),
+            **{**distillations.SMALL, name: tmp_path / inside},
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dense", [0, 1.0])
+@pytest.mark.parametrize(("steps", "what"), [(4, "the loss of step 2 is"), (1, "what was trained is")])
+def test_training_that_diverges_writes_no_adapter(flux, tmp_path, dense, steps, what):
+    recipe = replace(distillations.RECIPE, dense_steps=dense)
+    options = {"steps": steps, "rate": 1e38 if steps > 1 else 1e308, "weight_decay": 0, "flow": 1}
+    with pytest.raises(NonFiniteError, match=f"{what} not finite: .* lower `rate` than 1e"):
+        distilled(flux.pipe, "flux", tmp_path, recipe, **options)
+    assert not (tmp_path / "out").exists()
+    assert not flux.pipe.transformer._forward_hooks
+
+
+def test_a_schedulers_step_of_the_users_stays(flux, tmp_path):
+    """Samples look at it, and put back what was there."""
+    own, calls = flux.pipe.scheduler.step, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    flux.pipe.scheduler.step = counted
+    distilled(flux.pipe, "flux", tmp_path, until=1)
+    assert flux.pipe.scheduler.step is counted
+    assert len(calls) == 6  # two of each sample
 
 
 def test_data_and_pipelines_that_are_refused(families, flux, tmp_path):
