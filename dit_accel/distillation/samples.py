@@ -58,7 +58,7 @@ class Sample:
         """The same latents with the text of another sample."""
         places = set(family.shared_inputs) - set(family.text_places)
         kept = {name: x for name, x in self.inputs.items() if name in places or not has_tensors(x)}
-        return replace(self, inputs={**other.inputs, **kept})
+        return replace(self, inputs=family.with_other_text({**other.inputs, **kept}))
 
     def write(self, path: Path) -> None:
         """Into a file, whole or not at all."""

@@ -192,6 +192,10 @@ class Family:
         """Other inputs of a call with what it denoises, as of `denoised`, and timesteps, as of `timestep`."""
         return inputs | {"hidden_states": latents, "timestep": timestep}
 
+    def with_other_text(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of a call, without what it denoises, whose text is that of another, made to fit it."""
+        return inputs
+
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> TokenLayout:
         """The geometry of a call, from the inputs of the transformer's forward.
 

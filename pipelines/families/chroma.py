@@ -33,6 +33,14 @@ class Chroma(Flux):
     def text_valid(self, inputs: dict[str, Any], memo: dict) -> torch.Tensor | None:
         return None if inputs.get("attention_mask") is None else _lengths(inputs, memo)[0]
 
+    def with_other_text(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With its mask, which is of text and image, for as many tokens as the image has."""
+        mask, text_len = inputs.get("attention_mask"), inputs["encoder_hidden_states"].shape[1]
+        if mask is None:
+            return inputs
+        image = mask.new_ones(len(mask), inputs["img_ids"].shape[-2])
+        return inputs | {"attention_mask": torch.cat([mask[:, :text_len], image], 1)}
+
     def around(
         self, attentions: dict[str, LayerAttention], inputs: dict[str, Any], memo: dict
     ) -> dict[str, LayerAttention]:

@@ -24,6 +24,7 @@ FAMILIES = (
     "flux", "chroma", "flux2", "sd3", "qwen", "zimage", "hunyuanimage", "wan", "skyreels", "hunyuan",
     "hunyuan15", "ltx", "mochi", "kandinsky5",
 )  # fmt: skip
+ENCODING = ("flux", "chroma", "sd3", "wan", "skyreels", "hunyuan")  # those that take folders
 
 
 def embeddings(tokens: int, seed: int) -> torch.Tensor:
@@ -158,6 +159,27 @@ def test_a_sample_is_read_as_it_was_written(families, tmp_path, name):
     other.close()
     mixed = sample.with_text_of(other.steps.samples[1], job.family)
     assert mixed.inputs.keys() == sample.inputs.keys()
+
+
+@pytest.mark.parametrize("name", ENCODING)
+def test_a_sample_takes_the_text_of_one_of_another_size(families, tmp_path, name):
+    """As pictures of a folder take that of the empty prompt, which is made once."""
+    pipe, call = pipeline_and_call(families, name)
+    assert family_of(pipe.transformer).encodes
+    text = of_prompt(call)
+    sizes = {key: value for key, value in call.items() if key not in text}
+    heights = [{**text, "height": height} for height in (96, 64)]
+    settings = Settings(**{**SMALL, "steps": 1})
+    job = Distillation(pipe, RECIPE, settings, sizes, tmp_path / "out", tmp_path / "state", None)
+    job.prepare(heights, progress=False)
+    sample, other = job.steps.samples[0], job.steps.samples[1]
+    predicted = []
+    for inputs in (sample.inputs, sample.with_text_of(other, job.family).inputs):
+        given = job.family.with_denoised(dict(inputs), sample.latents, torch.full((1,), 0.5))
+        predicted.append(job.student.teacher(given, record=False)[0])
+    job.close()
+    assert sample.latents.shape != other.latents.shape
+    assert torch.equal(*predicted)  # both texts are the same
 
 
 @pytest.mark.parametrize(
