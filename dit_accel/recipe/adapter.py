@@ -236,7 +236,9 @@ def _model_files(folder: Path) -> list[Path]:
         names = [MODEL_WEIGHTS]
     else:
         of = read_json(index, "the index of a model's weights")
-        names = sorted(set(of["weight_map"].values())) if isinstance(of, dict) and "weight_map" in of else []
+        told = of.get("weight_map") if isinstance(of, dict) else None
+        names = list(told.values()) if isinstance(told, dict) else []
+        names = sorted(set(names)) if all(isinstance(name, str) for name in names) else []
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if not names or missing:
         lacks = f"it has no {missing}" if missing else f"{index.name} names no files"
@@ -249,7 +251,10 @@ def _of_file(path: Path) -> Iterator[tuple[str, Part]]:
     if path.suffix in _PICKLES:
         raise ValueError(_refuses_pickles(path))
     keys, shapes, metadata = _header(path)
-    said = from_json(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        said = from_json(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its `lora_adapter_metadata` is no JSON: {error}") from None
     if not isinstance(said, dict):
         raise ValueError(f"{path} is damaged: its `lora_adapter_metadata` is no object")
     of: dict[str, list[str]] = {}

@@ -74,6 +74,18 @@ def test_files_of_diffusers(tmp_path):
     said = json.dumps({"transformer.lora_alpha": 8, "transformer.peft_type": "LORA"})
     save_file(pairs, path, {"lora_adapter_metadata": said})
     assert [part.layers["to_q"].scale for part in Adapter(path).parts.values()] == [4, 1]
+    for said, why in (("{", "no JSON: Expecting"), ("[]", "no object")):
+        save_file(pairs, path, {"lora_adapter_metadata": said})
+        with pytest.raises(ValueError, match=rf"lora.safetensors is damaged: its `.*metadata` is {why}"):
+            Adapter(path)
+
+
+@pytest.mark.parametrize("told", [[], "x", {"a": 3}, {"a": None, "b": "c"}, {}, None])
+def test_an_index_that_names_no_files(tmp_path, told):
+    (tmp_path / module.MODEL_CONFIG).write_text("{}")
+    (tmp_path / f"{module.MODEL_WEIGHTS}.index.json").write_text(json.dumps({"weight_map": told}))
+    with pytest.raises(ValueError, match=r"without its weights: .*index\.json names no files"):
+        Adapter(tmp_path)
 
 
 def test_two_transformers(folder, tmp_path):
