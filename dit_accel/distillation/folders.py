@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.files import read_lines, read_text
+from dit_accel.files import read_text
 from dit_accel.json_files import from_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def read_folder(folder: Path, count: int | None = None) -> list[Item]:
 
 def _of_metadata(folder: Path) -> list[Item]:
     found = []
-    for number, line in enumerate(read_lines(folder / METADATA), 1):
+    for number, line in enumerate(read_text(folder / METADATA).split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{folder / METADATA}, line {number}"
         try:
             said = from_json(line)

@@ -205,6 +205,8 @@ def test_folders_that_are_refused(tiny_flux, tmp_path):
     fails("1.png has no caption: write it into 1.txt beside it")
     for line, message in (
         ("{", "line 1 is no JSON"),
+        ("\n \n{\n", "line 3 is no JSON"),
+        ("\n", "has no images or videos"),
         ('{"file_name": "0.png"}', "must be an object with `file_name` and `text`"),
         ('{"file_name": "9.png", "text": "x"}', "names '9.png', and there is no such file"),
         ('{"file_name": "../x.png", "text": "x"}', "no such file in the folder"),
