@@ -107,7 +107,7 @@ class Bands:
         """
         frames, _, width = layout.grid
         halo = 2 * (self.above + self.below) * frames * width * heads * head_dim
-        others = layout.text_len * heads * (head_dim + (not self.averaged))
+        others = layout.text_len * heads * (head_dim + 2 * (not self.averaged))
         others += 2 * self.pooled_counts(layout)[self.rank] * heads * head_dim
         return halo, (self.count - 1) * others
 
@@ -232,9 +232,16 @@ class BandedAttention(LayerAttention):
             k, v = (torch.cat(pair, 2) for pair in zip((k, v), kv, strict=True))
         mask = whole_mask(q.shape[2], k.shape[2], q.device)
         out, lse = kernels.block_sparse_attention(q, k, v, mask, **options)
-        told = out if bands.averaged else torch.cat([out, lse[..., None].to(out.dtype)], -1)
+        told = out if bands.averaged else torch.cat([out, _in_two(lse, out.dtype)], -1)
         parts = exchange([told.flatten()] * bands.count, [told.numel()] * bands.count, bands.group)
         parts = [part.view(told.shape) for part in parts]
         if bands.averaged:
             return torch.stack(parts).mean(0)
-        return kernels.merge([part[..., :-1] for part in parts], [part[..., -1] for part in parts])[0]
+        lses = [part[..., -2:].to(lse.dtype).sum(-1) for part in parts]
+        return kernels.merge([part[..., :-2] for part in parts], lses)[0]
+
+
+def _in_two(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers (...) as sums of two in another dtype (..., 2): a log-sum-exp of 16 bits is off by percents."""
+    first = x.to(dtype)
+    return torch.stack([first, (x - first).to(dtype)], -1)

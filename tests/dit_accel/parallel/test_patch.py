@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from dit_accel import Recipe, TokenLayout, UnavailableError
-from dit_accel.attention.banded import Bands
+from dit_accel.attention import banded
+from dit_accel.attention.banded import BandedAttention, Bands
+from dit_accel.attention.call import AttentionCall
 from dit_accel.parallel import patch, patch_parallel
 from dit_accel.patterns import Clear, Dense, InwardWindow, Neighborhood, Routed, SlidingTile
 
@@ -46,6 +49,30 @@ def test_two_processes(tmp_path):
 def test_other_processes(tmp_path, count, family):
     """Each edge sends what it does between two."""
     check(processes.run("patch_parallel_cases", tmp_path, count, family))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_text_is_joined_to_rounding(monkeypatch, dtype):
+    """In the inputs' dtype: twice what attention to all keys at once is off by, at most."""
+    layout, told = TokenLayout((1, 8, 16), text_len=24, text_first=True), []
+    draws = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 32, generator=draws).to(dtype) for n in (24, 280, 280))
+    text = [q, k[:, :, :24], v[:, :, :24]]
+
+    def exchange(sent, received, group):  # the last process has what all others sent
+        told.append(sent[0])
+        return tuple(told) if len(told) == len(sent) else sent
+
+    monkeypatch.setattr(banded, "exchange", exchange)
+    call = AttentionCall(q, k, v, layout, dense=lambda call: call.q)
+    for rank in range(2):
+        own = slice(24 + 128 * rank, 24 + 128 * (rank + 1))
+        attention = BandedAttention(Bands(rank, 2, reach=2), layout, lambda pooled: None, ())
+        joined = attention._of_text(call, text, k[:, :, own], v[:, :, own])
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    whole = F.scaled_dot_product_attention(q, k, v)
+    assert joined.dtype == dtype
+    assert (joined - exact).norm() < 2 * (whole - exact).norm() + 1e-6
 
 
 @given(

@@ -82,7 +82,8 @@ def test_rows_do_not_depend_on_how_many_gpus():
     edges = 2 * 2 * 15 * 128 * HEADS * HEAD_DIM * BF16 * LAYERS
     assert found[4].halo_bytes == found[8].halo_bytes == edges
     text = {n: one.sent_bytes - one.halo_bytes for n, one in found.items()}
-    assert text == {n: (n - 1) * TEXT * HEADS * (HEAD_DIM + 1) * BF16 * LAYERS for n in (4, 8)}
+    lse = 2  # numbers of 16 bits, as one would not be exact
+    assert text == {n: (n - 1) * TEXT * HEADS * (HEAD_DIM + lse) * BF16 * LAYERS for n in (4, 8)}
     assert found[4].work == pytest.approx((32 * 128 + TEXT) / (128**2 + TEXT))
     assert sharings(planned(128), Recipe(Clear(16)), 2)[1].halo_bytes == edges // 2  # one edge each
 
