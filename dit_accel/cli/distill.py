@@ -137,7 +137,7 @@ def distill(
     from dataclasses import replace
 
     from dit_accel import distill as learn
-    from dit_accel.distillation.run import precision_of
+    from dit_accel.distillation.run import precision_of, state_beside
     from dit_accel.distillation.settings import Settings
     from dit_accel.files import write_text
     from dit_accel.recipe.recipe import resolve
@@ -168,6 +168,10 @@ def distill(
     opt.check_guidance(guidance)
     if out.exists() and not out.is_dir():
         raise ValueError(f"`--out` must name a folder, got the file {out}")
+    folder = state_beside(out) if state is None else state
+    written = out.with_name(f"{out.name}.yaml")
+    if written.resolve() == Path(recipe).resolve():
+        raise ValueError(f"`--out` {out} would write its recipe over {recipe}, which it reads; name another")
     source = _source(prompt or [], prompts, data)
     asked = resolve(recipe)
     width, height = opt.parse_size(size) or (None, None)
@@ -179,7 +183,6 @@ def distill(
     check_request(pipe, request)
     unused = ("prompt", "generator", "output_type")
     call = {name: value for name, value in request.arguments(pipe).items() if name not in unused}
-    folder = out.with_name(f"{out.name}.state") if state is None else state
     main = shared.is_main_process
     if main:
         numbers = precision_of(settings, target, folder)
@@ -189,17 +192,16 @@ def distill(
     said = learn(pipe, asked, source, out, **places, **settings.about(), save_every=save_every)
     if not main:
         return None
-    path = out.with_name(f"{out.name}.yaml")
     plain = replace(asked, name="", source="", adapter=None).to_dict()
-    write_text(path, to_yaml({**plain, "adapter": out.name}))
-    files = {"adapter": out, "recipe": path}
+    write_text(written, to_yaml({**plain, "adapter": out.name}))
+    files = {"adapter": out, "recipe": written}
     if json:
         return print_json({"schema": SCHEMA, **said, "files": files})
     rows = [(name, said[name]) for name in ("error_without", "error") if name in said]
     if rows:
         print_table("Distance to the teacher on held-out samples, mean squared", ("", "value"), rows)
-    for name, written in files.items():
-        typer.echo(f"{name}: {written}")
+    for name, place in files.items():
+        typer.echo(f"{name}: {place}")
     return None
 
 

@@ -94,13 +94,24 @@ def distill(
     recipe, settings, call = resolve(recipe), Settings(**options), dict(call or {})
     until = None if until is None else integer("until", until, 1)
     out = Path(out)
-    folder = out.with_name(f"{out.name}.state") if folder is None else Path(folder)
+    folder = state_beside(out) if folder is None else Path(folder)
     job = Distillation(pipe, recipe, settings, call, out, folder, log)
     try:
         job.prepare(data, progress)
         return job.run(progress, until)
     finally:
         job.close()
+
+
+def state_beside(out: Path) -> Path:
+    """The folder of samples and checkpoints beside that of an adapter.
+
+    Raises:
+        ValueError: a path that ends in no name.
+    """
+    if out.name in ("", ".."):
+        raise ValueError(f"`out` must end in the name of a folder, got {str(out)!r}; say how it is called")
+    return out.with_name(f"{out.name}.state")
 
 
 def precision_of(settings: Settings, device: torch.device, folder: Path) -> str:

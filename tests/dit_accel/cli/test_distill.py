@@ -52,6 +52,17 @@ def test_refused_before_any_work(command, recipe, tmp_path, arguments, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
+def test_the_recipe_that_is_read_is_not_written_over(command, recipe, tmp_path):
+    own = (tmp_path / "recipe.yaml").read_text()
+    message = command.error(*SMALL, *PROMPTS, *recipe, "--out", tmp_path / "recipe")
+    assert f"would write its recipe over {tmp_path / 'recipe.yaml'}, which it reads; name" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert (tmp_path / "recipe.yaml").read_text() == own
+    assert "must end in the name of a folder, got '.'" in command.error(
+        *SMALL, *PROMPTS, *recipe, "--out", "."
+    )
+
+
 def test_a_recipe_without_gradients_is_unavailable(command, tmp_path):
     Recipe(Clear(2), quantization="int8").save(tmp_path / "int8.yaml")
     line = (*MODEL, *PROMPTS, "--recipe", tmp_path / "int8.yaml", "--out", tmp_path / "out")
