@@ -107,7 +107,8 @@ class InLineAttention(Approximate):
             q = q * scale
             means = [x.sum(2, keepdim=True) / number for x in (k, v)]
             out = q @ (k.mT @ v) / number + (1 - q @ means[0].mT) * means[1]
-            return out if call.beside is None else out + self._local(own, call.beside.to(exact))
+            taps = call.of_input(TAPS_IN, "a local kernel")
+            return out if taps is None else out + self._local(own, taps.to(exact))
 
     def _local(self, v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
         """Kernels of 3 x 3, taps (B, H, 9, D), over the frames of v (B, H, V, D); zeros around them."""

@@ -68,6 +68,25 @@ class AttentionCall:
         """Which keys are padded text, bool (B, S) in the order of the call; None where none is."""
         return None if self.text_valid is None else self.layout.padding(self.text_valid)
 
+    def of_input(self, weight: str, what: str) -> torch.Tensor | None:
+        """`beside`, where the layer has the learned weight that it is made by; else None.
+
+        Args:
+            weight: its name.
+            what: what `beside` is, for a message.
+
+        Raises:
+            UnavailableError: a call that did not bring it.
+        """
+        if weight not in self.learned:
+            return None
+        if self.beside is None:
+            raise UnavailableError(
+                f"{what} needs what this layer's queries are projected from, and this call did not bring it; "
+                "call `unfuse_qkv_projections()` on the transformer, or leave `adapter` out"
+            )
+        return self.beside
+
 
 class LayerSizes(NamedTuple):
     """Sizes of an attention layer: of a head, the number of heads, and the channels of its input."""

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dit_accel.errors import UnavailableError
-
 from . import online
 from .block_scores import largest
 from .call import AttentionCall, LayerAttention, LayerSizes
@@ -83,19 +81,14 @@ class VideoSparseAttention(LayerAttention):
         placed = self._by_place(call)
         coarse = self._coarse(placed)
         out = self.cubes.leave(self._masked(call, coarse)(placed))
-        if GATE not in call.learned:
+        gate = call.of_input(GATE, "the gate of the coarse branch")
+        if gate is None:
             return out
-        if call.beside is None:
-            raise UnavailableError(
-                "the gate of this layer's coarse branch needs what its queries are projected from, and this "
-                "call did not bring it; call `unfuse_qkv_projections()` on the transformer, or leave the "
-                "gate (`adapter`) out"
-            )
         means = self.cubes.means(placed.v)
         with torch.autocast(call.q.device.type, enabled=False):
             pooled = (coarse.weights @ means)[:, :, self.cubes.cube]
         visual = call.layout.visual_slice
-        gated = out[:, :, visual] + (pooled * call.beside).to(out.dtype)
+        gated = out[:, :, visual] + (pooled * gate).to(out.dtype)
         return torch.cat([out[:, :, : visual.start], gated, out[:, :, visual.stop :]], 2)
 
     def with_lse(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

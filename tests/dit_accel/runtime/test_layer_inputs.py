@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dit_accel import UnavailableError, accelerated, disable, enable, summary
 from dit_accel.attention import video_sparse
-from dit_accel.patterns import Clear, Neighborhood, VideoSparse
+from dit_accel.patterns import Clear, InLine, Neighborhood, VideoSparse
 from dit_accel.pipelines import family_of, load
 from dit_accel.recipe import adapter
 from dit_accel.recipe.adapter import Adapter
@@ -162,11 +162,11 @@ def test_gates_alone_are_what_an_adapter_of_a_model_is(wan, tmp_path):
     )
 
 
-def test_fused_projections_are_refused(flux, tmp_path):
+@pytest.mark.parametrize("pattern", [VideoSparse(0.3, (1, 4, 4)), InLine()], ids=["gates", "kernels"])
+def test_fused_projections_are_refused(flux, tmp_path, pattern):
     transformer = flux.pipe.transformer
     family, places = family_of(transformer), {module: name for name, module in transformer.named_modules()}
     sizes = family.heads(transformer)
-    pattern = VideoSparse(0.3, (1, 4, 4))
     learned = {
         places[module]: pattern.learned(layer_sizes(family, module, *sizes))
         for module in family.found_layers(transformer).values()
