@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel.masks.block_mask import BlockMask
+from dit_accel.masks.chunk_layout import ChunkLayout
 from dit_accel.masks.layout import TokenLayout
 
 from .arrangement import Arrangement, call_order
@@ -71,6 +72,14 @@ class LayerMasks:
         """How tokens go from the order of calls to that of a mask; None where they need not."""
         order = call_order(self.layout) if mask.order is None else mask.order.cpu()
         return Arrangement.between(call_order(self.layout, self.places), order, self.device)
+
+    def keys_from_calls(self, mask: BlockMask) -> Arrangement | None:
+        """The same of keys that are other tokens than the queries; None where they are not."""
+        if not isinstance(self.layout, ChunkLayout) or mask.key_order is None:
+            return None
+        given = torch.arange(mask.kv_len, device="cpu")
+        order = torch.cat([mask.key_order.cpu(), given[len(mask.key_order) :]])
+        return Arrangement.between(given, order, self.device)
 
 
 def layer_attention(heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:

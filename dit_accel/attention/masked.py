@@ -21,12 +21,14 @@ class Masked(LayerAttention):
     Attributes:
         mask: in an order of its own.
         arrangement: from the order of calls to that of the mask; None where they are the same.
+        keys: the same of the keys, where they are other tokens; None: they are the same.
         pv_threshold: as of `dit_accel.kernels.block_sparse_attention`.
     """
 
     mask: BlockMask
     arrangement: Arrangement | None = None
     pv_threshold: float | None = None
+    keys: Arrangement | None = None
 
     def model_orders(self) -> list[torch.Tensor]:
         if self.mask.order is None:
@@ -35,10 +37,11 @@ class Masked(LayerAttention):
 
     def enter(self, call: AttentionCall) -> AttentionCall:
         """The call with its tokens in the order of the mask."""
-        if self.arrangement is None:
+        queries, keys = self.arrangement, self.keys or self.arrangement
+        if keys is None:
             return call
-        q, k, v = map(self.arrangement.enter, (call.q, call.k, call.v))
-        return replace(call, q=q, k=k, v=v)
+        q = call.q if queries is None else queries.enter(call.q)
+        return replace(call, q=q, k=keys.enter(call.k), v=keys.enter(call.v))
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, H, S, D) of the mask's order, in that of calls."""

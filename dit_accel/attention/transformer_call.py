@@ -80,7 +80,7 @@ class TransformerCall:
     def keeps_own(self, layer: str, q: torch.Tensor, k: torch.Tensor) -> bool:
         """Whether a layer keeps the model's own attention of q and k (B, H, S, D)."""
         lengths = (q.shape[2], k.shape[2])
-        if self.any_length and lengths != (self.layouts[layer].seq_len,) * 2:
+        if self.any_length and lengths != self.layouts[layer].call_lengths:
             self.notes.setdefault(layer, {})["other tokens"] = lengths
             return True
         return layer not in self.layers

@@ -10,6 +10,7 @@ import torch
 
 from .block_lists import BlockLists
 from .block_mask import BlockMask
+from .chunk_layout import ChunkLayout, ChunkRule
 from .layout import TokenLayout
 from .order_choice import Order, choose_orders
 from .pair_rules import Rule, first_of_each, hash_rows
@@ -31,9 +32,13 @@ def build(
     """The `BlockMask` of `pattern`; see `StaticPattern.block_mask`."""
     keys = queries if keys is None else keys
     check_block_size(block_size)
+    if isinstance(queries, ChunkLayout) and (keys != queries or key_order is not None):
+        raise ValueError(f"a ChunkLayout says itself what the keys are; use keys=None, got {keys}")
     if text not in ("last", "model"):
         raise ValueError(f"`text` must be 'last' or 'model', got {text!r}")
     with on_the_cpu():
+        if isinstance(queries, ChunkLayout):
+            return _build_of_chunks(pattern, queries, block_size, order)
         return _build(pattern, queries, keys, block_size, order, key_order, text == "last")
 
 
@@ -68,7 +73,53 @@ def _build(
     q = _Blocks.cut(rule, queries, inside[orders[0]], block_size[0], text_last, anchor_sees_visual=sees)
     k = _Blocks.cut(rule, keys, orders[1], block_size[1], text_last, pooled=pooled)
     start = 0 if keys.text_first and not text_last else keys.visual_len + keys.anchor_len
-    text, kv_len = (start, start + keys.text_len), keys.seq_len + pooled
+    places, same = _model_order(queries, orders[0], text_last), keys == queries and torch.equal(*orders)
+    return _mask(
+        rule,
+        q,
+        k,
+        block_size=block_size,
+        seq_len=queries.seq_len,
+        kv_len=keys.seq_len + pooled,
+        order=places,
+        key_order=places if same else _model_order(keys, orders[1], text_last),
+        text=(start, start + keys.text_len),
+    )
+
+
+def _build_of_chunks(pattern, layout: ChunkLayout, block_size: tuple[int, int], order: Order) -> BlockMask:
+    """That of a call with a cache of keys; `order` is of the tokens of the video's whole grid."""
+    rules, natural = [variant.rule(layout) for variant in pattern.variants], pattern.natural_orders(layout)
+    every = torch.arange(layout.visual_len, device="cpu")
+    keys = layout.in_order(choose_orders(rules, layout.grid, every, block_size, order, None, natural)[1])
+    rule, first = ChunkRule(pattern.rule(layout), layout), layout.tokens - layout.seq_len
+    queries, in_a_row = keys[keys >= first], [TokenLayout((1, 1, n)) for n in (layout.seq_len, layout.tokens)]
+    return _mask(
+        rule,
+        _Blocks.cut(rule, in_a_row[0], queries, block_size[0], True),
+        _Blocks.cut(rule, in_a_row[1], keys, block_size[1], True, pooled=layout.zeros),
+        block_size=block_size,
+        seq_len=layout.seq_len,
+        kv_len=layout.kv_len,
+        order=_model_order(in_a_row[0], queries - first, True),
+        key_order=_model_order(in_a_row[1], keys, True),
+        text=(layout.tokens, layout.tokens),
+    )
+
+
+def _mask(
+    rule: Rule,
+    q: _Blocks,
+    k: _Blocks,
+    *,
+    block_size: tuple[int, int],
+    seq_len: int,
+    kv_len: int,
+    order: torch.Tensor | None,
+    key_order: torch.Tensor | None,
+    text: tuple[int, int],
+) -> BlockMask:
+    """The mask of a rule between queries and keys that are cut into blocks."""
     never_full = torch.zeros(len(k.visual), dtype=torch.bool, device="cpu")
     never_full[unmaskable(kv_len, block_size[1], text)] = True
     full, partial = _classify(rule, q, k, never_full)
@@ -80,16 +131,15 @@ def _build(
         keep &= ~promote
     partial, tile = partial[:, keep], tile[keep]
     used, tile = tile.unique(return_inverse=True)
-    places, same = _model_order(queries, orders[0], text_last), keys == queries and torch.equal(*orders)
     return BlockMask(
         block_size=block_size,
-        seq_len=queries.seq_len,
+        seq_len=seq_len,
         kv_len=kv_len,
         full=BlockLists.of_pairs(*full, len(q.visual)),
         partial=BlockLists.of_pairs(*partial, len(q.visual), tile.int()),
         tiles=tiles[used],
-        order=places,
-        key_order=places if same else _model_order(keys, orders[1], text_last),
+        order=order,
+        key_order=key_order,
         text=text,
     ).trusted()
 

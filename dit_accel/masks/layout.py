@@ -79,6 +79,21 @@ class TokenLayout:
         return self.visual_len + self.anchor_len + self.text_len
 
     @property
+    def kv_len(self) -> int:
+        """All keys, pooled ones left out: the same tokens, but under a cache of keys (`ChunkLayout`)."""
+        return self.seq_len
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key."""
+        return self.seq_len * self.kv_len
+
+    @property
+    def call_lengths(self) -> tuple[int, int]:
+        """Queries and keys that a layer is called with."""
+        return self.seq_len, self.kv_len
+
+    @property
     def visual_slice(self) -> slice:
         """Where the main grid stands in the model's token order."""
         start = self.text_len if self.text_first else 0

@@ -13,6 +13,7 @@ from dit_accel.attention.masked import Masked
 from dit_accel.attention.online import Online
 from dit_accel.masks import orders
 from dit_accel.masks.builder import build
+from dit_accel.masks.chunk_layout import ChunkLayout, ChunkRule
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.order_choice import choose_orders
 from dit_accel.masks.pair_rules import Factor, FactorRule, Rule
@@ -170,7 +171,7 @@ class StaticPattern(Pattern):
 
     def layer_attention(self, heads: Sequence[Pattern], masks: LayerMasks) -> LayerAttention:
         mask = join_heads({pattern: masks.of(pattern) for pattern in dict.fromkeys(heads)}, heads)
-        return Masked(mask, masks.from_calls(mask))
+        return Masked(mask, masks.from_calls(mask), keys=masks.keys_from_calls(mask))
 
     def rule(self, layout: TokenLayout) -> Rule:
         """Which visual tokens attend to which, on this layout.
@@ -215,6 +216,9 @@ class StaticPattern(Pattern):
         pooled keys come last.
         """
         keys = layout if keys is None else keys
+        if isinstance(layout, ChunkLayout):
+            mask = ChunkRule(self.rule(layout), layout).mask()[layout.tokens - layout.seq_len :]
+            return torch.nn.functional.pad(mask, (0, layout.zeros), value=True)
         pooled = self.pooled_keys(keys)
         mask = torch.ones(layout.seq_len, keys.seq_len + pooled, dtype=torch.bool, device="cpu")
         mask[layout.visual_slice, keys.visual_slice] = self.rule(keys).mask()[layout.tokens_in(keys)]
@@ -258,7 +262,7 @@ class StaticPattern(Pattern):
 
     def density(self, layout: TokenLayout, keys: TokenLayout | None = None) -> float:
         """Computed pairs / (queries * keys), exact; `keys` as for `block_mask`."""
-        if keys is not None and keys != layout:
+        if isinstance(layout, ChunkLayout) or (keys is not None and keys != layout):
             return self.block_mask(layout, order="raster", keys=keys).density
         tokens, pooled = layout.seq_len, self.pooled_keys(layout)
         everywhere = tokens**2 - layout.visual_len**2 + layout.visual_len * pooled

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from dit_accel.arguments import integer, is_number, shown
 from dit_accel.attention.block_grid import BlockGrid
 from dit_accel.attention.block_scores import block_means, largest
 from dit_accel.attention.online import Online
 from dit_accel.masks.block_mask import BlockMask
+from dit_accel.masks.chunk_layout import ChunkLayout
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.orders import raster
 from dit_accel.masks.tiles import check_block_size
 
 from .base import OnlinePattern
 from .chunk_causal import ChunkCausal
+from .dense import Dense
 
 if TYPE_CHECKING:
     from dit_accel.attention.layer_masks import LayerMasks
@@ -60,12 +63,14 @@ class ChunkGrowth(OnlinePattern):
     keeps `top_frames` past frames of the largest mean q . mean k, frame 0 and the chunk before; in these a
     block of queries takes as many blocks of keys as the share of its whole past is, by the means of blocks. A
     block that reaches into another frame or chunk is chosen with it, and what is to come stays hidden token
-    by token. Blocks with text are always kept.
+    by token. Blocks with text are always kept, and under a cache of keys (`ChunkLayout`), where coarse tokens
+    count as others and frames to come for the budget, those with keys of zeros.
 
     `density` is both the field and, called with a layout, the share of all pairs that it aims at there.
 
     Args:
-        frames_per_chunk: latent frames of a chunk; in SkyReels-V2 its `causal_block_size`.
+        frames_per_chunk: latent frames of a chunk; in SkyReels-V2 its `causal_block_size`, in AnyFlow-FAR
+            those of every chunk but the first and the last.
         density: share of the past that the chunks after the first compute together, above 0 and at most 1.
         base: share that a chunk of an endless video computes, at most `density`.
         window: frames up to the end of its chunk that a chunk sees, others are hidden; None: all.
@@ -136,7 +141,7 @@ class ChunkGrowth(OnlinePattern):
         share = torch.ones_like(blocks.seen.listed_blocks()[0], dtype=torch.float64)
         part = blocks.number / blocks.past.sum(1, keepdim=True).clamp(min=1)
         share[:rows, :columns] = torch.where(blocks.past, part, 1.0)
-        return float((share * _pairs(blocks.seen)).sum()) / layout.seq_len**2
+        return float((share * _pairs(blocks.seen)).sum()) / layout.pairs
 
     # -- which -----------------------------------------------------------------------------------------------
 
@@ -168,9 +173,7 @@ class ChunkGrowth(OnlinePattern):
 
     def _kept_frames(self, blocks: _Blocks, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Past frames in which each chunk chooses: bool (B, H, chunks, F); q and k visual tokens first."""
-        frames, tokens = blocks.past_frames.shape[1], blocks.tokens_of_frame
-        queries, keys = (block_means(x[:, :, : frames * tokens], tokens) for x in (q, k))
-        of_chunks = torch.cat([part.mean(2, keepdim=True) for part in queries.split(blocks.lengths, 2)], 2)
+        of_chunks, keys = _means(q, blocks.chunk_tokens), _means(k, blocks.frame_tokens)
         scores = (of_chunks @ keys.mT).masked_fill(~blocks.past_frames, -torch.inf)
         return (largest(scores, self.top_frames) | blocks.kept_frames) & blocks.past_frames
 
@@ -186,12 +189,12 @@ class _Blocks(NamedTuple):
         seen: the mask of all that chunks may see.
         past: blocks that are chosen by content, bool (R, C): before all chunks that a block of queries is of.
         number: how many of them a block of queries takes, int64 (R, 1).
-        chunk: the chunk of a block of queries, the last if there are two, int64 (R,).
+        chunk: the chunk of a block of queries, the last if there are two, counted from the first that has
+            queries, int64 (R,).
         frames: which frames a block of keys has tokens of, bool (C, F).
-        past_frames, kept_frames: of each chunk, those before it, and those that it always keeps: bool
-            (chunks, F).
-        lengths: frames of each chunk.
-        tokens_of_frame: of every frame.
+        past_frames, kept_frames: of each chunk with queries, those before it, and those that it always keeps:
+            bool (chunks, F).
+        chunk_tokens, frame_tokens: of each chunk with queries, and of each frame.
     """
 
     grid: BlockGrid
@@ -202,44 +205,111 @@ class _Blocks(NamedTuple):
     frames: torch.Tensor
     past_frames: torch.Tensor
     kept_frames: torch.Tensor
-    lengths: list[int]
-    tokens_of_frame: int
+    chunk_tokens: list[int]
+    frame_tokens: list[int]
+
+
+class _Call(NamedTuple):
+    """Chunks of frames, and which of them a call has.
+
+    Attributes:
+        chunks: frames of each chunk of the whole video.
+        present: how many of them there are.
+        first: the first that has queries.
+        frame_tokens: of each frame that there is.
+    """
+
+    chunks: list[int]
+    present: int
+    first: int
+    frame_tokens: list[int]
+
+    @classmethod
+    def of(cls, pattern: ChunkGrowth, layout: TokenLayout) -> _Call:
+        """Raises ValueError where a model's own chunks are not those of the pattern."""
+        size, frames = pattern.frames_per_chunk, layout.grid[0]
+        if not isinstance(layout, ChunkLayout):
+            size, tokens = min(size, frames), layout.grid[1] * layout.grid[2]
+            chunks = [min(size, frames - at) for at in range(0, frames, size)]
+            return cls(chunks, len(chunks), 0, [tokens] * frames)
+        longest = max(layout.chunks)
+        if longest > size or any(inner != size for inner in layout.chunks[1:-1]):
+            raise ValueError(
+                f"this model's chunks have {', '.join(map(str, layout.chunks))} frames, got {pattern} with "
+                f"{size}; use frames_per_chunk={longest}"
+            )
+        first = layout.present - 1 if layout.last_alone else 0
+        return cls(list(layout.chunks), layout.present, first, layout.frame_tokens)
+
+    def blocks(self, pattern: ChunkGrowth, layout: TokenLayout) -> tuple[BlockGrid, BlockMask]:
+        """The blocks, frame by frame, and the mask of all that chunks may see."""
+        size, order = pattern.block_size, raster(layout.grid)
+        if not isinstance(layout, ChunkLayout):
+            causal = ChunkCausal(pattern.frames_per_chunk, window=pattern.window)
+            return BlockGrid.of(layout, size, order), causal.block_mask(layout, size, order)
+        if pattern.window is not None:
+            raise ValueError(f"this model's chunks see all before them; use window=None in {pattern}")
+        seen = Dense().block_mask(layout, size, order)
+        none = torch.zeros(seen.num_rows, seen.num_cols, dtype=torch.bool, device="cpu")
+        return _VisualBlocks(layout, size, None, none), seen
+
+
+class _VisualBlocks(BlockGrid):
+    """Blocks of a call without text, all of which are chosen by content."""
+
+    @cached_property
+    def chosen(self) -> tuple[int, int]:
+        rows, columns = self.always.shape
+        return rows, columns
+
+    def visual(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return q, k
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _blocks(pattern: ChunkGrowth, layout: TokenLayout, device: torch.device) -> _Blocks:
-    frames, tokens = layout.grid[0], layout.grid[1] * layout.grid[2]
-    size = min(pattern.frames_per_chunk, frames)
-    lengths = [min(size, frames - at) for at in range(0, frames, size)]
-    frame = torch.arange(frames, device="cpu")
-    start = torch.arange(len(lengths), device="cpu")[:, None] * size
-    end = (start + size).clamp(max=frames)
-    past_frames = (frame < start) & (frame >= end - min(pattern.window or frames, frames))
-    kept_frames = (frame == 0) | (frame >= start - size)
-
-    grid = BlockGrid.of(layout, pattern.block_size, raster(layout.grid))
-    causal = ChunkCausal(pattern.frames_per_chunk, window=pattern.window)
-    seen = causal.block_mask(layout, pattern.block_size, raster(layout.grid))
+    call = _Call.of(pattern, layout)
+    grid, seen = call.blocks(pattern, layout)
     rows, columns = grid.chosen
+    lengths = torch.tensor(call.chunks[: call.present], dtype=torch.int64, device="cpu")
+    end = lengths.cumsum(0)
+    start, frames = end - lengths, int(end[-1])
+    frame, before = torch.arange(frames, device="cpu"), F.pad(start, (1, 0))[:-1]
+    past_frames = (frame < start[:, None]) & (frame >= end[:, None] - min(pattern.window or frames, frames))
+    kept_frames = (frame == 0) | (frame >= before[:, None])
+
+    tokens = torch.tensor(call.frame_tokens, dtype=torch.int64, device="cpu")
+    of_token = frame.repeat_interleave(tokens)
+    chunk_of = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+    queries = of_token[of_token >= start[call.first]]
     of_queries, of_keys = (
-        _frames_of(n, block, layout.visual_len, tokens)
-        for n, block in zip(grid.chosen, pattern.block_size, strict=True)
+        _frames_of(own, n, size)
+        for own, n, size in zip((queries, of_token), (rows, columns), pattern.block_size, strict=True)
     )
-    chunk = of_queries[1] // size
-    before = of_keys[1] < (of_queries[0] // size * size)[:, None]
-    past = before & seen.listed_blocks()[0, :rows, :columns]
-    densities = torch.tensor(pattern._densities(lengths), dtype=torch.float64, device="cpu")
+    chunk = chunk_of[of_queries[1]]
+    past = of_keys[1] < start[chunk_of[of_queries[0]]][:, None]
+    past = past & seen.listed_blocks()[0, :rows, :columns]
+    densities = torch.tensor(pattern._densities(call.chunks), dtype=torch.float64, device="cpu")
     number = (densities[chunk] * past.sum(1)).round().long()[:, None]
     touched = (frame >= of_keys[0][:, None]) & (frame <= of_keys[1][:, None])
-    made: list[Any] = [grid, seen, past, number, chunk, touched, past_frames, kept_frames]
-    return _Blocks(*(one.to(device) for one in made), lengths=lengths, tokens_of_frame=tokens)
+    kept = past_frames[call.first :], kept_frames[call.first :]
+    made: list[Any] = [grid, seen, past, number, chunk - call.first, touched, *kept]
+    chunk_tokens = [int(part.sum()) for part in tokens.split(lengths.tolist())][call.first :]
+    return _Blocks(*(one.to(device) for one in made), chunk_tokens, call.frame_tokens)
 
 
-def _frames_of(blocks: int, size: int, visual: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first and the last frame that each block of visual tokens has tokens of, int64 (blocks,)."""
-    first = torch.arange(blocks, device="cpu") * size
-    return first // tokens, (first + size).clamp(max=visual).sub(1) // tokens
+def _frames_of(frames: torch.Tensor, blocks: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens in these frames, the first and the last frame of each block, int64 (blocks,)."""
+    first, last = torch.arange(blocks, device="cpu") * size, len(frames) - 1
+    return frames[first.clamp(max=last)], frames[(first + size - 1).clamp(max=last)]
+
+
+def _means(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The mean of each stretch of so many tokens of x (B, H, S, D): (B, H, len(sizes), D)."""
+    runs = [(size, len(list(same)) * size) for size, same in groupby(sizes)]
+    parts = x[:, :, : sum(sizes)].split([tokens for _, tokens in runs], 2)
+    return torch.cat([block_means(part, size) for part, (size, _) in zip(parts, runs, strict=True)], 2)
 
 
 def _pairs(mask: BlockMask) -> torch.Tensor:

@@ -78,7 +78,7 @@ class LayerDensities:
 
     def over_layers(self, densities: list[float]) -> float:
         """The density of all layers together, from one per layer."""
-        pairs = [layout.seq_len**2 for layout in self.layouts]
+        pairs = [layout.pairs for layout in self.layouts]
         return sum(d * n for d, n in zip(densities, pairs, strict=True)) / sum(pairs)
 
 
@@ -165,7 +165,7 @@ def _estimated(binding: Binding, layout: TokenLayout, moment: Moment | None) -> 
 
     def paid(found: LayerDensities) -> float:
         pairs = zip(found.sparse, found.block_densities, layouts, strict=True)
-        return sizes[found.block_size] * sum(d * own.seq_len**2 for sparse, d, own in pairs if sparse)
+        return sizes[found.block_size] * sum(d * own.pairs for sparse, d, own in pairs if sparse)
 
     sizes = block_sizes(recipe, binding.device)
     best = min(map(in_size, sizes), key=paid)

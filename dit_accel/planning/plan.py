@@ -347,7 +347,8 @@ def _layers(layers: list[LayerPatterns], found: LayerDensities) -> tuple[Layers,
 
 
 def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Memory:
-    tokens = max(layout.seq_len for layout in of_steps[-1].found.layouts)
+    layouts = of_steps[-1].found.layouts
+    tokens = max(2 * (layout.seq_len + layout.kv_len) for layout in layouts)  # q, output, k, v
     masks = None
     if all(at.found.attentions is not None for at in of_steps):
         different = {attention for at in of_steps for attention in at.found.attentions or ()} - {None}
@@ -355,9 +356,9 @@ def _memory(binding: Binding, of_steps: list[AtSteps], dtype: torch.dtype) -> Me
     parameters = sum(p.numel() for p in binding.transformer.parameters())
     return Memory(
         weights=parameters * dtype.itemsize,
-        qkv_and_output=4 * tokens * binding.heads * binding.head_dim * dtype.itemsize,
+        qkv_and_output=tokens * binding.heads * binding.head_dim * dtype.itemsize,
         masks=masks,
-        scores_never_made=tokens**2 * binding.heads * dtype.itemsize,
+        scores_never_made=max(layout.pairs for layout in layouts) * binding.heads * dtype.itemsize,
     )
 
 

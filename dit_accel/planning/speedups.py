@@ -44,7 +44,7 @@ def flops_beside(binding: Binding, of_steps: list[AtSteps], flops: Flops) -> flo
         rows = zip(binding.layers, at.attentions or (), at.layouts, strict=at.attentions is not None)
         for layer, attention, layout in rows:
             if attention is not None:
-                share = attention.pairs_beside(binding.sizes[layer.name]) / layout.seq_len**2
+                share = attention.pairs_beside(binding.sizes[layer.name]) / layout.pairs
                 found += flops.layers[layer.name] * share * steps
     return found / sum(at.steps for at in of_steps)
 
@@ -76,7 +76,7 @@ def speedups(
             if found.sparse[i]:
                 paid += share * found.block_densities[i]
                 timed += share * found.block_densities[i] / gains.get(layer.quantization or "", 1.0)
-                calls += rates.fixed * share / (binding.heads * found.layouts[i].seq_len ** 2)
+                calls += rates.fixed * share / (binding.heads * found.layouts[i].pairs)
             else:
                 own += share
     rest = rates.rest or ASSUMED_REST

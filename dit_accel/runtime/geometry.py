@@ -60,11 +60,11 @@ class Geometry:
     def sparse_pairs(self) -> float:
         """Pairs that sparse layers compute for one head, in whole blocks."""
         layers = zip(self.attentions, self.block_densities, self.layouts, strict=True)
-        return sum(blocks * own.seq_len**2 for attention, blocks, own in layers if attention is not None)
+        return sum(blocks * own.pairs for attention, blocks, own in layers if attention is not None)
 
     def over_layers(self, densities: list[float]) -> float:
         """The density of all layers together, from one per layer."""
-        pairs = [layout.seq_len**2 for layout in self.layouts]
+        pairs = [layout.pairs for layout in self.layouts]
         return sum(d * n for d, n in zip(densities, pairs, strict=True)) / sum(pairs)
 
 

@@ -133,7 +133,7 @@ class RunRecord:
             self.sent_bytes += said.get("sent bytes", 0)
             if "achieved" in said:
                 layouts, geometry, index = call.layouts, call.geometry, list(call.layouts).index(layer)
-                share = layouts[layer].seq_len ** 2 / sum(one.seq_len**2 for one in layouts.values())
+                share = layouts[layer].pairs / sum(one.pairs for one in layouts.values())
                 expected = geometry.densities[index], geometry.block_densities[index]
                 calls = self.achieved.setdefault(transformer, {}).setdefault(layer, [])
                 calls.append(Achieved(call.step, said["achieved"], expected, share))
