@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
+from .masks.chunk_layout import ChunkLayout
 from .patterns import Pattern
 from .pipelines.families import family_of
 from .recipe.layer_patterns import LayerPatterns
@@ -75,6 +76,9 @@ def _titles(handle: Handle) -> list[str]:
             line += f" + {layout.text_len} {binding.family.text_name}" if layout.text_len else ""
             if layout.anchor is not None:
                 line += f" + {layout.anchor_len} {binding.family.beside}, attended densely"
+            if isinstance(layout, ChunkLayout):
+                line += f", chunk {layout.present} of {len(layout.chunks)}: {layout.seq_len} queries, "
+                line += f"{layout.kv_len} keys"
             line += (
                 ", tokens in model order" if binding.geometry.permutation is None else ", tokens reordered"
             )

@@ -400,6 +400,11 @@ def chrono(families):
 
 
 @pytest.fixture
+def far(families):
+    return _with_pipeline(families["far"])
+
+
+@pytest.fixture
 def helios(families):
     return _with_pipeline(families["helios"])
 

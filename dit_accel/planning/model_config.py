@@ -184,7 +184,8 @@ class ModelConfig:
 
     def count_flops(self, transformer: nn.Module, grid: Size) -> Flops:
         """The same, counted now, with whatever acts in the transformer."""
-        with counting(transformer) as counter, EveryConditionHolds(), torch.no_grad():
+        able = self.description.countable(transformer)
+        with counting(transformer) as counter, EveryConditionHolds(), able, torch.no_grad():
             transformer(**self.inputs(transformer, grid, lambda *shape: torch.empty(shape, device="meta")))
         counts = counter.get_flop_counts()
         names = {module: name for name, module in transformer.named_modules()}

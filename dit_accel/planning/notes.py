@@ -19,6 +19,8 @@ def notes_of(
 ) -> tuple[str, ...]:
     """What is measured, estimated, assumed and not counted, a sentence each."""
     notes = []
+    if model_config.description.planned_call:
+        notes.append(f"of {model_config.description.planned_call}")
     if sampled:
         notes.append(
             f"block densities are estimated from {sampled} query blocks: masks of more than {EXACT_UP_TO} "

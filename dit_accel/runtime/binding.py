@@ -159,6 +159,8 @@ class Binding:
 
     def _check(self) -> None:
         self._check_parallel()
+        if reason := self.family.recipe_refusal(self.recipe):
+            raise UnavailableError(f"{type(self.transformer).__name__} does not take this recipe: {reason}")
         if self.adapted is not None:
             check_learned(self.adapted, self.layers, self._places, self.sizes)
         for name in self.patched_layers:
@@ -287,7 +289,7 @@ class Binding:
         inputs = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         if self.shards is not None:
             check_shared(self.family, self.transformer, inputs)
-        tick = self.steps.tick(self.family.timestep(inputs))
+        tick = self.steps.tick(self.family.timestep(inputs), self.family.between_steps(inputs))
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)
         sigma = self.steps.noise_level(self.family.pure_noise, self.family.clean) if noisy else None
         dense = self.recipe.is_dense_step(tick.step, tick.total, sigma)
@@ -455,7 +457,7 @@ class Binding:
         """The forward's output in the model's own token order, with guidance; None: as it is."""
         doubled = call.rows is not None and call.rows.full
 
-        def restored(output: Any) -> torch.Tensor:
+        def restored(output: Any) -> Any:  # a tensor; None of a call that predicts nothing
             if isinstance(output, torch.Tensor):  # Kandinsky's, without `return_dict`
                 sample = output
             else:
@@ -467,7 +469,7 @@ class Binding:
         sample = own = restored(output)
         if self.branch is not None:
             sample = self.branch.guide(call, own, restored)
-        if self.recipe.guard:
+        if self.recipe.guard and sample is not None:
             self._guard(call, inputs, sample)
         call.record.note(self.name, call)
         if call.any_length:

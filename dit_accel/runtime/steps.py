@@ -134,8 +134,13 @@ class StepTracker:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}")
         self._thread.run, self._thread.announced = None, steps
 
-    def tick(self, timestep: torch.Tensor | float) -> Tick:
-        """Called once per call of the transformer, with its timestep: (B,), (B, tokens) or a number."""
+    def tick(self, timestep: torch.Tensor | float, between: bool = False) -> Tick:
+        """Called once per call of the transformer, with its timestep: (B,), (B, tokens) or a number.
+
+        A call `between` steps is of the latest one.
+        """
+        if between and self._thread.tick is not None:
+            return self._thread.tick
         thread, caller = self._thread, _calling_pipeline() if self._in_pipeline else None
         thread.caller = _no_pipeline if caller is None else weakref.ref(caller)
         scheduler = self._current_scheduler(caller)

@@ -65,6 +65,7 @@ CASES = (
     Case("wan-animate", "wan2.2-animate-14b", (33, 480, 832), "wan-animate-radial"),
     Case("chrono-edit", "chrono-edit-14b", (29, 480, 832), "chrono-edit-radial"),
     Case("helios", "helios-14b", (33, 384, 640), "helios-radial"),
+    Case("anyflow-far", "anyflow-far-14b", (37, 544, 960), "anyflow-far-chunk-growth"),
     Case("skyreels-v2", "skyreels-v2-14b-540p", (33, 480, 832), "skyreels-v2-radial"),
     Case("hunyuan-video", "hunyuan-video", (33, 480, 832), "hunyuan-video-radial"),
     Case("hunyuan-video-1.5", "hunyuan-video-1.5", (61, 480, 832), "hunyuan-video-1.5-radial"),

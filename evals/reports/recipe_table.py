@@ -89,12 +89,13 @@ ANIMATE = [Model("wan2.2-animate-14b", "Wan 2.2 Animate 14B", (1280, 720), 77)]
 CHRONO = [Model("chrono-edit-14b", "ChronoEdit 14B", (1280, 720), 29)]
 MINIMAX = [Model("minimax-h3", "MiniMax H3", (1344, 768), 124)]
 HELIOS = [Model("helios-14b", "Helios 14B", (640, 384), 33)]
+FAR = [Model("anyflow-far-14b", "AnyFlow-FAR 14B, last chunk", (832, 480), 81)]
 BY_FAMILY = {
     "flux": FLUX, "sd3": SD3, "wan": WAN, "hunyuan-video": HUNYUAN, "hunyuan-video-1.5": HUNYUAN15,
     "skyreels-v2": SKYREELS, "ltx-video": LTX, "ltx-2": LTX2, "cogvideox": COGVIDEOX, "mochi": MOCHI,
     "kandinsky-5": KANDINSKY, "wan-animate": ANIMATE, "chrono-edit": CHRONO, "helios": HELIOS,
     "z-image": Z_IMAGE, "hunyuan-image": HUNYUAN_IMAGE, "qwen-image": QWEN, "flux2": FLUX2,
-    "chroma": CHROMA, "minimax-h3": MINIMAX,
+    "chroma": CHROMA, "minimax-h3": MINIMAX, "anyflow-far": FAR,
 }  # fmt: skip
 FRONT = [  # what the README shows: recipe, model, and what is known of the quality; none was evaluated here
     *(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +18,11 @@ from dit_accel.errors import UnavailableError
 from dit_accel.json_files import read_json
 from dit_accel.masks.layout import TokenLayout
 
-from .processors import Accelerated, not_reusable
+from .processors import Accelerated, Reused, not_reusable
 from .tokens import Permute, move_part
+
+if TYPE_CHECKING:
+    from dit_accel.recipe.recipe import Recipe
 
 Fill = Callable[..., torch.Tensor]  # (*shape) -> a tensor of this shape
 
@@ -46,7 +50,8 @@ class Family:
         transformer: class name of the transformers it describes.
         variants: of other classes that are the same to it.
         originals: class names of the attention processors that accelerated ones can stand in for.
-        processor: of accelerated layers; None: a copy of the original's own code.
+        processor: of accelerated layers, a copy of the original's own code where it is a `Reused`; None: such
+            a copy.
         accelerates_dense: whether a layer under `Dense()` is accelerated as well, where diffusers' own
             processor wastes memory.
         stays_dense: what of the model's attention no recipe makes sparse, in words; empty: not known.
@@ -58,6 +63,7 @@ class Family:
         head_search: defaults of a search for heads.
         highres_refusal: why runs above native size (`dit_accel.highres`) cannot be made; None: they can.
         upscaled_shift: of the noise schedule in passes above native size; None: as the pipeline's.
+        planned_call: which call of a run plans are of, where calls differ in tokens; empty: all are alike.
         batches_guidance: whether pipelines batch conditional and unconditional samples in one call.
         parallel_refusal: why calls cannot be shared by context parallelism; None: they can, see
             `parallel_plan`.
@@ -231,6 +237,14 @@ class Family:
         """
         return None
 
+    def recipe_refusal(self, recipe: Recipe) -> str | None:
+        """Why a recipe cannot be enabled on its models, naming option, reason and remedy, or None."""
+        return None
+
+    def between_steps(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call prepares later steps without predicting: then it is counted with the latest step."""
+        return False
+
     def leading(self, transformer: Any, layout: TokenLayout) -> int:
         """How many visual tokens must stay first in every order, as the model tells them by their place."""
         return 0
@@ -307,7 +321,8 @@ class Family:
         """Why `processor` cannot stand in for this module's processor, with the remedy, or None."""
         original = type(module.processor).__name__
         if original in self.originals:
-            reason = not_reusable(type(module.processor)) if self.processor is None else None
+            reused = self.processor is None or issubclass(self.processor, Reused)
+            reason = not_reusable(type(module.processor)) if reused else None
             return reason and f"has the attention processor {original}, which {reason}; update diffusers"
         return (
             f"has the attention processor {original}, which accelerated layers cannot stand in for (only "
@@ -322,6 +337,7 @@ class Family:
     head_search: HeadSearch = HeadSearch()
     highres_refusal: str | None = None
     upscaled_shift: float | None = None
+    planned_call: str = ""
     batches_guidance: bool = False
 
     def published(self) -> list[dict[str, Any]]:
@@ -353,6 +369,10 @@ class Family:
             fill: makes a tensor of a shape, on the device and in the number format of the call.
         """
         raise NotImplementedError
+
+    def countable(self, transformer: Any) -> AbstractContextManager[Any]:
+        """Within it forwards can be run on the meta device, where FLOPs are counted."""
+        return nullcontext()
 
     def with_reference(
         self, inputs: dict[str, Any], grid: tuple[int, int, int], fill: Fill

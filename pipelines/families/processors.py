@@ -34,11 +34,13 @@ class Accelerated:
         owner: who begins the calls, see `dit_accel.attention.transformer_call`; None once it was
             replaced: where something puts it back, it does what the original does.
         layer: the name of its layer there.
+        knows_mask: whether layouts say what the model's own mask does, so that one may come with a call.
     """
 
     original: Any
     owner: Any
     layer: str
+    knows_mask = False
     _number: torch.Tensor  # by which compiled code knows it; a tensor, so that one graph serves all layers
 
     def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
@@ -97,7 +99,7 @@ class Accelerated:
             q, k, v = shards.to_heads(q, k, v, call.layouts[self.layer], balance)
             call.count_exchange(self.layer, q)
         qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
-        masked = attn_mask is not None and call.text_valid is None
+        masked = attn_mask is not None and call.text_valid is None and not self.knows_mask
         if masked and (shards is not None or not call.keeps_own(self.layer, *qkv[:2])):
             raise ValueError(
                 "an `attention_mask` is not supported in accelerated layers; make this layer or step dense"
@@ -166,11 +168,11 @@ def _stand_in(original: Any, kind: type[Accelerated] | None) -> Accelerated:
 
 @cache
 def _class_like(original: type, kind: type[Accelerated] | None) -> type[Accelerated]:
-    if kind is None:
+    if kind is None or issubclass(kind, Reused):
         reason = not_reusable(original)
         if reason is not None:
             raise UnavailableError(f"the attention processor {original.__name__} {reason}")
-        bases, body = (_Reused, original), {"__call__": _with_dispatch(original.__call__)}
+        bases, body = (kind or Reused, original), {"__call__": _with_dispatch(original.__call__)}
     else:
         bases, body = (kind, original), {}
 
@@ -206,11 +208,11 @@ def _with_dispatch(function: Any) -> types.FunctionType:
     return copy
 
 
-class _Reused(Accelerated):
+class Reused(Accelerated):
     """Over the original's own code."""
 
     @property
-    def itself(self) -> _Reused:
+    def itself(self) -> Reused:
         return self
 
     def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
@@ -228,7 +230,7 @@ def _dispatch(
     enable_gqa: bool = False,
     attention_kwargs: dict[str, Any] | None = None,
     *,
-    backend: _Reused | None = None,
+    backend: Reused | None = None,
     parallel_config: Any = None,
 ) -> torch.Tensor:
     """Stands where an accelerated processor calls diffusers' `dispatch_attention_fn`."""

@@ -9,12 +9,6 @@ _LINEAR = (
     "out; what is left, attention to text, is small"
 )
 REASONS = {
-    "AnyFlowFARTransformer3DModel": (
-        "its queries and keys are not the same tokens: a chunk of frames attends to a cache of earlier "
-        "chunks, the older ones with a quarter of the height and width, and, as the model was trained, to "
-        "keys of zeros up to a multiple of 128; layers here have one layout for both. "
-        "`pattern.block_mask(chunk, keys=video)` and `kernels.block_sparse_attention` compute such a call"
-    ),
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMTransformer3DModel": (

@@ -129,6 +129,23 @@ def make_helios(seed: int = 0, **config):
     return _wan_like("HeliosTransformer3DModel", seed, **{**sizes, **config})
 
 
+def make_far(seed: int = 0, **config):
+    """An AnyFlowFARPipeline of 3 blocks, 2 heads of 16, two chunks of one frame kept in full."""
+    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
+    sizes |= {"full_chunk_limit": 2, "chunk_partition": (1, 1, 1)}
+    torch.manual_seed(seed)
+    transformer = AnyFlowFARTransformer3DModel(**{**sizes, **config}).eval()
+    pipe = AnyFlowFARPipeline(
+        scheduler=FlowMapEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def make_minimaxh3(seed: int = 0, **config):
     """A loop around MiniMax H3's transformer of 3 blocks, 2 heads of 16."""
     from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
@@ -222,6 +239,17 @@ def run_wan_like(
         return {"encoder_hidden_states": embeddings(batch, text_len, seed), **kwargs}
 
     return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
+
+
+def run_far(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch."""
+    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
+    if cfg > 1:
+        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
+    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": steps, "guidance_scale": cfg, "generator": generator}
+    return pipe(**size, **options, output_type="latent", **kwargs).frames
 
 
 def run_cogvideox(
@@ -362,6 +390,7 @@ PIPELINES = {
     "kandinsky5": (make_kandinsky5, run_kandinsky5),
     "animate": (make_animate, run_wan_like),
     "chrono": (make_chrono, run_wan_like),
+    "far": (make_far, run_far),
     "helios": (make_helios, run_wan_like),
     "minimaxh3": (make_minimaxh3, run_minimaxh3),
 }

@@ -21,23 +21,6 @@ def test_linear_attention_of_videos():
         enable(transformer, ChunkCausal(3), layout=TokenLayout((3, 4, 4)))
 
 
-def test_a_cache_of_keys():
-    """Its calls dispatch their attention as others do: `layout` would take them for what they are not."""
-    import diffusers
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1}
-    transformer = diffusers.AnyFlowFARTransformer3DModel(**sizes)
-    before = [type(module.processor) for module in transformer.modules() if hasattr(module, "processor")]
-    reason = r"AnyFlowFARTransformer3DModel is not supported: its queries and keys are not the same tokens"
-    with pytest.raises(TypeError, match=reason):
-        enable(transformer, ChunkCausal(3))
-    with pytest.raises(UnavailableError, match=reason):
-        enable(transformer, ChunkCausal(3), layout=TokenLayout((3, 4, 4)))
-    after = [type(module.processor) for module in transformer.modules() if hasattr(module, "processor")]
-    assert after == before
-
-
 def test_attention_that_is_linear_already():
     import diffusers
 
