@@ -18,6 +18,7 @@ else:
     from .block_sparse.problem import TAILS
     from .block_sparse.quantized import quantize_int8
     from .block_sparse.tail import achieved_pooled_density, least_pooled_density, pooled_density
+    from .block_sparse.validation import checked_text_valid
     from .merging import merge
 
     __all__ = [
@@ -27,6 +28,7 @@ else:
         "block_sizes",
         "block_sparse_attention",
         "can_run",
+        "checked_text_valid",
         "default_block_size",
         "fastest_backend",
         "least_pooled_density",

@@ -74,17 +74,20 @@ def attention(
             raise ValueError(
                 f"`{name}` must have the shape of `q`, {tuple(q.shape)}, got {tuple(tensor.shape)}"
             )
+    lengths = kernels.checked_text_valid(text_valid, q, layout.text_len, "layout")
     heads = tuple(pattern.for_head(None, head).at_step(step, sigma) for head in range(q.shape[1]))
     layer = ModelAttention()
     if return_lse or quantization is not None or any(one.sparse for one in heads):
         layer = _outside_graphs(heads, layout, q.device)
+    if isinstance(text_valid, torch.Tensor) and text_valid.device == q.device:
+        lengths = text_valid  # the same tensor in every layer, whose values kernels wait for once
     call = AttentionCall(
         q,
         k,
         v,
         layout,
         dense=_dense,
-        text_valid=text_valid,
+        text_valid=lengths,
         scale=scale,
         step=step,
         backend=backend,

@@ -70,7 +70,7 @@ def block_sparse_attention(
         UnavailableError: a backend that cannot run with these inputs; the message says why.
     """
     check_tensors(q, k, v, mask)
-    text_valid = checked_text_valid(text_valid, q, mask)
+    text_valid = checked_text_valid(text_valid, q, mask.text[1] - mask.text[0])
     scale = checked_scale(scale, q.shape[3])
     asked = {"quantization": quantization, "return_lse": return_lse, "tail": tail}
     problem = Problem.of(q, k, v, mask, **asked, pv_threshold=checked_pv_threshold(pv_threshold))

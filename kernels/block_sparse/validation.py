@@ -74,19 +74,23 @@ def checked_pv_threshold(threshold: float | None) -> float | None:
 
 
 def checked_text_valid(
-    text_valid: torch.Tensor | None, q: torch.Tensor, mask: BlockMask
+    text_valid: torch.Tensor | None, q: torch.Tensor, length: int, of: str = "mask"
 ) -> torch.Tensor | None:
     """The lengths as every backend takes them: int32 (batch,), contiguous, beside q.
 
+    Args:
+        text_valid: as they were given.
+        q: queries, (batch, ...).
+        length: how many text tokens there are.
+        of: in what, for messages.
+
     Raises:
-        ValueError: not one integer between 0 and the mask's text length for each sample, or a mask without
-            text.
+        ValueError: not one integer between 0 and the text's length for each sample, or no text.
     """
     if text_valid is None:
         return None
-    length = mask.text[1] - mask.text[0]
     if length == 0:
-        raise ValueError("`text_valid` was given but the mask has no text; use a layout with text_len > 0")
+        raise ValueError(f"`text_valid` was given but the {of} has no text; use a layout with text_len > 0")
     if not isinstance(text_valid, torch.Tensor):
         text_valid = torch.as_tensor(text_valid, device="cpu")
     if text_valid.dtype not in INTEGERS or text_valid.shape != q.shape[:1]:
@@ -95,13 +99,13 @@ def checked_text_valid(
     if (
         not torch.compiler.is_compiling()
     ):  # compiled code has no values; no kernel reads out of bounds for them
-        _check_range(text_valid, length)
+        _check_range(text_valid, length, of)
     if text_valid.device != q.device:
         text_valid = text_valid.to(q.device)
     return text_valid.int().contiguous()
 
 
-def _check_range(text_valid: torch.Tensor, length: int) -> None:
+def _check_range(text_valid: torch.Tensor, length: int, of: str) -> None:
     """Raise ValueError for lengths out of range.
 
     A tensor on an accelerator is waited for when first seen, or changed, and not in every layer.
@@ -114,7 +118,7 @@ def _check_range(text_valid: torch.Tensor, length: int) -> None:
     wrong = [n for n in text_valid.tolist() if not 0 <= n <= length]
     if wrong:
         raise ValueError(
-            f"`text_valid` must be between 0 and the {length} text tokens of the mask, got {wrong[0]}"
+            f"`text_valid` must be between 0 and the {length} text tokens of the {of}, got {wrong[0]}"
         )
     if seen:
         _in_range[text_valid] = seen

@@ -12,8 +12,10 @@ import dit_accel
 from dit_accel import TokenLayout, patterns
 from dit_accel.attention import functional
 from dit_accel.patterns import (
+    Agent,
     Clear,
     Dense,
+    InLine,
     Neighborhood,
     ShiftedWindow,
     SparseVideoGen,
@@ -196,6 +198,30 @@ def test_is_what_processors_compute(request, family, pattern):
 
 class TestErrors:
     LAYOUT = TokenLayout(GRID)
+
+    @pytest.mark.parametrize("pattern", [Clear(2), Dense(), InLine(), Agent((1, 2, 2))], ids=str)
+    @pytest.mark.parametrize(
+        ("valid", "message"),
+        [
+            (torch.tensor([8, 2]), "between 0 and the 7 text tokens of the layout, got 8"),
+            (torch.tensor([-1, 2]), "between 0 and the 7 text tokens of the layout, got -1"),
+            (torch.tensor([2]), r"must be integers of shape \(2,\), got torch.int64 \(1,\)"),
+            (torch.tensor([2.0, 3.0]), r"must be integers of shape \(2,\), got torch.float32"),
+        ],
+        ids=["beyond", "below", "samples", "floats"],
+    )
+    def test_lengths_of_text_are_checked_whatever_computes(self, pattern, valid, message):
+        layout = TokenLayout(GRID, TEXT)
+        with pytest.raises(ValueError, match=message):
+            dit_accel.attention(*tensors(layout), pattern, layout, text_valid=valid)
+        with pytest.raises(ValueError, match="the layout has no text"):
+            dit_accel.attention(*tensors(self.LAYOUT), pattern, self.LAYOUT, text_valid=valid)
+        outs = [
+            dit_accel.attention(*tensors(layout), pattern, layout, text_valid=given)
+            for given in (VALID, VALID.tolist(), VALID.int())
+        ]
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
