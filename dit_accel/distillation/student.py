@@ -205,7 +205,12 @@ class Student:
 def _trained(
     binding: Binding, train: Sequence[str] | None
 ) -> tuple[dict[str, nn.Linear], dict[str, dict[str, torch.Tensor]]]:
-    """Linear layers that are trained, and learned weights by attention module, of changed layers."""
+    """Linear layers that are trained, and learned weights by attention module, of changed layers.
+
+    Raises:
+        ValueError: nothing to train, or names that no layer has.
+        UnavailableError: something else in the place of a linear layer, or pooling of several sizes.
+    """
     if not binding.sparse_layers:
         raise ValueError("the recipe makes no layer of this model sparse: there is nothing to train")
     places = {module: name for name, module in binding.transformer.named_modules()}
@@ -221,6 +226,12 @@ def _trained(
             if name in names and isinstance(part, nn.Linear):
                 layers[f"{places[module]}.{name}"] = part
                 seen.add(name)
+            elif name in names and hasattr(part, "in_features"):
+                kind = f"{type(part).__module__}.{type(part).__name__}"
+                raise UnavailableError(
+                    f"{places[module]}.{name} is a {kind} and no plain linear layer, and would be left out; "
+                    "unload LoRA, or take a model that is not quantized"
+                )
         factors = {variant.pools for pattern in plan.patterns for variant in pattern.variants} - {0}
         if len(factors) > 1:
             raise UnavailableError(

@@ -6,6 +6,7 @@ import distillations
 import pytest
 import torch
 from left_behind import state_of
+from peft import LoraConfig
 
 import dit_accel
 from dit_accel import Recipe, UnavailableError, accelerated
@@ -229,6 +230,15 @@ def test_what_is_refused_before_any_work(flux, tmp_path, recipe, options, error,
     assert not list(tmp_path.iterdir())
     assert state_of(flux.pipe.transformer) == before
     assert all(p.requires_grad for p in flux.pipe.transformer.parameters())
+
+
+@pytest.mark.parametrize("wrapped", [["to_q"], ["to_q", "to_k", "to_v", "to_out.0"]], ids=["some", "all"])
+def test_layers_in_peft_are_not_left_out(families, tmp_path, wrapped):
+    pipe = families["flux"].make()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=wrapped))
+    with pytest.raises(UnavailableError, match=r"attn\.to_q is a peft.* would be left out; unload LoRA"):
+        distilled(pipe, "flux", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["folder", "log"])
