@@ -13,6 +13,7 @@ from dit_accel.errors import UnavailableError
 from dit_accel.patterns import StaticPattern
 from dit_accel.patterns.calibration import REORDERED, Calibration
 from dit_accel.patterns.reordered_blocks import packed_blocks
+from dit_accel.pipelines.families import family_of
 from dit_accel.runtime.switching import transformers_of
 from dit_accel.seeds import check_seed
 
@@ -120,6 +121,11 @@ def _check_chunks(pipe: Any, call: Mapping[str, Any]) -> None:
             raise UnavailableError(
                 "a calibration measures all heads, and processes that share a transformer (context or tensor "
                 "parallelism) have some each; calibrate in one process: what is found serves several"
+            )
+        if reason := family_of(transformer).calibration_refusal:
+            raise UnavailableError(
+                f"{type(transformer).__name__} cannot be calibrated: {reason}; use `ChunkGrowth`, or a "
+                "static pattern in all heads"
             )
         chunk = call.get("causal_block_size") or transformer.config.get("num_frame_per_block", 1)
         if chunk > 1:

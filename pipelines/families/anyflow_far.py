@@ -89,6 +89,7 @@ class AnyFlowFAR(Family):
     moves_tokens = False
     parallel_refusal = "each process would need the keys of all others in its cache"
     distillation_refusal = "each chunk is given those before it"
+    calibration_refusal = "its chunks attend to keys of a cache, more of them from chunk to chunk"
 
     def layers(self, transformer: Any) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block.attn1 for i, block in enumerate(transformer.blocks)}

@@ -85,6 +85,7 @@ class Family:
         listed_inputs: names of inputs of the transformer's forward that are lists of one entry a sample.
         denoised_inputs: names of those that hold nothing but what is denoised, and its timestep.
         distillation_refusal: why its models cannot be distilled (`dit_accel.distill`); None: they can.
+        calibration_refusal: why its heads cannot be calibrated (`dit_accel.calibrate`); None: they can.
         encodes: whether `dit_accel.latents.encoded` makes of pictures what its pipelines denoise.
         projections: what its layers call their linear layers, by the names that most models have for them.
     """
@@ -112,6 +113,7 @@ class Family:
     listed_inputs: tuple[str, ...] = ()
     denoised_inputs: tuple[str, ...] = ("hidden_states", "timestep")
     distillation_refusal: str | None = None
+    calibration_refusal: str | None = None
     encodes: bool = False
     projections: Mapping[str, str] = MappingProxyType({})
 

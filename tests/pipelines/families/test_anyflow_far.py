@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_accel import TokenLayout, summary
+from dit_accel import TokenLayout, calibrate, summary
 from dit_accel.errors import UnavailableError
 from dit_accel.guidance import HeadPerturbation
 from dit_accel.masks.chunk_layout import ChunkLayout
@@ -323,6 +323,14 @@ def test_what_is_refused(far):
     assert not any(
         type(block.attn1.processor).__name__.startswith("Acc") for block in pipe.transformer.blocks
     )
+
+
+def test_calibration_and_perturbed_heads_are_refused(far):
+    """Before a run."""
+    with pytest.raises(UnavailableError, match=r"cannot be calibrated: .*cache.*use `ChunkGrowth`"):
+        calibrate(far.pipe, "a circle", density=0.3)
+    with pytest.raises(UnavailableError, match="would need another; use guidance=None"):
+        enable(far.pipe, Recipe(Dense(), guidance=HeadPerturbation([(0, 0)])))
 
 
 def test_another_attention_backend_is_refused_as_by_diffusers(far):
