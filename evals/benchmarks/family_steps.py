@@ -2,9 +2,9 @@
 
 Each model is its real transformer of published width, head counts and text, cut to one block of each kind,
 with random weights on the CPU, in bfloat16 where it multiplies that, at a size of some ten thousand tokens.
-One call of the transformer, untouched against accelerated, A B A B, medians. Models measured before stay in
-`family_steps_cpu.csv` under `evals/results`, until they are measured again; the table is
-`family_steps_cpu.md`.
+One call of the transformer, untouched against accelerated, A B A B, medians, in processor time for each
+thread, which other work on the machine hardly changes. Models measured before stay in `family_steps_cpu.csv`
+under `evals/results`, until they are measured again; the table is `family_steps_cpu.md`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,13 @@ def measure(case: Case, dtype: torch.dtype, repeats: int, here: dict[str, Any]) 
     heads, head_dim = model.description.heads(transformer)
     ours = copy.deepcopy(transformer, {id(weight): weight for weight in transformer.parameters()})
     with torch.inference_mode(), accelerated(ours, sparse_everywhere(case.recipe)) as handle:
-        times = interleaved(lambda: transformer(**inputs), lambda: ours(**inputs), repeats)
+        times = interleaved(
+            lambda: transformer(**inputs), lambda: ours(**inputs), repeats, clock=time.process_time
+        )
         density = handle.stats()["block_density"]
     tokens = model.layout(model.grid(transformer, case.size)).seq_len
-    seconds = [tuple(ms / 1e3 for ms in quantiles) for quantiles in times]
+    threads = torch.get_num_threads()
+    seconds = [tuple(ms / 1e3 / threads for ms in quantiles) for quantiles in times]
     values = (heads, head_dim, tokens, density, *seconds)
     return [
         row("family_step", "transformer", metric, case.shape(dtype), value, here)
@@ -153,8 +157,8 @@ def table(path: Path) -> str:
     return (
         "# A step of every family, untouched and accelerated\n\n"
         "One call of each transformer, cut to one block of each kind, random weights, on a CPU: "
-        "medians of calls taken in turn. What stands around the blocks (embeddings, the last projection) is "
-        "as in the whole model, of which it is a smaller part. Written by "
+        "medians of calls taken in turn, in processor time over threads. What stands around the blocks "
+        "(embeddings, the last projection) is as in the whole model, of which it is a smaller part. Written by "
         "`python -m dit_accel.evals.benchmarks.family_steps`.\n\n"
         + markdown(HEADINGS, cells)
         + "\n"

@@ -56,7 +56,9 @@ def test_untouched_and_accelerated_calls_are_measured_on_the_same_weights(monkey
     monkeypatch.setattr(
         family_steps,
         "interleaved",
-        lambda stock, ours, repeats: called.append((stock()[0], ours()[0])) or [(1, 2000, 3), (1, 500, 3)],
+        lambda stock, ours, repeats, clock: (
+            called.append((stock()[0], ours()[0])) or [(1, 2000, 3), (1, 500, 3)]
+        ),
     )
     model = published("wan", "wan2.1-1.3b")
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "text_dim": 8, "num_layers": 2}
