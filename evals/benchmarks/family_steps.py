@@ -158,8 +158,8 @@ def table(path: Path) -> str:
         "# A step of every family, untouched and accelerated\n\n"
         "One call of each transformer, cut to one block of each kind, random weights, on a CPU: "
         "medians of calls taken in turn, in processor time over threads. What stands around the blocks "
-        "(embeddings, the last projection) is as in the whole model, of which it is a smaller part. Written by "
-        "`python -m dit_accel.evals.benchmarks.family_steps`.\n\n"
+        "(embeddings, the last projection) is as in the whole model, of which it is a smaller part. Written "
+        "by `python -m dit_accel.evals.benchmarks.family_steps`.\n\n"
         + markdown(HEADINGS, cells)
         + "\n"
         + "\n".join(made)
