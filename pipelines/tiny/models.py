@@ -122,7 +122,7 @@ def build_sd3(words: Sequence[str]) -> DiffusionPipeline:
     clip_widths = (32, 64)
     vae = _image_autoencoder()
     transformer = SD3Transformer2DModel(
-        sample_size=16,
+        sample_size=96,
         in_channels=4,
         out_channels=4,
         num_layers=4,
@@ -230,12 +230,13 @@ SPECS: dict[str, Spec] = {
         Spec(
             name="tiny-wan",
             family="wan",
-            description="Wan 2.1 in 2.5 M parameters: a coloured shape that moves over a grey background",
+            description="Wan 2.1 in 2.5 M parameters: an emoji that moves over a patterned background",
             native=(17, 64, 64),
             demo=(65, 176, 176),
             steps=12,
             guidance=3.0,
             assemble=build_wan,
+            world=EMOJI,
         ),
         Spec(
             name="tiny-hunyuan-video",

@@ -66,13 +66,13 @@ KNOWN_WORDS = (  # the same in fewer steps, for text encoders that start from an
     TrainingSize((1, 384, 384), 8, 1536, ((0.25, 0.62),), tokens=1000),
 )
 VIDEOS = (  # objects are learned from pictures first
-    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 1.0), (0.15, 0.1), (0.4, 0.05))),
-    TrainingSize((17, 64, 64), 6, 2048, ((0.15, 0.6), (0.4, 0.2))),
-    TrainingSize((61, 64, 64), 3, 512, ((0.4, 0.05),), tokens=600),
-    TrainingSize((17, 128, 128), 4, 512, ((0.15, 0.15), (0.4, 0.1)), tokens=700),
-    TrainingSize((29, 128, 128), 3, 256, ((0.4, 0.05),), tokens=900),
-    TrainingSize((65, 176, 176), 2, 128, ((0.15, 0.15), (0.4, 0.55)), tokens=1200),
-    TrainingSize((65, 176, 176), 1, 128, ((0.98, 0.3),)),
+    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 1.0), (0.2, 0.35), (0.45, 0.15))),
+    TrainingSize((17, 64, 64), 6, 1536, ((0.2, 0.5), (0.45, 0.3))),
+    TrainingSize((61, 64, 64), 3, 128, ((0.45, 0.03),), tokens=600),
+    TrainingSize((17, 128, 128), 4, 256, ((0.2, 0.15), (0.45, 0.1)), tokens=700),
+    TrainingSize((29, 128, 128), 3, 128, ((0.45, 0.05),), tokens=900),
+    TrainingSize((65, 176, 176), 2, 128, ((0.45, 0.37),), tokens=1200),
+    TrainingSize((65, 176, 176), 1, 128, ((0.985, 0.12),)),
 )
 CURRICULA: dict[str, Curriculum] = {
     "tiny-flux": Curriculum(
@@ -91,9 +91,9 @@ CURRICULA: dict[str, Curriculum] = {
     "tiny-wan": Curriculum(
         autoencoder=Stage("vae", steps=2400, rate=3e-3, decay=0.5, averaging=0.99),
         crops=8,
-        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
+        flow=Stage("flow", steps=4100, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
         sizes=VIDEOS,
-        decoder=Stage("decoder", steps=1500, rate=2e-3, decay=0.6, averaging=0.99),
+        decoder=Stage("decoder", steps=600, rate=2e-3, decay=0.6, averaging=0.99),
         clips={17: 4, 29: 2, 61: 1, 125: 1},
         starts={"text_encoder": ("tiny-flux", "text_encoder_2")},
     ),
@@ -106,6 +106,9 @@ CURRICULA: dict[str, Curriculum] = {
         clips={17: 2, 29: 1, 61: 1},
     ),
 }
+
+
+ORIGIN = ("_name_or_path", "is_local", "local_files_only")  # of a part that was loaded
 
 
 def device(name: str = "auto") -> torch.device:
@@ -144,8 +147,9 @@ def _portable(folder: Path) -> None:
     """
     for path in folder.rglob("*.json"):
         saved = json.loads(path.read_text())
-        if saved.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(saved, indent=2) + "\n")
+        kept = {name: value for name, value in saved.items() if name not in ORIGIN}
+        if kept != saved:
+            path.write_text(json.dumps(kept, indent=2) + "\n")
     for path in [folder / "model_index.json", *folder.glob("*/tokenizer_config.json")]:
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     for path in folder.glob("*/tokenizer.json"):

@@ -108,6 +108,8 @@ def test_the_last_stage_can_start_from_given_weights(tmp_path):
         assert one.read_bytes() == other.read_bytes()
     saved = json.loads((tmp_path / "out/tokenizer/tokenizer.json").read_text())
     assert saved["padding"] is saved["truncation"] is None
+    settings = json.loads((tmp_path / "out/tokenizer/tokenizer_config.json").read_text())
+    assert not settings.keys() & {"is_local", "local_files_only", "name_or_path"}, "where it came from"
 
 
 def test_position_probe_reads_places_on_the_canvas():
