@@ -29,7 +29,7 @@ old-triton: env ## a second environment, with the Triton of torch 2.11, in which
 	  > $$($(OLD_TRITON)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_base.pth
 
 FLUX := --model tiny-flux --seed 1 --prompt 'a fox at the top left on a blue striped background'
-WAN := --model tiny-wan --seed 1 --prompt 'a blue square moving left at the center on a plain background'
+WAN := --model tiny-wan --seed 1 --prompt 'a fox moving left at the center on a blue striped background'
 
 demo: env ## dense against accelerated: one image, one video, into outputs/demo
 	$(BIN)/dit-accel compare $(FLUX) --recipe tiny-flux-clear --out outputs/demo/flux.png

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SCHEMA = "dit-accel/compare/1"
 EXAMPLE = (
     "Example: dit-accel compare --model tiny-wan --recipe tiny-wan-neighborhood --out both.gif "
-    '--prompt "a blue square moving left at the center on a plain background"'
+    '--prompt "a fox moving left at the center on a blue striped background"'
 )
 
 

@@ -5,7 +5,7 @@ and in the README's snippets, which tests hold to them, and `make readme` does t
 """
 
 IMAGE = "a fox at the top left on a blue striped background"
-VIDEO = "a blue square moving left at the center on a plain background"
+VIDEO = "a fox moving left at the center on a blue striped background"
 GALLERY = (  # of the README's picture
     "a fox at the top left on a blue striped background",
     "a panda at the center on a green checkered background",

@@ -104,20 +104,20 @@ def test_longer_video():
         "max_sequence_length": 24,
     }
     found = generate(
-        pipe, "a blue square moving left", num_frames=29, method="windows",
+        pipe, "a fox moving left", num_frames=29, method="windows",
         generator=torch.Generator().manual_seed(0), **shared,
     ).frames  # fmt: skip
     assert found.shape[2] == 8
     with ContextWindows(5, 1).applied(pipe):
         wanted = pipe(
-            "a blue square moving left", num_frames=29, generator=torch.Generator().manual_seed(0), **shared
+            "a fox moving left", num_frames=29, generator=torch.Generator().manual_seed(0), **shared
         ).frames
     assert torch.equal(found, wanted)
     looped = ContextWindows(3, 1, "looped")
     with pytest.raises(ValueError, match="use cache_steps=None"):
-        generate(pipe, "a blue square", **{**shared, "width": 128}, context=looped)
+        generate(pipe, "a fox", **{**shared, "width": 128}, context=looped)
     with pytest.raises(ValueError, match='`context` must be "auto"'):
-        generate(pipe, "a blue square", **{**shared, "width": 128}, context=3)
+        generate(pipe, "a fox", **{**shared, "width": 128}, context=3)
 
 
 def test_bad_values():
