@@ -228,6 +228,19 @@ def test_growth_in_a_pipeline(far):
     assert "chosen by content" in text
 
 
+@pytest.mark.parametrize("pattern", [NEAR, GROWTH], ids=["static", "growth"])
+def test_int8_under_the_cache(far, pattern):
+    """As by the reference, which rounds likewise, and near what is not rounded."""
+    pipe, found = far.make(**SIZES), {}
+    for name, options in {"not": {}, "int8": {"quantization": "int8"}}.items():
+        for backend in ("auto", "reference"):
+            with accelerated(pipe, Recipe(pattern, backend=backend, **options)):
+                found[name, backend] = far.run(pipe, **RUN)
+    close(found["int8", "auto"], found["int8", "reference"])
+    exact = found["not", "auto"]
+    assert 0 < (found["int8", "auto"] - exact).norm() / exact.norm() < 0.05
+
+
 def test_growth_names_the_chunks_of_the_model(far):
     pipe = far.make(**SIZES)
     with accelerated(pipe, ChunkGrowth(3)), pytest.raises(ValueError, match="use frames_per_chunk=2"):
@@ -235,7 +248,8 @@ def test_growth_names_the_chunks_of_the_model(far):
 
 
 def test_the_preset_is_of_the_published_chunks(far):
-    pipe, (recipe,) = far.make(chunk_partition=(1, 3, 2)), presets("anyflow-far").values()
+    pipe, (recipe, int8) = far.make(chunk_partition=(1, 3, 2)), presets("anyflow-far").values()
+    assert replace(int8, name=recipe.name, quantization=None, source=recipe.source) == recipe
     with accelerated(pipe, recipe.name) as handle:
         far.run(pipe, grid=(6, 4, 6), steps=1)
         assert handle.run_density <= 1
