@@ -248,7 +248,7 @@ def test_growth_names_the_chunks_of_the_model(far):
 
 
 def test_the_preset_is_of_the_published_chunks(far):
-    pipe, (recipe, int8) = far.make(chunk_partition=(1, 3, 2)), presets("anyflow-far").values()
+    pipe, (int8, recipe) = far.make(chunk_partition=(1, 3, 2)), presets("anyflow-far").values()
     assert (int8.attention, int8.quantization) == (recipe.attention, "int8")
     with accelerated(pipe, recipe.name) as handle:
         far.run(pipe, grid=(6, 4, 6), steps=1)
