@@ -19,7 +19,15 @@ from dit_accel.recipe.adapter_parts import LowRank
 
 RECIPE = Recipe(Clear(1.5), order="tile", block_size=(16, 16), dense_steps=0)
 SMALL = {"batch": 2, "rank": 2, "rate": 0.01, "empty": 0, "flow": 0, "held_out": 1, "precision": "fp32"}
-BY_LOOP = {"animate", "chrono", "cogvideox", "helios", "ltx2", "minimaxh3"}  # of which none is distilled
+BY_LOOP = {
+    "animate",
+    "chrono",
+    "cogvideox",
+    "far",
+    "helios",
+    "ltx2",
+    "minimaxh3",
+}  # of which none is distilled
 FAMILIES = (
     "flux", "chroma", "flux2", "sd3", "qwen", "zimage", "hunyuanimage", "wan", "skyreels", "hunyuan",
     "hunyuan15", "ltx", "mochi", "kandinsky5",
@@ -190,6 +198,7 @@ def test_a_sample_takes_the_text_of_one_of_another_size(families, tmp_path, name
         ("minimaxh3", "they denoise sound beside the video"),
         ("animate", "they are given a character and its motion"),
         ("chrono", "they are given a picture to edit"),
+        ("far", "each chunk is given those before it"),
         ("helios", "each chunk is given those before it"),
     ],
 )
