@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .compile_cases import CHIPS, GATE, KERNELS, PARTS, Case
-from .machine_code import Loop
+from .machine_code import Loop, per_turn
 from .table import RESULTS, markdown
 
 HEADINGS = ("chip", "pass", "head_dim", "kernel", "blocks", "rows x keys", "warps / stages", "registers",
@@ -55,8 +55,7 @@ def compared(rows: list[dict[str, Any]]) -> list[tuple[Case, dict[str, Any]]]:
 def cells(case: Case, row: dict[str, Any]) -> list[str]:
     """A line of the table."""
     options = row["options"]
-    turns = sorted((Loop(**loop) for loop in row["loops"]), key=lambda loop: loop.instructions)
-    turns = list(dict.fromkeys(turns))  # groups of warps that do the same
+    turns = per_turn((Loop(**loop) for loop in row["loops"]), options["TK"])
 
     def divided(values: list[int]) -> str:
         return " / ".join(map(str, values))
@@ -72,9 +71,9 @@ def cells(case: Case, row: dict[str, Any]) -> list[str]:
         str(row["registers"]),
         str(row["stack"]),
         str(row["shared"]),
-        divided([round(turn.instructions * 64 / options["TK"]) for turn in turns]),
-        divided([turn.barriers for turn in turns]),
-        divided([turn.fences for turn in turns]),
+        divided(turns["per 64 keys"]),
+        divided(turns["barriers"]),
+        divided(turns["fences"]),
         str(row["waits"][1]),
     ]
 

@@ -38,7 +38,7 @@ from dit_accel.kernels.block_sparse.quantized import Quantized
 from dit_accel.masks.block_mask import BlockMask
 
 from .compile_cases import ALL, CHIPS, GATE, GATED_HEAD_DIMS, KERNELS, PARTS, Case
-from .machine_code import Loop, loops, overwritten_operands, parse, waits, waits_asked_for
+from .machine_code import Loop, loops, overwritten_operands, parse, per_turn, waits, waits_asked_for
 
 STACK_LIMIT = {"sm_80": 128, "sm_90": 32, "sm_100": 32, "sm_120": 32}  # bytes per thread
 MACHINE_CODE = {"wgmma": r"\b[HIQ]GMMA", "tcgen05": r"\bUTC\w*MMA", "mma.sync": r"\b[HIQ]MMA"}
@@ -254,12 +254,7 @@ def line(row: Row) -> str:
         f"{case.chip:7} {case.dtype:5} {case.head_dim:8}  {block:7} {text:5} {case.format or '':10} "
         f"{case.part:7} {case.kernel:7} {tile:11}"
     )
-    turns = sorted(set(row.loops), key=lambda loop: loop.instructions)  # over full blocks, then partial ones
-    turns = {
-        "per 64 keys": [round(loop.instructions * 64 / options["TK"]) for loop in turns],
-        "barriers": [loop.barriers for loop in turns],
-        "fences": [loop.fences for loop in turns],
-    }
+    turns = per_turn(row.loops, options["TK"])
     in_loops = " ".join(f"{'/'.join(map(str, turns[name])):{len(name)}}" for name in turns)
     launch = f"{options['num_warps']:5} {options['num_stages']:6}  {row.registers:9} {row.stack:5}"
     return f"{what} {launch} {row.shared:6} {row.waits[1]:5}  {in_loops}  {remarks}"

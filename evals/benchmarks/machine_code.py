@@ -9,6 +9,7 @@ up overlap altogether and wait after every multiplication (ptxas warnings C7510 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(
@@ -133,6 +134,16 @@ class Loop:
     multiplications: int
     barriers: int
     fences: int
+
+
+def per_turn(found: Iterable[Loop], keys: int) -> dict[str, list[int]]:
+    """Columns of a report: of each loop that differs, the shorter first, as turns are of so many keys."""
+    turns = sorted(set(found), key=lambda loop: loop.instructions)  # over full blocks, then partial ones
+    return {
+        "per 64 keys": [round(loop.instructions * 64 / keys) for loop in turns],
+        "barriers": [loop.barriers for loop in turns],
+        "fences": [loop.fences for loop in turns],
+    }
 
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
