@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_mask import Largest
 
 from dit_accel import TokenLayout, calibrate, summary
 from dit_accel.errors import UnavailableError
@@ -292,18 +291,6 @@ def test_by_noise_level(far):
 
 def last_call():
     return ChunkLayout(GRID, chunks=CHUNKS, present=5, coarse=2, last_alone=True, zeros=104, padding=104)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor of booleans that operations made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-        self.elements = max([self.elements, *(x.numel() for x in made)])
-        return out
 
 
 def test_attention_that_writes_the_cache_makes_no_mask_of_tokens(far):

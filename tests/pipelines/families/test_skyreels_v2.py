@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_mask import Largest
 
 from dit_accel import TokenLayout, pipelines, summary
 from dit_accel.errors import UnavailableError
@@ -86,18 +85,6 @@ def test_dense_steps_and_layers_are_chunk_causal(skyreels):
         with accelerated(transformer, recipe) as handle:
             close(predicted(transformer, **given), stock)
             assert handle.stats()["density"] == pytest.approx(0.75)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor of booleans that operations made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-        self.elements = max([self.elements, *(x.numel() for x in made)])
-        return out
 
 
 def test_the_mask_is_never_made(skyreels):
