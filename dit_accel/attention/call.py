@@ -187,5 +187,12 @@ class AroundAnother(LayerAttention):
     def block_density(self) -> float:
         return self.inner.block_density
 
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def model_orders(self) -> list[torch.Tensor]:
+        return self.inner.model_orders()
+
     def pairs_beside(self, sizes: LayerSizes) -> float:
         return self.inner.pairs_beside(sizes)

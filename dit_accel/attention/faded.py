@@ -30,13 +30,6 @@ class Faded(AroundAnother):
     inner: LayerAttention
     padded: torch.Tensor
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
-
     def resolved(self, call: AttentionCall) -> LayerAttention:
         return replace(self, inner=self.inner.resolved(call))
 

@@ -105,13 +105,6 @@ class RectifiedAttention(AroundAnother):
     inner: LayerAttention
     layout: TokenLayout
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
-
     def resolved(self, call: AttentionCall) -> RectifiedAttention:
         return replace(self, inner=self.inner.resolved(call))
 

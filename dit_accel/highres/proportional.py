@@ -27,13 +27,6 @@ class Rescaled(AroundAnother):
     inner: LayerAttention
     factor: float
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
-
     def _scaled(self, call: AttentionCall) -> AttentionCall:
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         return replace(call, scale=scale * self.factor)

@@ -59,13 +59,6 @@ class _Noted(AroundAnother):
     inner: LayerAttention
     notes: Notes
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
-
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         if call.layout.text_len:
             self.notes.add(call)
@@ -139,13 +132,6 @@ def screened(received: torch.Tensor, within: Sequence[torch.Tensor], threshold: 
 class _Screened(AroundAnother):
     inner: LayerAttention
     screen: Screen
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         hidden = self.screen.keys(call)

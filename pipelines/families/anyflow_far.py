@@ -51,13 +51,6 @@ class WithoutPadding(AroundAnother):
 
     inner: LayerAttention
 
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    def model_orders(self) -> list[torch.Tensor]:
-        return self.inner.model_orders()
-
     def resolved(self, call: AttentionCall) -> LayerAttention:
         return replace(self, inner=self.inner.resolved(_tokens(call)))
 
