@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import dit_accel
 from dit_accel import TokenLayout, UnavailableError
+from dit_accel.attention.approximate import TAPS_IN
 from dit_accel.attention.arrangement import call_order
 from dit_accel.attention.call import AttentionCall, LayerSizes
 from dit_accel.attention.layer_masks import LayerMasks, layer_attention
@@ -83,7 +84,9 @@ def layer_of(layout, pattern, places=None, other=None):
 
 
 def call_of(layout, q, k, v, taps, **options):
-    return AttentionCall(q, k, v, layout, dense=None, beside=taps, **{"backend": "reference", **options})
+    learned = {} if taps is None else {TAPS_IN: taps}
+    options = {"backend": "reference", "learned": learned, **options}
+    return AttentionCall(q, k, v, layout, dense=None, beside=taps, **options)
 
 
 def assert_same(actual, expected):
