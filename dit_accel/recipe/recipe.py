@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dit_accel import patterns
-from dit_accel.arguments import is_integer, is_number, shown, switch
+from dit_accel.arguments import is_integer, shown, switch
 from dit_accel.files import write_text
 from dit_accel.guidance.perturbation import HeadPerturbation
 from dit_accel.kernels import TAILS, quantizations
@@ -23,14 +21,13 @@ from dit_accel.masks.tiles import check_block_size
 from dit_accel.patterns import Pattern
 from dit_accel.patterns.plain import from_plain, to_plain
 
-from . import files
+from . import dense, files
 from .adapter import Adapter
 from .noise import NoiseRange
 
 PRESETS = Path(__file__).parent / "presets"
 _OF_LAYERS = ("tail", "quantization")  # one value, or a mapping from layer selectors
 _ORDERS = ("auto", "raster", "tile", "hilbert")
-_MOST_INDICES = 100_000  # of a set; no model has as many layers, no run as many steps
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,8 @@ class Recipe:
                 f"`attention` must be a pattern of `dit_accel.patterns` or a mapping from layer selectors to "
                 f"patterns, got {shown(self.attention)}"
             )
-        object.__setattr__(self, "dense_layers", _index_spec("dense_layers", self.dense_layers))
-        object.__setattr__(self, "dense_steps", _step_spec("dense_steps", self.dense_steps))
+        object.__setattr__(self, "dense_layers", dense.checked_layers(self.dense_layers))
+        object.__setattr__(self, "dense_steps", dense.checked_steps(self.dense_steps))
         if self.block_size is not None:
             check_block_size(self.block_size)
             object.__setattr__(self, "block_size", tuple(map(int, self.block_size)))
@@ -201,23 +198,12 @@ class Recipe:
         Raises:
             ValueError: an index that this model does not have.
         """
-        if isinstance(self.dense_layers, int):
-            if self.dense_layers > layers:
-                raise ValueError(
-                    f"`dense_layers` is {self.dense_layers}, but this model has {layers} attention layers"
-                )
-            return frozenset(range(self.dense_layers))
-        missing = [i for i in self.dense_layers if not -layers <= i < layers]
-        if missing:
-            raise ValueError(f"`dense_layers` names {missing}, but this model has {layers} attention layers")
-        return frozenset(i % layers for i in self.dense_layers)
+        return dense.layer_indices(self.dense_layers, layers)
 
     @property
     def needs_total(self) -> bool:
         """Whether the dense steps depend on how many steps a run has."""
-        return isinstance(self.dense_steps, float) or (
-            isinstance(self.dense_steps, tuple) and any(i < 0 for i in self.dense_steps)
-        )
+        return dense.needs_total(self.dense_steps)
 
     @property
     def patterns(self) -> list[Pattern]:
@@ -236,23 +222,7 @@ class Recipe:
         Raises:
             ValueError: the answer depends on a total or on a noise level that is not known.
         """
-        dense = self.dense_steps
-        if isinstance(dense, NoiseRange):
-            if sigma is None:
-                raise ValueError(f"`dense_steps` of {dense} needs the noise level of the step")
-            return sigma in dense
-        if isinstance(dense, int):
-            return step < dense
-        if total is not None:
-            if isinstance(dense, float):
-                return step < math.ceil(dense * total - 1e-9)
-            return step in dense or step - total in dense
-        if isinstance(dense, float) or self.needs_total:
-            raise ValueError(
-                f"`dense_steps={dense!r}` needs the number of steps, which a bare transformer "
-                "does not know; call `handle.begin(steps)` before the run, or enable on the pipeline"
-            )
-        return step in dense
+        return dense.is_dense_step(self.dense_steps, step, total, sigma)
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -390,41 +360,6 @@ def resolve(recipe: Recipe | Pattern | str | Path) -> Recipe:
         f"{shown(str(recipe))} is neither a preset nor a recipe file (.yaml, .yml, .json); the presets are "
         f"{', '.join(presets())}"
     )
-
-
-def _step_spec(name: str, value: Any) -> int | float | tuple[int, ...] | NoiseRange:
-    """A validated specification of sampler steps."""
-    if isinstance(value, NoiseRange):
-        return value
-    if isinstance(value, Mapping):
-        return NoiseRange.of(name, value)
-    return _index_spec(name, value, fraction=True)
-
-
-def _index_spec(name: str, value: Any, fraction: bool = False) -> int | float | tuple[int, ...]:
-    """A validated int, float or sorted tuple of ints."""
-    forms = "an int (the first n)"
-    if fraction:
-        forms += (
-            ", a float from 0 to 1 (the first fraction), {'sigma': (low, high)} (a range of noise levels)"
-        )
-    message = f"`{name}` must be {forms} or a set of indices, got {shown(value)}"
-    if is_integer(value) and value >= 0:
-        return int(value)
-    if fraction and is_number(value) and not is_integer(value) and 0 <= value <= 1:
-        return float(value)
-    if is_integer(value):
-        raise ValueError(f"{message}; for the last n use {{-1, ...}}")
-    if isinstance(value, bool | float):
-        raise ValueError(message)
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(message)
-    indices = list(islice(value, _MOST_INDICES + 1))
-    if len(indices) > _MOST_INDICES:
-        raise ValueError(f"`{name}` has more than {_MOST_INDICES} indices")
-    if not all(map(is_integer, indices)):
-        raise TypeError(message)
-    return tuple(sorted({int(index) for index in indices}))
 
 
 def _kinds() -> dict[str, type[Pattern]]:
