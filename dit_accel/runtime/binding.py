@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import kernels
 from dit_accel.attention import transformer_call
 from dit_accel.attention.run_memory import CallMemory
 from dit_accel.attention.transformer_call import TransformerCall
@@ -24,16 +23,15 @@ from dit_accel.recipe.adapter_parts import Part
 from dit_accel.recipe.layer_patterns import Chunks, LayerPatterns, assign_patterns
 from dit_accel.recipe.recipe import Recipe
 
-from . import checkpointing, guard
+from . import checkpointing, guard, refusals
 from .adapted import Adapted
 from .dual_paths import DualPaths
-from .geometry import Geometry, backend, block_sizes, cheapest, of_process
+from .geometry import Geometry, backend, cheapest, of_process
 from .geometry_cache import GeometryCache
 from .layer_inputs import LayerInputs, layer_sizes
-from .learned_weights import check_learned
 from .measured_speed import MeasuredSpeed, measured_speed
 from .run_record import RunRecord
-from .splitting import check_shared, shards_of, unshared
+from .splitting import check_shared, shards_of
 from .steps import StepTracker, Tick
 from .token_moves import TokenMoves
 
@@ -53,6 +51,7 @@ class Binding:
         modules, layers: its attention layers, and what the recipe says of each.
         heads, head_dim: of its layers.
         sizes: the same of each layer, with the channels of its input.
+        places: what each layer is called among the transformer's modules.
         adapted: the recipe's adapter in this transformer, or None.
         branch: of guidance, or None.
         paths: FreeSwim's two branches, or None.
@@ -92,7 +91,7 @@ class Binding:
         if recipe.adapter is not None and adapter is not None:
             self.adapted = Adapted(transformer, adapter, recipe.adapter.file())
         places = {module: name for name, module in transformer.named_modules()}
-        self._places = {layer: places[module] for layer, module in self.modules.items()}
+        self.places = {layer: places[module] for layer, module in self.modules.items()}
         self.branch: Branch | None = None
         if recipe.guidance is not None:
             self.branch = Branch(recipe.guidance, family, transformer, self.heads, owner=self)
@@ -105,11 +104,11 @@ class Binding:
         self._inputs = LayerInputs(family, self.modules, self.layers, self.sizes, owner=self)
         self._geometries = GeometryCache(self.layers, self._built)
         self._memo: dict = {}
-        self._carries_tokens: tuple[int | None, bool] = (None, True)  # of a run, whether anything may
+        self._guard = guard.RunGuard(transformer, self.modules, name)
         self._hooks: list = []
         parameters = inspect.signature(type(transformer).forward).parameters
         self.inputs = [parameter for parameter in parameters if parameter != "self"]
-        self._check()
+        refusals.check_recipe(self)
 
     @property
     def attached(self) -> bool:
@@ -155,60 +154,6 @@ class Binding:
         """Go on with the steps and the geometries of a binding of the same transformer and patterns."""
         self.steps, self._geometries = other.steps, other._geometries
 
-    # -- checks --------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        self._check_parallel()
-        if reason := self.family.recipe_refusal(self.recipe):
-            raise UnavailableError(f"{type(self.transformer).__name__} does not take this recipe: {reason}")
-        if self.adapted is not None:
-            check_learned(self.adapted, self.layers, self._places, self.sizes)
-        for name in self.patched_layers:
-            reason = self.family.refusal(self.modules[name])
-            if reason is not None:
-                raise UnavailableError(f"layer {name} of this {self.family.name} transformer {reason}")
-        for tail, format in dict.fromkeys((one.tail, one.quantization) for one in self.layers if one.heads):
-            reason = kernels.can_run(
-                self.recipe.backend,
-                device=self.device,
-                dtype=self.dtype,
-                head_dim=self.head_dim,
-                block_size=next(iter(block_sizes(self.recipe, self.device))),
-                quantization=format,
-                tail=tail,
-            )
-            if reason is not None:
-                raise UnavailableError(f"backend {self.recipe.backend!r} cannot run here: {reason}")
-        if self.sparse_layers:
-            self._check_break_even()
-
-    def _check_break_even(self) -> None:
-        if self.recipe.min_tokens == "auto" and not self.speed().break_even:
-            raise UnavailableError(
-                f"`min_tokens='auto'` needs a break-even length, and that of backend {self.backend!r} was "
-                f"not measured on {self.device.type} in {self.dtype}; give a number (for a CPU's fastest "
-                "backend `dit-accel bench --calibrate` measures it)"
-            )
-
-    def _check_processors(self) -> None:
-        for name, processor in self._processors.items():
-            if self.modules[name].processor is not processor:
-                raise RuntimeError(
-                    f"the attention processor of layer {name} was replaced by "
-                    f"{type(self.modules[name].processor).__name__} while dit-accel was enabled; call "
-                    "`dit_accel.disable` before replacing processors (such as loading an IP-Adapter) "
-                    "and enable again"
-                )
-
-    def _check_parallel(self) -> None:
-        config = getattr(self.transformer, "_parallel_config", None)
-        if config is not self.parallel and (self.patched_layers or self.shards is not None):
-            raise UnavailableError(
-                "parallelism was switched on or off after `dit_accel.enable`; call `enable` again after it"
-            )
-        if config is not None and self.shards is None and self.patched_layers:
-            raise UnavailableError(unshared(config))
-
     def _built(
         self,
         layers: list[LayerPatterns],
@@ -218,7 +163,7 @@ class Binding:
         chunks: Chunks | None,
         like: Geometry | None,
     ) -> Geometry:
-        self._check_break_even()
+        refusals.check_break_even(self)
         layouts = [self.family.layer_layout(layer.name, layout) for layer in layers]
         leading = self.family.leading(self.transformer, layout)
         moves = self.family.moves_tokens
@@ -282,8 +227,8 @@ class Binding:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if torch.compiler.is_exporting():
             raise UnavailableError(_NO_EXPORT)
-        self._check_parallel()
-        self._check_processors()
+        refusals.check_parallel(self)
+        refusals.check_processors(self.modules, self._processors)
         if self.adapted is not None:
             self.adapted.check()
         inputs = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
@@ -301,7 +246,7 @@ class Binding:
             backend=self.recipe.backend,
             record=self.record(tick),
         )
-        self._check_guarded(call.record)
+        self._guard.check(call.record.guarded)
         rows = None
         if self.paths is not None:
             full = self.paths.full.is_dense_step(tick.step, tick.total, sigma)
@@ -344,7 +289,7 @@ class Binding:
             if own is not None
         }
         dense = dense and not causal  # where the model's own mask is one of ours
-        moved = geometry.permutation is not None and (not dense or self._may_carry_tokens(tick))
+        moved = geometry.permutation is not None and (not dense or self._moves.may_be_carried(tick.run))
         return replace(
             call,
             layers={} if dense else self.family.around(layers, inputs, self._memo),
@@ -367,7 +312,7 @@ class Binding:
         if self.adapted is None or not self.adapted.learned:
             return {}
         learned = self.adapted.learned_on(self.device)
-        return {layer: learned[place] for layer, place in self._places.items() if place in learned}
+        return {layer: learned[place] for layer, place in self.places.items() if place in learned}
 
     def _memory(self, tick: Tick) -> CallMemory | None:
         """What layers keep from step to step; nothing in training, where calls may have other samples."""
@@ -375,46 +320,11 @@ class Binding:
             return None
         return self.steps.memory.call(self.name, (tick.step, tick.evaluation))
 
-    def _may_carry_tokens(self, tick: Tick) -> bool:
-        run, may = self._carries_tokens
-        if run != tick.run:
-            may = not self._moves.nothing_is_carried()
-            self._carries_tokens = tick.run, may
-        return may
-
     def _with_guidance(self, call: TransformerCall, inputs: dict[str, Any], tick: Tick) -> TransformerCall:
         guided = self.branch.begin(tick, self.steps.pipeline, inputs)
         if self.branch.alone:
             return replace(call, layers=self.branch.alone_layers(call, tick))
         return replace(call, guidance=guided)
-
-    def _guard(self, call: TransformerCall, inputs: dict[str, Any], sample: torch.Tensor) -> None:
-        """Looks at a prediction; a GPU's answer is read at the next call, or at once where none will come."""
-
-        def again() -> Any:
-            with transformer_call.within(call):
-                return self.transformer.forward(**inputs)
-
-        watched = guard.watch(sample, call.step, call.record.steps, again)
-        if watched is not None and guard.is_last(watched):
-            guard.check(watched, self._named_modules)
-        elif watched is not None:
-            call.record.guarded[self.name] = watched
-
-    def _check_guarded(self, record: RunRecord) -> None:
-        watched = record.guarded.pop(self.name, None)
-        if watched is not None:
-            guard.check(watched, self._named_modules)
-
-    def _named_modules(self) -> dict[str, nn.Module]:
-        """Attention layers, and all modules that are not part of one."""
-        inside = {id(part) for layer in self.modules.values() for part in layer.modules()}
-        others = {
-            f"module {name}": module
-            for name, module in self.transformer.named_modules()
-            if name and id(module) not in inside
-        }
-        return {f"attention layer {name}": module for name, module in self.modules.items()} | others
 
     def _leave_alone(self, seen: dict[str, tuple[int, int]], tokens: int) -> None:
         """Counts layers as dense that turned out to attend to other numbers of tokens than the layout's.
@@ -470,7 +380,7 @@ class Binding:
         if self.branch is not None:
             sample = self.branch.guide(call, own, restored)
         if self.recipe.guard and sample is not None:
-            self._guard(call, inputs, sample)
+            self._guard.look(call, inputs, sample)
         call.record.note(self.name, call)
         if call.any_length:
             other = {

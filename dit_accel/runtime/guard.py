@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dit_accel.attention import transformer_call
+from dit_accel.attention.transformer_call import TransformerCall
 from dit_accel.errors import NonFiniteError
 
 
@@ -29,6 +31,52 @@ class Guarded:
     step: int
     total: int | None
     again: Callable[[], Any]
+
+
+class RunGuard:
+    """Looks at the predictions of one transformer, each at the next call or at once where none will come.
+
+    Args:
+        transformer: whose calls they are.
+        layers: its attention layers, by name.
+        name: the pipeline's for the transformer.
+    """
+
+    def __init__(self, transformer: nn.Module, layers: Mapping[str, nn.Module], name: str):
+        self.transformer, self.layers, self.name = transformer, layers, name
+
+    def look(self, call: TransformerCall, inputs: dict[str, Any], sample: torch.Tensor) -> None:
+        """Looks at a call's prediction; a GPU's answer is kept in the run's record for `check`.
+
+        Raises:
+            NonFiniteError: see `check` of this module.
+        """
+
+        def again() -> Any:
+            with transformer_call.within(call):
+                return self.transformer.forward(**inputs)
+
+        watched = watch(sample, call.step, call.record.steps, again)
+        if watched is not None and is_last(watched):
+            check(watched, self._named_modules)
+        elif watched is not None:
+            call.record.guarded[self.name] = watched
+
+    def check(self, guarded: dict[str, Guarded]) -> None:
+        """Raises NonFiniteError if the latest prediction among those of a run was not finite."""
+        watched = guarded.pop(self.name, None)
+        if watched is not None:
+            check(watched, self._named_modules)
+
+    def _named_modules(self) -> dict[str, nn.Module]:
+        """Attention layers, and all modules that are not part of one."""
+        inside = {id(part) for layer in self.layers.values() for part in layer.modules()}
+        others = {
+            f"module {name}": module
+            for name, module in self.transformer.named_modules()
+            if name and id(module) not in inside
+        }
+        return {f"attention layer {name}": module for name, module in self.layers.items()} | others
 
 
 def watch(sample: torch.Tensor, step: int, total: int | None, again: Callable[[], Any]) -> Guarded | None:

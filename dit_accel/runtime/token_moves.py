@@ -29,6 +29,7 @@ class TokenMoves:
     def __init__(self, transformer: nn.Module, family: Family, owner: Any):
         self.transformer, self.family, self.owner = transformer, family, owner
         self._hooks: dict[nn.Module, Any] = {}
+        self._carried: tuple[int | None, bool] = (None, True)  # of a run, whether any may be
 
     def attach(self) -> None:
         """Hooks the modules whose output has a place per token; again after any of them was replaced."""
@@ -68,7 +69,15 @@ class TokenMoves:
         geometry = call.geometry
         return self.family.move_placed(output, dim, geometry.layout, partial(_select, geometry.permutation))
 
-    def nothing_is_carried(self) -> bool:
+    def may_be_carried(self, run: int) -> bool:
+        """Whether tokens may be carried from step to step in a run, as it was when first asked."""
+        latest, may = self._carried
+        if latest != run:
+            may = not self._nothing_is_carried()
+            self._carried = run, may
+        return may
+
+    def _nothing_is_carried(self) -> bool:
         """Whether it is known that no code inside the transformer carries tokens from step to step.
 
         Caches do, those of diffusers by hooks, those of others by replaced forwards and blocks, and a hook

@@ -18,7 +18,7 @@ from dit_accel.pipelines import tiny
 from dit_accel.planning import densities
 from dit_accel.planning.model_config import ModelConfig, of_model
 from dit_accel.planning.plan import plan
-from dit_accel.runtime.binding import block_sizes
+from dit_accel.runtime.geometry import block_sizes
 from dit_accel.runtime.measured_speed import MeasuredSpeed, measured_speed
 
 WIDTH, HEADS, HEAD_DIM, LAYERS, FEED, TEXT = 24, 2, 12, 3, 40, 7
