@@ -10,7 +10,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from dit_accel import TokenLayout, patterns
-from dit_accel.demos import masks
+from dit_accel.demos import mask_choices, mask_drawings, masks
 from dit_accel.demos.settings import Caps
 from dit_accel.planning.model_config import all_published
 
@@ -23,19 +23,19 @@ def path_of(part):
 
 
 def test_every_static_pattern_of_the_library_is_there():
-    names = masks.pattern_names()
+    names = mask_choices.pattern_names()
     assert {"Clear", "Neighborhood", "Radial", "SlidingTile", "InwardWindow", "Dense"} <= set(names)
     assert "SparseVideoGen" not in names  # chosen by content
 
 
-@pytest.mark.parametrize("name", masks.pattern_names())
+@pytest.mark.parametrize("name", mask_choices.pattern_names())
 @pytest.mark.parametrize("grid", [(1, 64, 64), (9, 30, 40)], ids=["image", "video"])
 def test_every_pattern_starts_with_parameters_that_it_reads_back(name, grid):
     try:
-        pattern = masks._start(name, grid)
+        pattern = mask_choices.starting_pattern(name, grid)
     except TypeError:
         pytest.fail(f"{name} has a parameter without a default: give it one in START")
-    assert masks._read(name, masks._written(pattern), Caps()) == pattern
+    assert mask_choices.read(name, mask_choices.written(pattern), Caps()) == pattern
 
 
 def test_figures_are_those_of_the_real_mask(client):
@@ -53,12 +53,12 @@ def test_python_draws_the_same_pictures(client, tmp_path, monkeypatch):
     answer = client.predict("Clear", "radius: 5", 1, 24, 24, 16, "64x32", api_name="/mask")
     monkeypatch.chdir(tmp_path)
     exec(compile(answer[6], "exported", "exec"), {})
-    for part, name in zip(answer[:4], ("neighbourhood", *masks.ORDERS), strict=True):
+    for part, name in zip(answer[:4], ("neighbourhood", *mask_drawings.ORDERS), strict=True):
         assert np.array_equal(np.asarray(Image.open(path_of(part))), np.asarray(Image.open(f"{name}.png")))
 
 
 def test_every_published_model_gives_a_geometry():
-    known = masks.geometries()
+    known = mask_choices.geometries()
     assert [name for name, _, _ in known.values()] == list(all_published())
     assert known["hunyuan-video  1280×720×129"][1:] == (HUNYUAN[:3], HUNYUAN[3])
 
@@ -72,7 +72,7 @@ def test_a_pattern_by_noise_is_drawn_at_a_level(client, tmp_path, monkeypatch, n
     assert answer[4]["density"] == pytest.approx(patterns.Clear(radius).density(layout))
     monkeypatch.chdir(tmp_path)
     exec(compile(answer[6], "exported", "exec"), {})
-    for part, name in zip(answer[:4], ("neighbourhood", *masks.ORDERS), strict=True):
+    for part, name in zip(answer[:4], ("neighbourhood", *mask_drawings.ORDERS), strict=True):
         assert np.array_equal(np.asarray(Image.open(path_of(part))), np.asarray(Image.open(f"{name}.png")))
 
 
@@ -118,16 +118,16 @@ def test_a_slider_redraws_the_mask(open_page, way):
 
 def test_figures_that_come_late_leave_the_newer_ones(client, demo, monkeypatch):
     given = ("Clear", "radius: 5", 1, 24, 24, 16, "64x32")
-    first = next(iter(masks.geometries()))
+    first = next(iter(mask_choices.geometries()))
     assert client.predict(first, *given, api_name="/speed")["density"] > 0
-    predicted = masks._predicted
+    predicted = masks.predicted
 
     def late(*args):
         for session in demo.studio.sessions._sessions.values():
             session.drawings += 1  # somebody moves a slider meanwhile
         return predicted(*args)
 
-    monkeypatch.setattr(masks, "_predicted", late)
+    monkeypatch.setattr(masks, "predicted", late)
     assert not client.predict(first, *given, api_name="/speed").get("density")
 
 

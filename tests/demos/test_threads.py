@@ -46,10 +46,10 @@ def test_another_c_library_gives_nothing_back(monkeypatch, missing):
 
 
 def test_pictures_and_masks_are_made_in_threads_that_stay(client, demo, small, monkeypatch):
-    from dit_accel.demos import masks
+    from dit_accel.demos import mask_drawings
     from dit_accel.demos.worker import Worker
 
-    seen, pipeline, estimates = set(), Worker.pipeline, masks._estimates
+    seen, pipeline, estimates = set(), Worker.pipeline, mask_drawings.estimates_of
 
     def noted(function):
         def call(*args):
@@ -59,7 +59,7 @@ def test_pictures_and_masks_are_made_in_threads_that_stay(client, demo, small, m
         return call
 
     monkeypatch.setattr(Worker, "pipeline", noted(pipeline))
-    monkeypatch.setattr(masks, "_estimates", noted(estimates))
+    monkeypatch.setattr(mask_drawings, "estimates_of", noted(estimates))
     client.predict(*small, api_name="/generate")
     client.predict("Clear", "radius: 5", 1, 8, 8, 0, "64x32", api_name="/mask")
     assert {name.rpartition("_")[0] for name in seen} == {"run", "draw"}
