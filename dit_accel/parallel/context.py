@@ -46,7 +46,8 @@ def context_parallel(target: Any, degree: int | None = None) -> None:
         degree: how many processes; None: all.
 
     Raises:
-        UnavailableError: a family without a plan, or `torch.distributed` not initialised.
+        UnavailableError: a family without a plan, a transformer that is enabled or shared already, or
+            `torch.distributed` not initialised; then none is changed.
         ValueError: a degree that is not from 2 to the number of processes.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -60,11 +61,17 @@ def context_parallel(target: Any, degree: int | None = None) -> None:
         raise ValueError(f"`degree` must be from 2 to the {world} processes there are, got {degree}")
     transformers = transformers_of(target).values()
     plans = [plan_of(transformer) for transformer in transformers]
-    for transformer, plan in zip(transformers, plans, strict=True):
+    for transformer in transformers:
         if handle_of(transformer) is not None:
             raise UnavailableError(
                 "call `context_parallel` before `dit_accel.enable`, which asks what a process shares"
             )
+        if getattr(transformer, "_parallel_config", None) is not None:
+            raise UnavailableError(
+                f"processes share the calls of this {type(transformer).__name__} already; load the pipeline "
+                "anew to share them otherwise"
+            )
+    for transformer, plan in zip(transformers, plans, strict=True):
         _enable(transformer, degree, plan)
         _leave_whole(transformer)
         keep_output(transformer)

@@ -164,6 +164,21 @@ class TestRefused:
         with pytest.raises(UnavailableError, match=r"needs several processes.*init_process_group"):
             context_parallel(wan.make())
 
+    @pytest.mark.parametrize("refused", ["enabled", "shared"])
+    def test_none_is_shared_where_one_is_refused(self, wan, monkeypatch, refused):
+        pipe, shared = wan.make(two=True), []
+        if refused == "enabled":
+            enable(pipe.transformer_2, self.recipe)
+        else:
+            configured(SimpleNamespace(transformer=pipe.transformer_2), ulysses_degree=2)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(context, "_enable", lambda transformer, degree, plan: shared.append(transformer))
+        message = {"enabled": r"before `dit_accel\.enable`", "shared": "share the calls .* already; load"}
+        with pytest.raises(UnavailableError, match=message[refused]):
+            context_parallel(pipe)
+        assert not shared
+
 
 class TestShards:
     shards = Shards(rank=1, count=2, group=None, heads=5, layers=frozenset())
