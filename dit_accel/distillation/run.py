@@ -23,6 +23,7 @@ from dit_accel.runtime.switching import transformers_of
 from dit_accel.training_loop import Draw, Loop, Stage, multiplies_bf16
 
 from .folders import read_folder
+from .identity import weights_of
 from .progress import Progress
 from .samples import Prompt, encoded, generated, is_folder, read_prompts
 from .settings import Settings
@@ -84,7 +85,7 @@ def distill(
 
     Raises:
         ValueError, TypeError: values outside these forms, a recipe that changes nothing or for another
-            family, or a folder begun with other settings.
+            family, or a folder begun with other settings or weights.
         UnavailableError: a recipe without gradients here, packages that are missing, a pipeline with two
             transformers or of no flow.
         NonFiniteError: training that has diverged.
@@ -167,6 +168,7 @@ class Distillation:
             _log.info("distillation computes in %s on %s", settings.precision, self.device)
         dtype = torch.bfloat16 if settings.precision == "bf16" else self.transformer.dtype
         sparse = trainable(recipe, self.device, dtype)
+        self.weights = weights_of({"transformer": self.transformer})
         self._before = _Modes(self.transformer)
         self.transformer.requires_grad_(False).eval()
         draw = Draw(settings.seed, "weights")
@@ -210,7 +212,7 @@ class Distillation:
         """Makes the samples that are missing, and the run's folder.
 
         Raises:
-            ValueError: a folder begun with other settings.
+            ValueError: a folder begun with other settings or weights.
         """
         settings, folder = self.settings, self.folder / SAMPLES
         own = (self.pipe, self.family)
@@ -241,7 +243,7 @@ class Distillation:
         held_out = self.settings.held_out_of(samples)
         recipe = replace(self.recipe, adapter=None).tag
         self.about = {"recipe": recipe, "family": self.family.name, **self.settings.about()}
-        self.about |= {"samples": samples, "held_out": held_out}
+        self.about |= {"samples": samples, "held_out": held_out, "weights": self.weights}
         path = self.folder / RUN
         if path.is_file():
             made = f"the distillation in {self.folder} was begun"

@@ -25,6 +25,7 @@ from dit_accel.training_loop import Draw
 
 from . import capture
 from .folders import Item, frames_of
+from .identity import modules_of, told, weights_of
 from .nested import has_tensors, put_together, taken_apart
 
 KIND = "dit-accel distillation sample 2"
@@ -187,7 +188,7 @@ def generated(
     def make(index: int) -> Sample:
         return ran(prompts[index % len(prompts)], Draw(seed, "sample", index).generator, True)
 
-    settings = {**_settings(pipe, call, seed, count), "prompts": _digest(map(_told, prompts))}
+    settings = {**_settings(pipe, call, seed, count), "prompts": _digest(map(_text, prompts))}
     samples = Samples(folder, count)
     make_empty = (lambda: ran("", generator(0), False)) if empty else None
     samples.make(make, make_empty, settings, state, progress)
@@ -268,19 +269,16 @@ def _zeros(found: capture.FirstCall) -> torch.Tensor:
 def _settings(pipe: Any, call: Mapping[str, Any], seed: int, count: int) -> dict[str, Any]:
     config = {k: v for k, v in dict(pipe.transformer.config).items() if not k.startswith("_")}
     model = f"{type(pipe).__name__} {_digest([json.dumps(plain(config), sort_keys=True)])}"
-    return {"model": model, "call": plain(dict(call)), "seed": seed, "samples": count}
+    weights = weights_of(modules_of(pipe))
+    return {"model": model, "weights": weights, "call": told(call), "seed": seed, "samples": count}
 
 
 def _digest(texts: Any) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def _told(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    tensors = {name: x for name, x in prompt.items() if isinstance(x, torch.Tensor)}
-    others = {name: x for name, x in prompt.items() if name not in tensors}
-    return tensor_files.checksum({n: x.cpu() for n, x in tensors.items()}, json.dumps(plain(others)))
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(told(prompt), sort_keys=True)
 
 
 def is_folder(data: Any) -> bool:

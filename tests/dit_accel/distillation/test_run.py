@@ -142,6 +142,21 @@ def test_it_stops_where_it_is_told_and_settings_stay(flux, tmp_path):
     assert files_of(tmp_path / "out") == once
 
 
+def test_it_goes_on_with_the_weights_it_was_begun_with(families, tmp_path):
+    """Of all modules where samples are made."""
+    begun = families["flux"].make()
+    said = distilled(begun, "flux", tmp_path, until=1)
+    other = families["flux"].make()
+    with torch.no_grad():
+        other.transformer.proj_out.bias += 1e-3
+    with pytest.raises(ValueError, match=r"was begun with another `weights`.*, or give another folder"):
+        distilled(other, "flux", tmp_path)
+    assert distilled(families["flux"].make(), "flux", tmp_path, until=2)["weights"] == said["weights"]
+    (tmp_path / "state" / "distillation.json").unlink()
+    with pytest.raises(ValueError, match="were made with another `weights`"):
+        distilled(other, "flux", tmp_path)
+
+
 def test_precision_is_that_of_the_device_and_stays_that_of_the_run(flux, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="dit_accel")
     options = {"precision": "auto", "steps": 2}
