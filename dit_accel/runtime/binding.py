@@ -234,7 +234,8 @@ class Binding:
         inputs = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         if self.shards is not None:
             check_shared(self.family, self.transformer, inputs)
-        tick = self.steps.tick(self.family.timestep(inputs), self.family.between_steps(inputs))
+        between, kept = self.family.between_steps(inputs), self.family.kept_between(inputs)
+        tick = self.steps.tick(self.family.timestep(inputs), between, kept)
         noisy = self.recipe.needs_noise or (self.paths is not None and self.paths.full.needs_noise)
         sigma = self.steps.noise_level(self.family.pure_noise, self.family.clean) if noisy else None
         dense = self.recipe.is_dense_step(tick.step, tick.total, sigma)

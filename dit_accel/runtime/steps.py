@@ -62,7 +62,7 @@ class StepTracker:
     """
 
     def __init__(self, pipeline: Any = None):
-        self._pipeline = _no_pipeline if pipeline is None else weakref.ref(pipeline)
+        self._pipeline = _nothing if pipeline is None else weakref.ref(pipeline)
         self._scheduler = getattr(pipeline, "scheduler", None)
         self._in_pipeline = pipeline is not None
         self._numbers = itertools.count(1)
@@ -134,15 +134,25 @@ class StepTracker:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}")
         self._thread.run, self._thread.announced = None, steps
 
-    def tick(self, timestep: torch.Tensor | float, between: bool = False) -> Tick:
-        """Called once per call of the transformer, with its timestep: (B,), (B, tokens) or a number.
+    def tick(
+        self, timestep: torch.Tensor | float, between: bool = False, kept: torch.Tensor | None = None
+    ) -> Tick:
+        """Called once per call of the transformer.
 
-        A call `between` steps is of the latest one.
+        Args:
+            timestep: of the call: (B,), (B, tokens) or a number.
+            between: whether it is between steps: then it is of the latest one, or, where no step of the
+                generation came before, as of given frames, of a run of its own, of one step.
+            kept: what all calls of the generation have in common, and no others.
         """
-        if between and self._thread.tick is not None:
-            return self._thread.tick
-        thread, caller = self._thread, _calling_pipeline() if self._in_pipeline else None
-        thread.caller = _no_pipeline if caller is None else weakref.ref(caller)
+        thread, goes_on = self._thread, kept is not None and self._thread.kept() is kept
+        if between and goes_on and thread.tick is not None:
+            return thread.tick
+        if between:
+            self.begin(1)
+        thread.kept = _nothing if kept is None else weakref.ref(kept)
+        caller = _calling_pipeline() if self._in_pipeline else None
+        thread.caller = _nothing if caller is None else weakref.ref(caller)
         scheduler = self._current_scheduler(caller)
         stand = (getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None))
         stands_still = stand[0] is thread.stand[0] and stand[1] == thread.stand[1]
@@ -215,13 +225,14 @@ class _Thread(threading.local):
     """What a tracker knows of the calls of a thread, each thread seeing its own."""
 
     def __init__(self):
-        self.caller: Callable[[], Any] = _no_pipeline  # the pipeline that makes the latest call
+        self.caller: Callable[[], Any] = _nothing  # the pipeline that makes the latest call
         self.tick: Tick | None = None  # of it
         self.run: ScheduledRun | CountedRun | None = None  # of it
         self.timestep: Any = None  # of it
         self.stand: tuple[Any, int | None] = (None, None)  # the scheduler's timesteps and step index then
         self.scheduled: ScheduledRun | None = None  # the latest of a scheduler
         self.announced: int | None = None  # steps of the next run
+        self.kept: Callable[[], Any] = _nothing  # by calls of its generation
 
 
 def _largest(timestep: torch.Tensor | float) -> float:
@@ -229,8 +240,8 @@ def _largest(timestep: torch.Tensor | float) -> float:
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
-def _no_pipeline() -> None:
-    """Stands for the reference to a pipeline where there is none."""
+def _nothing() -> None:
+    """Stands for a reference where there is none."""
 
 
 def _calling_pipeline() -> Any:

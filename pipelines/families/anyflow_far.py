@@ -114,6 +114,9 @@ class AnyFlowFAR(Family):
             len(present),
             full=config.full_chunk_limit - self.between_steps(inputs),
             group=_group(config),
+    def kept_between(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        return None if inputs.get("kv_cache") is None else inputs["kv_cache"][0]["full_cache"]
+
             reads=reads,
         )
 

@@ -247,6 +247,10 @@ class Family:
         """Whether a call prepares later steps without predicting: then it is counted with the latest step."""
         return False
 
+    def kept_between(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """What all calls of one generation have in common and no others, where some are between steps."""
+        return None
+
     def leading(self, transformer: Any, layout: TokenLayout) -> int:
         """How many visual tokens must stay first in every order, as the model tells them by their place."""
         return 0

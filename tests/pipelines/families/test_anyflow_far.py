@@ -26,6 +26,7 @@ from dit_accel.pipelines import family_of
 from dit_accel.planning.plan import plan
 from dit_accel.recipe.recipe import Recipe, presets
 from dit_accel.runtime.switching import accelerated, enable
+from dit_accel.recipe.noise import NoiseRange
 
 CHUNKS, GRID = (1, 2, 2, 2, 1), (8, 4, 6)
 SIZES = {"chunk_partition": CHUNKS, "full_chunk_limit": 3, "num_layers": 2}
@@ -266,8 +267,8 @@ def test_a_run_is_a_chunk_and_writing_the_cache_is_of_its_last_step(far):
         binding = handle.bindings["transformer"]
         tick = binding.steps.tick
 
-        def note(timestep, between):
-            seen.append((between, tick(timestep, between)))
+        def note(timestep, between, kept):
+            seen.append((between, tick(timestep, between, kept)))
             return seen[-1][1]
 
         binding.steps.tick = note
@@ -317,6 +318,28 @@ def test_what_is_refused(far):
         Recipe(ChunkCausal(2)): "hides frames to come, as the model itself does",
         Recipe(ByNoise({0.5: Dense(), 0: Routed(top_k=0.5)})): "takes queries and keys for the same tokens",
         Recipe(replace(GROWTH, window=4)): "its chunks see all before them; use window=None",
+@pytest.mark.parametrize("dense_steps", [0, 1, 0.5, {-1}, NoiseRange(0.7, 1)], ids=str)
+def test_given_frames_are_written_alike_in_every_run(far, dense_steps):
+    """Before any step: in a run of their own, of one step, whatever ran before."""
+    pipe, seen = far.make(**SIZES), []
+    given = torch.randn(1, 3, 4, 8, 12, generator=torch.Generator().manual_seed(9))
+    with accelerated(pipe, Recipe(NEAR, dense_steps=dense_steps)) as handle:
+        steps = handle.bindings["transformer"].steps
+        tick = steps.tick
+        steps.tick = lambda *call: seen.append(tick(*call)) or seen[-1]
+        first = far.run(pipe, **RUN, video_latents=given)
+        number = len(seen)
+        far.run(pipe, **RUN)
+        del seen[number:]
+        assert torch.equal(far.run(pipe, **RUN, video_latents=given), first)
+    for run in (seen[:number], seen[number:]):
+        assert [(one.step, one.total) for one in run] == [(0, 1)] * 2 + [(0, 2), (1, 2), (1, 2)] * 2 + [
+            (0, 2),
+            (1, 2),
+        ]
+        assert len({one.run for one in run}) == 1 + 3
+
+
     }
     for recipe, reason in refused.items():
         with pytest.raises(UnavailableError, match=f"does not take this recipe: .*{reason}"):
