@@ -71,6 +71,14 @@ class ChunkLayout(TokenLayout):
         return [few] * self.coarse_frames + [height * width] * fine
 
     @property
+    def chunk_of_tokens(self) -> torch.Tensor:
+        """The chunk that each token is of, int64 (tokens,), CPU."""
+        lengths = torch.tensor(self.chunks[: self.present], dtype=torch.int64, device="cpu")
+        frames = torch.tensor(self.frame_tokens, dtype=torch.int64, device="cpu")
+        chunk = torch.arange(self.present, device="cpu").repeat_interleave(lengths)
+        return chunk.repeat_interleave(frames)
+
+    @property
     def seq_len(self) -> int:
         """Number of queries."""
         if self.last_alone:
@@ -123,12 +131,8 @@ class ChunkRule(Rule):
 
     def __init__(self, rule: Rule, layout: ChunkLayout):
         self._rule, self._members = rule, layout.members
-        frames = torch.tensor(layout.frame_tokens, dtype=torch.int64, device="cpu")
-        lengths = torch.tensor(layout.chunks, dtype=torch.int64, device="cpu")
-        number = len(lengths)
-        chunk = torch.arange(number, device="cpu").repeat_interleave(lengths)[: len(frames)]
-        seen = torch.ones(number, number, dtype=torch.bool, device="cpu").tril()
-        self._causal = FactorRule([Factor(chunk.repeat_interleave(frames), seen)])
+        seen = torch.ones(layout.present, layout.present, dtype=torch.bool, device="cpu").tril()
+        self._causal = FactorRule([Factor(layout.chunk_of_tokens, seen)])
 
     def mask(self) -> torch.Tensor:
         one, other = self._members[:, None, :, None], self._members[:, None]

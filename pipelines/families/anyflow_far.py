@@ -97,20 +97,23 @@ class AnyFlowFAR(Family):
         return _flag(inputs).get("is_cache_step", False)
 
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> ChunkLayout:
-        """Frames to come are those of the model's `chunk_partition`, where the call's begins as it does."""
+        """Frames to come are as the cache has room for them: the model's `chunk_partition`, if that fits.
+
+        Raises:
+            UnavailableError: clean frames beside noisy ones.
+            ValueError: an `attention_mask` of other chunks than the call's, or of another kind.
+        """
         if inputs.get("clean_hidden_states") is not None:
             raise UnavailableError(
                 "`clean_hidden_states`, of training with clean and noisy frames side by side, are not "
                 "supported in accelerated layers; leave them out, or `dit_accel.disable` it for such calls"
             )
         config, present = transformer.config, tuple(inputs["chunk_partition"])
-        whole = tuple(config.chunk_partition)
-        chunks = whole if whole[: len(present)] == present else present
         rows, columns = inputs["hidden_states"].shape[3:]
         reads = inputs.get("kv_cache") is not None and not self.between_steps(inputs)
-        return _layout(
-            (rows // config.patch_size[1], columns // config.patch_size[2]),
-            chunks,
+        layout = _layout(
+            size,
+            _all_chunks(config, present, size, inputs.get("kv_cache")),
             len(present),
             full=config.full_chunk_limit - self.between_steps(inputs),
             group=_group(config),
@@ -128,6 +131,7 @@ class AnyFlowFAR(Family):
     def recipe_refusal(self, recipe: Recipe) -> str | None:
         if recipe.guidance is not None:
             return (
+        size = rows // config.patch_size[1], columns // config.patch_size[2]
                 "its calls share a cache of keys, and the perturbed branch of `guidance` would need another; "
                 "use guidance=None"
             )
@@ -137,6 +141,10 @@ class AnyFlowFAR(Family):
         variants = (variant for pattern in recipe.patterns for variant in pattern.variants)
         return next(filter(None, map(_refusal, variants)), None)
 
+        mask = inputs.get("attention_mask")
+        if mask is not None and not reads:  # a call that reads the cache has none
+            _check_mask(mask, layout)
+        return layout
     # -- what is known before a run --------------------------------------------------------------------------
 
     video = True
@@ -162,7 +170,10 @@ class AnyFlowFAR(Family):
         few, heads = _group(config), (config.num_attention_heads, config.attention_head_dim)
         kept = {
             "full_cache": full * max(chunks) * grid[1] * grid[2],
-            "compressed_cache": grid[0] * (grid[1] // few[0]) * (grid[2] // few[1]),
+            "compressed_cache": max(0, len(chunks) - full + 1)
+            * max(chunks)
+            * (grid[1] // few[0])
+            * (grid[2] // few[1]),
         }
         caches = {name: fill(2, 1, heads[0], tokens, heads[1]) for name, tokens in kept.items()}
         return {
@@ -206,6 +217,56 @@ def _layout(
 ) -> ChunkLayout:
     """Of a call with so many chunks, of which the last `full` are kept in full."""
     grid, coarse = (sum(chunks), *size), max(0, present - full)
+
+def _all_chunks(config: Any, present: tuple[int, ...], size: tuple[int, int], cache: Any) -> tuple[int, ...]:
+    """Frames of each chunk of the whole video, of which a call tells those that there are so far.
+
+    Pipelines make a cache for all of them: of their number and the longest.
+    """
+    whole = tuple(config.chunk_partition)
+    begins = whole[: len(present)] == present
+    if cache is None:
+        return whole if begins else present
+    full, coarse = (cache[0][f"{kind}_cache"].shape[3] for kind in ("full", "compressed"))
+    few, limit = _group(config), config.full_chunk_limit
+    longest = full // (limit * size[0] * size[1])
+    row = max(1, longest * (size[0] // few[0]) * (size[1] // few[1]))
+    number = coarse // row + limit - 1
+    if begins and (longest, number) == (max(whole), len(whole)):
+        return whole
+    if not coarse:  # nor does it say how many
+        return present
+    return (*present, *[longest] * (number - len(present)))
+
+
+def _check_mask(mask: Any, layout: ChunkLayout) -> None:
+    """Looks at each frame's first and last token, and at some between them.
+
+    Raises:
+        ValueError: a mask that is not flex attention's of these chunks.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # which imports much
+
+    use = (
+        "leave it out, or take that of `build_attention_mask`, with the call's `chunk_partition` and `mode`, "
+        "or `dit_accel.disable` it for such calls"
+    )
+    if not isinstance(mask, BlockMask):
+        raise ValueError(f"`attention_mask` must be flex attention's, got {type(mask).__name__}; {use}")
+    device = mask.kv_num_blocks.device
+    ends = torch.tensor(layout.frame_tokens, dtype=torch.int64, device="cpu").cumsum(0)
+    tokens = layout.tokens + layout.padding
+    some = torch.arange(0, tokens, _FILLED_UP // 2, device="cpu")
+    places = torch.cat([ends - 1, ends.clamp(max=tokens - 1), some]).unique()
+    chunk = layout.chunk_of_tokens
+    known = chunk[places.clamp(max=len(chunk) - 1)]
+    there = places < len(chunk)
+    expected = (known[:, None] >= known) & there[:, None] & there
+    q, k, none = places.to(device)[:, None], places.to(device), torch.zeros_like(places, device=device)
+    same = tuple(mask.seq_lengths) == (tokens, tokens)
+    if not same or not torch.equal(mask.mask_mod(none[0], none[0], q, k).cpu(), expected):
+        raise ValueError(f"`attention_mask` hides other tokens than those of the call's chunks; {use}")
+
     layout = ChunkLayout(grid, chunks=chunks, present=present, coarse=coarse, group=group, last_alone=reads)
     more = -layout.seq_len % _FILLED_UP
     return replace(layout, zeros=more if reads else 0, padding=more)

@@ -267,6 +267,22 @@ def test_a_run_is_a_chunk_and_writing_the_cache_is_of_its_last_step(far):
         binding = handle.bindings["transformer"]
         tick = binding.steps.tick
 
+def test_chunks_that_are_not_the_config_s(far):
+    """The cache tells them: their number and the longest."""
+    pipe = far.make(**{**SIZES, "chunk_partition": (1, 3, 3)})
+    run, other = {"grid": (7, 4, 6), "steps": 1, "chunk_partition": [1, 2, 2, 2]}, far.make(**SIZES)
+    with accelerated(pipe, GROWTH) as handle:
+        found = far.run(pipe, **run)
+        assert handle.bindings["transformer"].geometry.layout.chunks == (1, 2, 2, 2)
+    other.transformer.register_to_config(chunk_partition=(1, 2, 2, 2))
+    with accelerated(other, GROWTH):
+        assert torch.equal(far.run(other, **run), found)
+    with accelerated(pipe, ChunkGrowth(3)), pytest.raises(ValueError, match="use frames_per_chunk=2"):
+        far.run(pipe, **run)
+    with accelerated(pipe, NEAR):  # of three frames, more than the first chunk has
+        far.run(pipe, **{**run, "grid": (6, 4, 6), "chunk_partition": [2, 2, 2]})
+
+
         def note(timestep, between, kept):
             seen.append((between, tick(timestep, between, kept)))
             return seen[-1][1]
