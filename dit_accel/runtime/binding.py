@@ -205,7 +205,7 @@ class Binding:
         if self.adapted is not None:
             self.adapted.detach()
         for name, processor in self._processors.items():
-            processor.owner = None  # SD3's `unfuse_qkv_projections` puts back what it saw when it fused
+            processor.retire()  # SD3's `unfuse_qkv_projections` puts back what it saw when it fused
             if self.modules[name].processor is processor:
                 install(self.modules[name], processor.original)
         for hook in self._hooks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -19,9 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dit_accel.attention.call import AroundAnother, AttentionCall, LayerAttention
+from dit_accel.attention.masked import Masked
 from dit_accel.errors import UnavailableError
+from dit_accel.kernels import default_block_size
 from dit_accel.masks.chunk_layout import ChunkLayout
-from dit_accel.patterns import ChunkGrowth, Pattern
+from dit_accel.patterns import ChunkGrowth, Dense, Pattern
 from dit_accel.patterns.base import StaticPattern
 
 from .base import Family, Fill
@@ -43,6 +46,21 @@ class CausalProcessor(Reused):
     def _SUPPORTED_BACKENDS(self) -> tuple:
         """Among which diffusers' code looks for `_attention_backend`, which is `itself` in the copy of it."""
         return (self,) if self._attention_backend in self.original._SUPPORTED_BACKENDS else ()
+
+    def dense_in_graph(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
+        """The same to rounding by other functions, as flex attention cannot run in an operation."""
+        if call.layout is None:
+            return self.dense(call, attn_mask)
+        if call.layout.last_alone:
+            return F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale)
+        causal = WithoutPadding(_causal(call.layout, call.q.device))
+        return causal(replace(call, backend="auto", quantization=None, tail=None))
+
+
+@lru_cache(maxsize=16)
+def _causal(layout: ChunkLayout, device: torch.device) -> Masked:
+    """All that tokens of a layout see."""
+    return Masked(Dense().block_mask(layout, default_block_size(device), "raster", device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +114,9 @@ class AnyFlowFAR(Family):
     def between_steps(self, inputs: dict[str, Any]) -> bool:
         return _flag(inputs).get("is_cache_step", False)
 
+    def kept_between(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        return None if inputs.get("kv_cache") is None else inputs["kv_cache"][0]["full_cache"]
+
     def layout(self, transformer: Any, inputs: dict[str, Any], memo: dict) -> ChunkLayout:
         """Frames to come are as the cache has room for them: the model's `chunk_partition`, if that fits.
 
@@ -110,6 +131,7 @@ class AnyFlowFAR(Family):
             )
         config, present = transformer.config, tuple(inputs["chunk_partition"])
         rows, columns = inputs["hidden_states"].shape[3:]
+        size = rows // config.patch_size[1], columns // config.patch_size[2]
         reads = inputs.get("kv_cache") is not None and not self.between_steps(inputs)
         layout = _layout(
             size,
@@ -117,11 +139,12 @@ class AnyFlowFAR(Family):
             len(present),
             full=config.full_chunk_limit - self.between_steps(inputs),
             group=_group(config),
-    def kept_between(self, inputs: dict[str, Any]) -> torch.Tensor | None:
-        return None if inputs.get("kv_cache") is None else inputs["kv_cache"][0]["full_cache"]
-
             reads=reads,
         )
+        mask = inputs.get("attention_mask")
+        if mask is not None and not reads:  # a call that reads the cache has none
+            _check_mask(mask, layout)
+        return layout
 
     def around(
         self, attentions: dict[str, LayerAttention], inputs: dict[str, Any], memo: dict
@@ -131,7 +154,6 @@ class AnyFlowFAR(Family):
     def recipe_refusal(self, recipe: Recipe) -> str | None:
         if recipe.guidance is not None:
             return (
-        size = rows // config.patch_size[1], columns // config.patch_size[2]
                 "its calls share a cache of keys, and the perturbed branch of `guidance` would need another; "
                 "use guidance=None"
             )
@@ -141,10 +163,6 @@ class AnyFlowFAR(Family):
         variants = (variant for pattern in recipe.patterns for variant in pattern.variants)
         return next(filter(None, map(_refusal, variants)), None)
 
-        mask = inputs.get("attention_mask")
-        if mask is not None and not reads:  # a call that reads the cache has none
-            _check_mask(mask, layout)
-        return layout
     # -- what is known before a run --------------------------------------------------------------------------
 
     video = True
@@ -200,24 +218,6 @@ def _flag(inputs: dict[str, Any]) -> dict[str, Any]:
     return {} if inputs.get("kv_cache") is None else inputs["kv_cache_flag"]
 
 
-def _group(config: Any) -> tuple[int, int]:
-    """Rows and columns of tokens that a coarse one stands for."""
-    (_, *coarse), (_, *fine) = config.compressed_patch_size, config.patch_size
-    return coarse[0] // fine[0], coarse[1] // fine[1]
-
-
-def _layout(
-    size: tuple[int, int],
-    chunks: tuple[int, ...],
-    present: int,
-    *,
-    full: int,
-    group: tuple[int, int],
-    reads: bool,
-) -> ChunkLayout:
-    """Of a call with so many chunks, of which the last `full` are kept in full."""
-    grid, coarse = (sum(chunks), *size), max(0, present - full)
-
 def _all_chunks(config: Any, present: tuple[int, ...], size: tuple[int, int], cache: Any) -> tuple[int, ...]:
     """Frames of each chunk of the whole video, of which a call tells those that there are so far.
 
@@ -267,6 +267,24 @@ def _check_mask(mask: Any, layout: ChunkLayout) -> None:
     if not same or not torch.equal(mask.mask_mod(none[0], none[0], q, k).cpu(), expected):
         raise ValueError(f"`attention_mask` hides other tokens than those of the call's chunks; {use}")
 
+
+def _group(config: Any) -> tuple[int, int]:
+    """Rows and columns of tokens that a coarse one stands for."""
+    (_, *coarse), (_, *fine) = config.compressed_patch_size, config.patch_size
+    return coarse[0] // fine[0], coarse[1] // fine[1]
+
+
+def _layout(
+    size: tuple[int, int],
+    chunks: tuple[int, ...],
+    present: int,
+    *,
+    full: int,
+    group: tuple[int, int],
+    reads: bool,
+) -> ChunkLayout:
+    """Of a call with so many chunks, of which the last `full` are kept in full."""
+    grid, coarse = (sum(chunks), *size), max(0, present - full)
     layout = ChunkLayout(grid, chunks=chunks, present=present, coarse=coarse, group=group, last_alone=reads)
     more = -layout.seq_len % _FILLED_UP
     return replace(layout, zeros=more if reads else 0, padding=more)

@@ -41,6 +41,7 @@ class Accelerated:
     owner: Any
     layer: str
     knows_mask = False
+    _traced = False  # whether compiled code has called it
     _number: torch.Tensor  # by which compiled code knows it; a tensor, so that one graph serves all layers
 
     def dense(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
@@ -70,7 +71,8 @@ class Accelerated:
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if torch.compiler.is_compiling() and not differentiable:
-            return _attend_in_graph(q, k, v, attn_mask, self._number, scale)
+            mask = attn_mask if isinstance(attn_mask, torch.Tensor) else None  # an operation takes no others
+            return _attend_in_graph(q, k, v, mask, self._number, scale)
         return self.attend_now(q, k, v, attn_mask, scale)
 
     @torch.compiler.disable
@@ -81,8 +83,9 @@ class Accelerated:
         v: torch.Tensor,
         attn_mask: torch.Tensor | None,
         scale: float | None,
+        in_graph: bool = False,
     ) -> torch.Tensor:
-        """The same, outside of compiled code."""
+        """The same, outside of compiled code, or `in_graph`, as an operation of it."""
         if self.owner is None:
             qkv = (x.transpose(1, 2) for x in (q, k, v))
             call = AttentionCall(*qkv, layout=None, dense=self.dense, scale=scale)
@@ -104,14 +107,29 @@ class Accelerated:
             raise ValueError(
                 "an `attention_mask` is not supported in accelerated layers; make this layer or step dense"
             )
-        dense = partial(self.dense, attn_mask=attn_mask) if shards is None else self._dense_of_all
+        own = self.dense_in_graph if in_graph else self.dense
+        dense = partial(own, attn_mask=attn_mask) if shards is None else self._dense_of_all
         out = call.attend(self.layer, *qkv, dense=dense, scale=scale).transpose(1, 2)
         return out if shards is None else shards.to_tokens(out, call.layouts[self.layer], balance)
+
+    def dense_in_graph(self, call: AttentionCall, attn_mask: torch.Tensor | None) -> torch.Tensor:
+        """`dense` in an operation of compiled code, which is given no mask but one of a tensor."""
+        return self.dense(call, attn_mask)
 
     def _dense_of_all(self, call: AttentionCall) -> torch.Tensor:
         """`dense`, of the tokens of all processes, whose mask none of them has."""
         hidden = call.hidden_keys()
         return self.dense(call, attn_mask=None if hidden is None else ~hidden[:, None, None])
+
+    def retire(self) -> None:
+        """Its owner is done with it.
+
+        Where compiled code read its number the original keeps that: PyTorch reads all tensors of a graph once
+        more to say why it does not fit, and fails where one is missing.
+        """
+        self.owner = None
+        if self._traced:
+            self.original._number = self._number
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -259,7 +277,9 @@ def _attend_in_graph(
     scale: float | None,
 ) -> torch.Tensor:
     """An accelerated layer in compiled code: what it computes may change from call to call, the graph not."""
-    return _numbered[int(number)].attend_now(q, k, v, attn_mask, scale).contiguous()
+    processor = _numbered[int(number)]
+    processor._traced = True
+    return processor.attend_now(q, k, v, attn_mask, scale, in_graph=True).contiguous()
 
 
 @_attend_in_graph.register_fake

@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from chunk_masks import MaskedCausalProcessor
 
 TEXT_DIM = 16
 
@@ -395,6 +396,7 @@ PIPELINES = {
     "minimaxh3": (make_minimaxh3, run_minimaxh3),
 }
 MASKED = {
+    "AnyFlowCausalAttnProcessor": MaskedCausalProcessor,
     "LTXVideoAttnProcessor": masked_dispatch,
     "HeliosAttnProcessor": masked_dispatch,
     "MiniMaxH3AttnProcessor": masked_dispatch,

@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo
 
 from dit_accel.runtime.switching import accelerated
 
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_code():
-    yield
+    """AnyFlow-FAR's own code needs several graphs: of its first chunk, of others and of the cache."""
+    with torch._dynamo.config.patch(recompile_limit=16):
+        yield
     torch.compiler.reset()
 
 

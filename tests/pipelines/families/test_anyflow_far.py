@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chunk_masks import chunk_mask, keys_of
 from largest_mask import Largest
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dit_accel import TokenLayout, calibrate, summary
 from dit_accel.errors import UnavailableError
@@ -24,9 +26,9 @@ from dit_accel.patterns import (
 )
 from dit_accel.pipelines import family_of
 from dit_accel.planning.plan import plan
+from dit_accel.recipe.noise import NoiseRange
 from dit_accel.recipe.recipe import Recipe, presets
 from dit_accel.runtime.switching import accelerated, enable
-from dit_accel.recipe.noise import NoiseRange
 
 CHUNKS, GRID = (1, 2, 2, 2, 1), (8, 4, 6)
 SIZES = {"chunk_partition": CHUNKS, "full_chunk_limit": 3, "num_layers": 2}
@@ -36,18 +38,6 @@ GROWTH = ChunkGrowth(2, 0.3, 0.1, top_frames=1, block_size=(16, 16))
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def keys_of(partition, coarse):
-    """Of each key of a call the chunk, and the tokens of the grid of the whole video that it stands for."""
-    _, height, width = GRID
-    frames = [chunk for chunk, n in enumerate(partition) for _ in range(n)]
-    for frame, chunk in enumerate(frames):
-        side = 2 if chunk < coarse else 1
-        for row in range(0, height, side):
-            for column in range(0, width, side):
-                group = [(row + y, column + x) for y in range(side) for x in range(side)]
-                yield chunk, [(frame * height + h) * width + w for h, w in group]
 
 
 class Formula:
@@ -64,14 +54,8 @@ class Formula:
     def mask(self, writes):
         key = self.partition, writes
         if key not in self.kept:
-            full = SIZES["full_chunk_limit"] - writes
-            chunks, groups = zip(*keys_of(self.partition, max(0, len(self.partition) - full)), strict=True)
-            chunk = torch.tensor(chunks)
-            stands_for = torch.zeros(len(groups), len(self.whole))
-            for row, group in zip(stands_for, groups, strict=True):
-                row[group] = 1
-            mask = (stands_for @ self.whole.float() @ stands_for.T > 0) & (chunk[:, None] >= chunk)
-            self.kept[key] = mask if writes else mask[chunk == chunk[-1]]
+            coarse = max(0, len(self.partition) - SIZES["full_chunk_limit"] + writes)
+            self.kept[key] = chunk_mask(self.whole, GRID, self.partition, coarse, alone=not writes)
         return self.kept[key]
 
     def __call__(self, query, key, value, *, attn_mask, **_):
@@ -136,16 +120,21 @@ def test_matches_the_formula(far, monkeypatch, pattern, order):
         assert not torch.allclose(found, stock, atol=1e-3)
 
 
-def test_training_sees_three_chunks_in_full(far):
-    """Without a cache all chunks are queries, chunk-causally, the first ones coarse."""
-    transformer, generator = far.make(**SIZES).transformer, torch.Generator().manual_seed(3)
-    inputs = {
+def training_inputs() -> dict:
+    """Of a call without a cache."""
+    generator = torch.Generator().manual_seed(3)
+    return {
         "hidden_states": torch.randn(1, 8, 4, 8, 12, generator=generator),
         "timestep": torch.full((1, 8), 500.0),
         "r_timestep": torch.full((1, 8), 300.0),
         "encoder_hidden_states": torch.randn(1, 5, 16, generator=generator),
         "chunk_partition": list(CHUNKS),
     }
+
+
+def test_training_sees_three_chunks_in_full(far):
+    """Without a cache all chunks are queries, chunk-causally, the first ones coarse."""
+    transformer, inputs = far.make(**SIZES).transformer, training_inputs()
     with torch.no_grad():
         stock = transformer(**inputs)[0]
         with accelerated(transformer, Recipe(Clear(60), order="tile")) as handle:
@@ -156,13 +145,44 @@ def test_training_sees_three_chunks_in_full(far):
                 transformer(**inputs, clean_hidden_states=inputs["hidden_states"])
 
 
+def test_masks_of_other_chunks_are_refused(far):
+    """Its own is known by the layout; another would be left out."""
+    transformer = far.make(**SIZES).transformer
+    inputs = training_inputs()
+    own = {"height": 8, "width": 12, "chunk_partition": list(CHUNKS), "mode": "train"}
+    others = [{"chunk_partition": [1, 1, 3, 2, 1]}, {"mode": "cache"}, {"width": 16}]
+    masks = [transformer.build_attention_mask(**{**own, **other}) for other in others]
+    with torch.no_grad(), accelerated(transformer, Recipe(Clear(60))):
+        expected = transformer(**inputs)[0]
+        mask = transformer.build_attention_mask(**own)
+        assert torch.equal(transformer(**inputs, attention_mask=mask)[0], expected)
+        window = create_block_mask(
+            lambda b, h, q, k: (q - k).abs() < 50, None, None, *mask.seq_lengths, device="cpu"
+        )
+        for other in (*masks, window):
+            with pytest.raises(ValueError, match="chunks; leave it out"):
+                transformer(**inputs, attention_mask=other)
+        with pytest.raises(ValueError, match="must be flex attention's, got Tensor"):
+            transformer(**inputs, attention_mask=torch.ones(256, 256))
+
+
+def test_compiled_blocks_write_the_cache_at_dense_steps(far):
+    """Where flex attention's mask cannot be handed on: coarse chunks, two samples, all steps dense."""
+    pipe, run = far.make(**SIZES), {**RUN, "batch": 2}
+    stock = far.run(pipe, **run)
+    with accelerated(pipe, Recipe(NEAR, dense_steps=1.0)):
+        pipe.transformer.blocks[0].compile(fullgraph=True, backend="aot_eager")
+        close(far.run(pipe, **run), stock)
+    torch.compiler.reset()
+
+
 # -- growth of chunks ----------
 
 
 def expected_growth(pattern, q, k, layout):
     """One head's mask (S, K), by loops over blocks."""
     (bq, bk), chunks = pattern.block_size, layout.chunks
-    keys = [chunk for chunk, _ in keys_of(chunks[: layout.present], layout.coarse)]
+    keys = [chunk for chunk, _ in keys_of(GRID, chunks[: layout.present], layout.coarse)]
     queries = [chunk for chunk in keys if chunk == layout.present - 1] if layout.last_alone else keys
     sizes = layout.frame_tokens
     frame_of = [frame for frame, size in enumerate(sizes) for _ in range(size)]
@@ -247,6 +267,22 @@ def test_growth_names_the_chunks_of_the_model(far):
         far.run(pipe, **RUN)
 
 
+def test_chunks_that_are_not_the_config_s(far):
+    """The cache tells them: their number and the longest."""
+    pipe = far.make(**{**SIZES, "chunk_partition": (1, 3, 3)})
+    run, other = {"grid": (7, 4, 6), "steps": 1, "chunk_partition": [1, 2, 2, 2]}, far.make(**SIZES)
+    with accelerated(pipe, GROWTH) as handle:
+        found = far.run(pipe, **run)
+        assert handle.bindings["transformer"].geometry.layout.chunks == (1, 2, 2, 2)
+    other.transformer.register_to_config(chunk_partition=(1, 2, 2, 2))
+    with accelerated(other, GROWTH):
+        assert torch.equal(far.run(other, **run), found)
+    with accelerated(pipe, ChunkGrowth(3)), pytest.raises(ValueError, match="use frames_per_chunk=2"):
+        far.run(pipe, **run)
+    with accelerated(pipe, NEAR):  # of three frames, more than the first chunk has
+        far.run(pipe, **{**run, "grid": (6, 4, 6), "chunk_partition": [2, 2, 2]})
+
+
 def test_the_preset_is_of_the_published_chunks(far):
     pipe, (int8, recipe) = far.make(chunk_partition=(1, 3, 2)), presets("anyflow-far").values()
     assert (int8.attention, int8.quantization) == (recipe.attention, "int8")
@@ -267,22 +303,6 @@ def test_a_run_is_a_chunk_and_writing_the_cache_is_of_its_last_step(far):
         binding = handle.bindings["transformer"]
         tick = binding.steps.tick
 
-def test_chunks_that_are_not_the_config_s(far):
-    """The cache tells them: their number and the longest."""
-    pipe = far.make(**{**SIZES, "chunk_partition": (1, 3, 3)})
-    run, other = {"grid": (7, 4, 6), "steps": 1, "chunk_partition": [1, 2, 2, 2]}, far.make(**SIZES)
-    with accelerated(pipe, GROWTH) as handle:
-        found = far.run(pipe, **run)
-        assert handle.bindings["transformer"].geometry.layout.chunks == (1, 2, 2, 2)
-    other.transformer.register_to_config(chunk_partition=(1, 2, 2, 2))
-    with accelerated(other, GROWTH):
-        assert torch.equal(far.run(other, **run), found)
-    with accelerated(pipe, ChunkGrowth(3)), pytest.raises(ValueError, match="use frames_per_chunk=2"):
-        far.run(pipe, **run)
-    with accelerated(pipe, NEAR):  # of three frames, more than the first chunk has
-        far.run(pipe, **{**run, "grid": (6, 4, 6), "chunk_partition": [2, 2, 2]})
-
-
         def note(timestep, between, kept):
             seen.append((between, tick(timestep, between, kept)))
             return seen[-1][1]
@@ -296,6 +316,28 @@ def test_chunks_that_are_not_the_config_s(far):
     ]
     assert len({one.run for _, one in seen}) == len(CHUNKS)
     assert (stats["steps"], stats["dense_steps"]) == (2, [0])
+
+
+@pytest.mark.parametrize("dense_steps", [0, 1, 0.5, {-1}, NoiseRange(0.7, 1)], ids=str)
+def test_given_frames_are_written_alike_in_every_run(far, dense_steps):
+    """Before any step: in a run of their own, of one step, whatever ran before."""
+    pipe, seen = far.make(**SIZES), []
+    given = torch.randn(1, 3, 4, 8, 12, generator=torch.Generator().manual_seed(9))
+    with accelerated(pipe, Recipe(NEAR, dense_steps=dense_steps)) as handle:
+        steps = handle.bindings["transformer"].steps
+        tick = steps.tick
+        steps.tick = lambda *call: seen.append(tick(*call)) or seen[-1]
+        first = far.run(pipe, **RUN, video_latents=given)
+        number = len(seen)
+        far.run(pipe, **RUN)
+        del seen[number:]
+        assert torch.equal(far.run(pipe, **RUN, video_latents=given), first)
+    for run in (seen[:number], seen[number:]):
+        assert [(one.step, one.total) for one in run] == [(0, 1)] * 2 + [(0, 2), (1, 2), (1, 2)] * 2 + [
+            (0, 2),
+            (1, 2),
+        ]
+        assert len({one.run for one in run}) == 1 + 3
 
 
 def test_by_noise_level(far):
@@ -334,28 +376,6 @@ def test_what_is_refused(far):
         Recipe(ChunkCausal(2)): "hides frames to come, as the model itself does",
         Recipe(ByNoise({0.5: Dense(), 0: Routed(top_k=0.5)})): "takes queries and keys for the same tokens",
         Recipe(replace(GROWTH, window=4)): "its chunks see all before them; use window=None",
-@pytest.mark.parametrize("dense_steps", [0, 1, 0.5, {-1}, NoiseRange(0.7, 1)], ids=str)
-def test_given_frames_are_written_alike_in_every_run(far, dense_steps):
-    """Before any step: in a run of their own, of one step, whatever ran before."""
-    pipe, seen = far.make(**SIZES), []
-    given = torch.randn(1, 3, 4, 8, 12, generator=torch.Generator().manual_seed(9))
-    with accelerated(pipe, Recipe(NEAR, dense_steps=dense_steps)) as handle:
-        steps = handle.bindings["transformer"].steps
-        tick = steps.tick
-        steps.tick = lambda *call: seen.append(tick(*call)) or seen[-1]
-        first = far.run(pipe, **RUN, video_latents=given)
-        number = len(seen)
-        far.run(pipe, **RUN)
-        del seen[number:]
-        assert torch.equal(far.run(pipe, **RUN, video_latents=given), first)
-    for run in (seen[:number], seen[number:]):
-        assert [(one.step, one.total) for one in run] == [(0, 1)] * 2 + [(0, 2), (1, 2), (1, 2)] * 2 + [
-            (0, 2),
-            (1, 2),
-        ]
-        assert len({one.run for one in run}) == 1 + 3
-
-
     }
     for recipe, reason in refused.items():
         with pytest.raises(UnavailableError, match=f"does not take this recipe: .*{reason}"):
