@@ -28,10 +28,11 @@ TITLES = {
     "hunyuanimage": "HunyuanImage", "chroma": "Chroma", "ltx": "LTX-Video", "cogvideox": "CogVideoX",
     "mochi": "Mochi", "ltx2": "LTX-2", "animate": "Wan Animate",
     "chrono": "ChronoEdit", "helios": "Helios", "minimaxh3": "MiniMax H3", "kandinsky5": "Kandinsky 5",
+    "far": "AnyFlow-FAR",
 }  # fmt: skip
 IMAGES = ("chroma", "hunyuanimage", "zimage", "flux", "flux2", "sd3", "qwen")
 TEXT_FIRST = ("flux", "flux2", "chroma", "qwen", "cogvideox", "minimaxh3")
-NO_TEXT = ("wan", "skyreels", "ltx", "ltx2", "animate", "chrono", "helios", "kandinsky5")
+NO_TEXT = ("wan", "skyreels", "ltx", "ltx2", "animate", "chrono", "helios", "kandinsky5", "far")
 WORKS, NONE, NEEDS_GPU = "works", "–", "needs a GPU"
 OUTCOMES = pytest.StashKey[dict]()
 COLLECTED = pytest.StashKey[list]()

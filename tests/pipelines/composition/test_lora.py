@@ -21,7 +21,7 @@ TARGETS["mochi"] = ["to_q", "to_v", "add_k_proj", "to_add_out", "to_out.0", "pro
 TARGETS["chroma"] = TARGETS["flux"]
 TARGETS["minimaxh3"] = ["to_q", "to_v", "to_out.0", "proj_in", "proj_out", "context_embedder"]
 TARGETS["ltx2"] = TARGETS["ltx"]
-for relative in ("animate", "chrono", "helios"):
+for relative in ("animate", "chrono", "helios", "far"):
     TARGETS[relative] = TARGETS["wan"]
 TARGETS["kandinsky5"] = ["to_query", "to_value", "attention.out_layer", "visual_embeddings.in_layer"]
 TARGETS["skyreels"] = TARGETS["wan"]

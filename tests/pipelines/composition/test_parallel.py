@@ -17,6 +17,7 @@ WITH_PLANS = ("flux", "sd3", "wan", "hunyuan", "hunyuan15", "qwen", "flux2", "zi
 WITH_PLANS += ("ltx", "ltx2", "cogvideox", "mochi", "chrono", "helios", "kandinsky5")
 SHORT = {
     "skyreels": "its timesteps of frames are made inside",
+    "far": "each process would need all keys of the cache",
     "animate": "its face adapter tells frames by place",
     "chroma": "its mask of text is of all tokens",
     "minimaxh3": "one packed sequence that need not divide",

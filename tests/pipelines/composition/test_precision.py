@@ -7,12 +7,19 @@ from dit_accel.runtime.switching import accelerated, enable
 
 CAST = ("hidden_states", "encoder_hidden_states", "pooled_projections", "guidance", "timestep")
 CAST += ("encoder_hidden_states_2", "image_embeds", "audio_hidden_states", "audio_encoder_hidden_states")
-CAST += ("sigma", "pose_hidden_states", "face_pixel_values")
+CAST += ("r_timestep", "sigma", "pose_hidden_states", "face_pixel_values")
 
 
 def in_dtype(inputs: dict, dtype: torch.dtype) -> dict:
     lists = {name: [x.to(dtype) for x in inputs[name]] for name in ("x", "cap_feats") if name in inputs}
+    lists |= {"kv_cache": cached(inputs, dtype)} if "kv_cache" in inputs else {}
     return inputs | lists | {name: inputs[name].to(dtype) for name in CAST if inputs.get(name) is not None}
+
+
+def cached(inputs: dict, where: torch.dtype | str) -> dict:
+    """The cache of keys in a dtype, or on a device."""
+    layers = inputs["kv_cache"].items()
+    return {layer: {name: x.to(where) for name, x in kept.items()} for layer, kept in layers}
 
 
 @torch.no_grad()
@@ -80,6 +87,8 @@ def test_moved_while_enabled(case):
     pipe, inputs = case.make(), case.inputs()
     expected, untouched = call(case.masked(), inputs), call(pipe, inputs)
     on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    if "kv_cache" in inputs:
+        on_gpu["kv_cache"] = cached(inputs, "cuda")
     with accelerated(pipe, case.recipe):
         call(pipe, inputs)
         pipe.transformer.to("cuda")

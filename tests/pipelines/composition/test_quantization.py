@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dit_accel.errors import UnavailableError
 from dit_accel.patterns import Dense
 from dit_accel.recipe.recipe import Recipe
-from dit_accel.runtime.switching import accelerated
+from dit_accel.runtime.switching import accelerated, enable
 
 
 @pytest.mark.feature('Quantized attention (`quantization="int8"`) on top of a pattern')
@@ -21,9 +22,14 @@ def test_alone(case):
 
 
 @pytest.mark.feature('Quantized attention (`quantization="int8-int4"`) with the pooled tail')
-def test_four_bits_with_a_tail(case):
+def test_four_bits_with_a_tail(case, cell):
     """One of few values that rounds the other way is moved by a whole level, which steps and CFG enlarge."""
-    check(case, replace(case.recipe, block_size=(32, 32), tail="pooled"), "int8-int4", rough=0.3, other=0.3)
+    recipe = replace(case.recipe, block_size=(32, 32), tail="pooled")
+    if case.family == "far":
+        with cell.refused(UnavailableError, "use tail=None", "it would show chunks to come"):
+            enable(case.make(), replace(recipe, quantization="int8-int4"))
+        return
+    check(case, recipe, "int8-int4", rough=0.3, other=0.3)
 
 
 def check(case, plain: Recipe, format: str = "int8", *, rough: float, other: float = 0.1) -> None:
