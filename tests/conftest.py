@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, settings
 from image_pipelines import MaskedTwiceProcessor
 from video_pipelines import TEXT_DIM, MaskedProcessor, embeddings, padded_prompt, tell_norms_apart
 
+pytest.register_assert_rewrite("mask_oracle")
+
 # A failing test is the change's doing, not luck's; `make fuzz` looks for new examples.
 # Neither does it fail for being slow: on a machine that does much else milliseconds become seconds.
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

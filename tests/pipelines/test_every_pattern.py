@@ -6,23 +6,19 @@ fp32 and in fp64. The fp64 rule: the error against fp64 is at most twice that of
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
 import calibrations
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
-from torch.nn import functional as F
+from call_forms import Model
+from mask_oracle import Oracle, PatternOf, recorded
 
 from dit_accel import TokenLayout, patterns, pipelines
-from dit_accel.attention import online
 from dit_accel.layer_names import flat_indices
 from dit_accel.patterns import (
     Agent,
@@ -52,7 +48,6 @@ from dit_accel.patterns import (
 )
 from dit_accel.pipelines import family_of, load, tiny
 from dit_accel.recipe.recipe import Recipe, presets
-from dit_accel.runtime.switching import accelerated
 
 MODELS = {  # family, configuration, what it makes
     "flux": ("flux", {}, "image"),
@@ -81,7 +76,6 @@ ELSEWHERE = {
     "kandinsky-5": "its queries and keys are in bf16 in every dtype: families/test_kandinsky5.py",
 }
 SIZES = {"image": ((8, 12), (6, 14)), "video": ((4, 4, 6), (3, 5, 7))}  # in tokens
-PatternOf = Callable[[int, int], Pattern]  # by layer (flat index) and head
 
 
 class Mixture(NamedTuple):
@@ -176,217 +170,6 @@ EXCLUDED = {
 }
 
 
-class Call(NamedTuple):
-    """One call of an accelerated transformer: its sampler step, its inputs, the sample it returned.
-
-    By layer, `temporal` is which heads are, bool (B, H), and `chosen` what heads that choose blocks attend
-    to, bool (B, heads that do, S, S). `sigma` is the noise level at which the step began.
-    """
-
-    step: int
-    inputs: dict
-    output: torch.Tensor
-    temporal: dict[str, torch.Tensor | None]
-    chosen: dict[str, torch.Tensor]
-    sigma: float | None  # None: of no flow
-
-
-def recorded(pipe, recipe: Recipe, drive: Callable) -> list[Call]:
-    """The calls that the transformer gets while `drive(pipe)` runs under a recipe."""
-    inputs, calls, pure_noise = [], [], family_of(pipe.transformer).pure_noise
-
-    def before(module, args, kwargs):
-        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        inputs.append({**dict(zip(names, args, strict=False)), **kwargs})
-
-    def after(module, args, output):
-        notes = handle.latest.notes.get("transformer", {})
-        of = {kind: {n: said[kind] for n, said in notes.items() if kind in said} for kind in told}
-        sigma = None if no_flow else handle.steps.noise_level(pure_noise)
-        calls.append(Call(handle.step, inputs[-1], stacked(output[0]), *of.values(), sigma))
-
-    def tell(call, mask):
-        tokens = call.q.shape[2]  # some masks have places behind them, where cubes are cut
-        call.notes["chosen"] = mask.to_token_mask()[..., :tokens, :tokens]
-
-    told, no_flow = ("temporal heads", "chosen"), isinstance(pipe.scheduler, CogVideoXDDIMScheduler)
-    with (
-        mock.patch.object(online, "tell", tell),
-        accelerated(pipe, recipe) as handle,
-        pipe.transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        pipe.transformer.register_forward_hook(after),
-        torch.no_grad(),
-    ):
-        drive(pipe)
-    return calls
-
-
-def stacked(sample: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """A forward's sample, of Z-Image a list."""
-    return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)
-
-
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return (actual - exact).abs().max().item()
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two inputs are of one type and equal in every value."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a is b or a == b
-
-
-class Oracle:
-    """The same transformer with diffusers' own attention under dense masks, in fp32 and in fp64."""
-
-    def __init__(self, transformer, masked):
-        self.family = family_of(transformer)
-        self.plain, self.exact = copy.deepcopy(transformer), copy.deepcopy(transformer).double()
-        for model in (self.plain, self.exact):
-            layers = self.family.layers(model)
-            masked(layers, dict.fromkeys(layers, torch.ones(1, 1, 1, 1, dtype=torch.bool)))
-        self._dense: list[tuple[dict, torch.Tensor]] = []  # inputs, which most patterns get alike
-
-    def check(self, call: Call, grid: tuple[int, ...], pattern_of: PatternOf, anchor=None) -> None:
-        """The fp64 rule; and that a call without the masks would break it."""
-        masks = self._masks(call, grid, pattern_of, anchor)
-        exact, plain = (self._predict(model, call.inputs, masks) for model in (self.exact, self.plain))
-        dense = self._predict_dense(call.inputs, masks)
-        rounding = torch.finfo(plain.dtype).eps * exact.abs().max().item()
-        tolerance = 2 * error(plain, exact) + 4 * rounding  # other processors round otherwise
-        assert error(call.output, exact) <= tolerance
-        assert error(dense, exact) > 100 * tolerance
-
-    def _masks(self, call: Call, grid, pattern_of: PatternOf, anchor) -> dict[str, torch.Tensor]:
-        """Token masks by layer, bool (B or 1, H, S, S)."""
-        layout = self.family.layout(self.plain, call.inputs, {})  # of text, each family's own tests say it
-        own = self.family.planned_layout((1, *grid)[-3:], 0)
-        assert (layout.grid, layout.anchor) == (own.grid, anchor or own.anchor)
-        names, heads = list(self.family.layers(self.plain)), range(self.family.heads(self.plain)[0])
-        masks = {}
-        for name, index in zip(names, flat_indices(names), strict=True):
-            own = dataclasses.replace(layout, text_len=0) if name.endswith("attn2") else layout
-            temporal, chosen = call.temporal.get(name), call.chosen.get(name)
-            samples = [[None] * len(heads)] if temporal is None else temporal.tolist()
-            patterns = [pattern_of(index, h).at_step(call.step, call.sigma) for h in heads]
-            if chosen is None:
-                rows = [[token_mask(patterns[h], own, sample[h]) for h in heads] for sample in samples]
-                masks[name] = torch.stack([torch.stack(row) for row in rows])
-            else:
-                mine = iter(chosen.unbind(1))
-                rows = [
-                    next(mine) if p.online else p.token_mask(own).expand_as(chosen[:, 0]) for p in patterns
-                ]
-                masks[name] = torch.stack(rows, 1)
-        return masks
-
-    def _predict_dense(self, inputs: dict, masks: dict[str, torch.Tensor]) -> torch.Tensor:
-        for others, dense in self._dense:
-            if same(inputs, others):
-                return dense
-        everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
-        self._dense.append((inputs, self._predict(self.plain, inputs, everything)))
-        return self._dense[-1][1]
-
-    @torch.no_grad()
-    def _predict(self, model, inputs: dict, masks: dict[str, torch.Tensor]) -> torch.Tensor:
-        for name, layer in self.family.layers(model).items():
-            layer.processor.mask = masks[name]
-
-        dtype = model.dtype  # which diffusers looks for in all modules
-
-        def cast(x):
-            if isinstance(x, list):
-                return [cast(item) for item in x]
-            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-        return stacked(model(**{name: cast(x) for name, x in inputs.items()})[0])
-
-
-def token_mask(pattern: Pattern, layout: TokenLayout, temporal: bool | None) -> torch.Tensor:
-    """Of one head, `temporal` being what it chose if it did."""
-    if isinstance(pattern, SparseVideoGen):
-        pattern = pattern.temporal if temporal else pattern.spatial
-    return pattern.token_mask(layout)
-
-
-class Model:
-    """A tiny random pipeline, its oracle, and the forms in which its transformer may be called."""
-
-    def __init__(self, name: str, families, masked):
-        family, config, self.kind = MODELS[name]
-        self.pipe, self.sizes = families[family].make(**config), SIZES[self.kind]
-        self._run = families[family].run
-        generator = torch.Generator().manual_seed(3)
-        for layer in family_of(self.pipe.transformer).layers(self.pipe.transformer).values():
-            norms = ("norm_q", "norm_k", "query_norm", "key_norm")
-            for norm in filter(None, (getattr(layer, name, None) for name in norms)):
-                # so that heads choose differently
-                norm.weight.data.normal_(std=2, generator=generator)
-        self.oracle = Oracle(self.pipe.transformer, masked)
-        guided = recorded(self.pipe, Recipe(Dense()), lambda pipe: self.run(pipe, cfg=3.0))
-        self.branches = [call.inputs for call in guided]  # of guidance, or both in one
-
-    def run(self, pipe, size: int = 0, **run) -> None:
-        self._run(pipe, grid=self.sizes[size], text_len=7 + 2 * size, steps=1, **run)
-
-    def cfg_in_one_batch(self, pipe) -> None:
-        if len(self.branches) == 1:
-            self.run(pipe, cfg=3.0)
-        else:
-            pipe.transformer(**joined(*self.branches, self.oracle.family.shared_inputs))
-
-    def cfg_in_two_calls(self, pipe) -> None:
-        if len(self.branches) == 2:
-            self.run(pipe, cfg=3.0)
-        else:
-            for half in halves(*self.branches):
-                pipe.transformer(**half)
-
-    def batch(self, pipe) -> None:
-        self.run(pipe, batch=2)
-
-    def changed_size(self, pipe) -> None:
-        for size in (0, 1, 0):
-            self.run(pipe, size)
-
-
-def joined(a: dict, b: dict, shared: Sequence[str]) -> dict:
-    """The inputs of two calls in one batch; text of different lengths, which has a mask, is padded.
-
-    Those that samples share stay as they are.
-    """
-
-    def join(name: str):
-        if not isinstance(a[name], torch.Tensor) or name in shared or name.endswith("_pos"):
-            return a[name]
-        parts = [a[name], b[name]]
-        if name in ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask"):
-            longest = max(part.shape[1] for part in parts)
-            parts = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in parts]
-        return torch.cat(parts)
-
-    return {name: join(name) for name in a}
-
-
-def halves(inputs: dict) -> list[dict]:
-    """The inputs of a call of two samples as those of two calls."""
-    return [
-        {
-            name: x.chunk(2)[i] if isinstance(x, torch.Tensor) else x[i : i + 1] if isinstance(x, list) else x
-            for name, x in inputs.items()
-        }
-        for i in range(2)
-    ]
-
-
 TOO_SMALL = {("zimage", "spatial-head")}  # a caption of 32 tokens is more than such a head keeps
 FORMS = {  # samples of each call
     "cfg_in_one_batch": [2],
@@ -399,7 +182,12 @@ FORMS = {  # samples of each call
 @pytest.fixture(scope="module")
 def models(families, masked) -> Callable[[str], Model]:
     """By name, each made once."""
-    return cache(lambda name: Model(name, families, masked))
+
+    def make(name: str) -> Model:
+        family, config, kind = MODELS[name]
+        return Model(families[family], config, SIZES[kind], masked)
+
+    return cache(make)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -416,7 +204,7 @@ def models(families, masked) -> Callable[[str], Model]:
 def test_matches_dense_attention_under_masks(models, name, case, form):
     """In an order that moves the tokens."""
     model = models(name)
-    case = CASES[model.kind][case]
+    case = CASES[MODELS[name][2]][case]
     attention, pattern_of = case if isinstance(case, Mixture) else (case, lambda layer, head: case)
     recipe = Recipe(attention, order="hilbert", block_size=(16, 16))
     calls = recorded(model.pipe, recipe, getattr(model, form))
@@ -451,7 +239,7 @@ def test_calibrations_of_every_family(models, name, form):
     )
     first = {index: names[at] for at, index in reversed(list(enumerate(flat_indices(names))))}
     pattern = Calibrated(calibration)
-    drive = getattr(model, form, lambda pipe: model._run(pipe, grid=model.sizes[0], text_len=7, steps=4))
+    drive = getattr(model, form, lambda pipe: model.run_grid(pipe, grid=model.sizes[0], text_len=7, steps=4))
     calls = recorded(model.pipe, Recipe(pattern, block_size=(16, 16)), drive)
     assert [call.step for call in calls] == ([0, 1, 2, 3] if form == "steps" else [0] * len(calls))
     for call in calls:
@@ -465,7 +253,7 @@ def test_windows_that_move_from_step_to_step(models, name):
     assert len({ShiftedWindow().at_step(step) for step in range(4)}) > 1
     grid = (2, 9, 16)[-len(model.sizes[0]) :]  # quarters of windows are 1 and 2 tokens
     recipe = Recipe({"all": ShiftedWindow(), "heads.1": windows[1]}, block_size=(16, 16))
-    calls = recorded(model.pipe, recipe, lambda pipe: model._run(pipe, grid=grid, text_len=7, steps=4))
+    calls = recorded(model.pipe, recipe, lambda pipe: model.run_grid(pipe, grid=grid, text_len=7, steps=4))
     assert [call.step for call in calls] == [0, 1, 2, 3]
     for call in calls:
         model.oracle.check(call, grid, lambda layer, head: windows.get(head, ShiftedWindow()))
@@ -481,7 +269,7 @@ def test_patterns_that_change_with_the_noise(models, name):
         ByNoise({0.9: Dense(), 0.4: Clear(3), 0: wide}),
     )
     recipe = Recipe({"all": default, "heads.1": other}, order="tile", block_size=(16, 16))
-    drive = lambda pipe: model._run(pipe, grid=grid, text_len=7, steps=4, cfg=3.0)  # noqa: E731
+    drive = lambda pipe: model.run_grid(pipe, grid=grid, text_len=7, steps=4, cfg=3.0)  # noqa: E731
     calls = recorded(model.pipe, recipe, drive)
     first = {call.sigma for call in calls if call.step == 0}
     assert list(first) == [pytest.approx(1, abs=1e-5)]  # 0.999999 by UniPC
