@@ -1,107 +1,25 @@
-"""Plans: densities are the masks', FLOPs a hand count's, bad input is refused."""
+"""Plans: densities are the masks', times and memory a hand count's, bad input is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from small_configs import FLUX, HEADS, HUNYUAN, SD3, SMALL, WAN, WIDTH
 
-from dit_accel import Recipe, TokenLayout, accelerated, pipelines
+from dit_accel import Recipe, accelerated, pipelines
 from dit_accel.generation import Request, build_masks, load
 from dit_accel.patterns import ByNoise, Clear, Dense, Neighborhood, SparseVideoGen
 from dit_accel.pipelines import tiny
 from dit_accel.planning import densities
-from dit_accel.planning.model_config import ModelConfig, of_model
 from dit_accel.planning.plan import plan
 from dit_accel.runtime.geometry import block_sizes
 from dit_accel.runtime.measured_speed import MeasuredSpeed, measured_speed
 
-WIDTH, HEADS, HEAD_DIM, LAYERS, FEED, TEXT = 24, 2, 12, 3, 40, 7
-WAN = ModelConfig(
-    "small-wan",
-    "wan",
-    {
-        "num_attention_heads": HEADS,
-        "attention_head_dim": HEAD_DIM,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 8,
-        "ffn_dim": FEED,
-        "num_layers": LAYERS,
-    },
-    vae=(4, 8),
-    text_len=TEXT,
-    size=(9, 96, 128),
-    steps=10,
-)
-FLUX = ModelConfig(
-    "small-flux",
-    "flux",
-    {
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": HEAD_DIM,
-        "num_attention_heads": HEADS,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 8,
-        "axes_dims_rope": (4, 4, 4),
-    },
-    vae=(1, 8),
-    text_len=TEXT,
-    size=(1, 192, 256),
-    steps=4,
-)
-SD3 = ModelConfig(
-    "small-sd3",
-    "sd3",
-    {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": HEAD_DIM,
-        "num_attention_heads": HEADS,
-        "caption_projection_dim": WIDTH,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 8,
-        "pos_embed_max_size": 16,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
-    vae=(1, 8),
-    text_len=TEXT,
-    size=(1, 192, 256),
-    steps=4,
-)
-HUNYUAN = ModelConfig(
-    "small-hunyuan",
-    "hunyuan-video",
-    {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "attention_head_dim": HEAD_DIM,
-        "num_attention_heads": HEADS,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": 16,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 4, 4),
-        "guidance_embeds": True,
-    },
-    vae=(4, 8),
-    text_len=TEXT,
-    size=(9, 96, 128),
-    steps=10,
-)
-SMALL = (FLUX, SD3, HUNYUAN, WAN)
 # text and picture of whole blocks: masks have as many wherever text stands, and estimates take it to be last
 ALIGNED = (dataclasses.replace(FLUX, text_len=128, size=(1, 256, 256)), SD3, HUNYUAN, WAN)
 NEAR = Neighborhood((3, 5))
@@ -119,24 +37,6 @@ def approximately(data):
     if isinstance(data, list):
         return [approximately(value) for value in data]
     return pytest.approx(data, rel=1e-12) if isinstance(data, float) else data
-
-
-class TestGeometry:
-    @pytest.mark.parametrize(
-        ("model_config", "layout"),
-        [
-            (FLUX, TokenLayout((1, 12, 16), text_len=TEXT, text_first=True)),
-            (SD3, TokenLayout((1, 12, 16), text_len=TEXT)),
-            (HUNYUAN, TokenLayout((3, 6, 8), text_len=TEXT)),
-            (WAN, TokenLayout((3, 6, 8))),
-        ],
-        ids=lambda value: value.name if isinstance(value, ModelConfig) else "",
-    )
-    def test_is_what_the_family_reads_from_a_call(self, model_config, layout):
-        transformer = model_config.transformer()
-        grid = model_config.grid(transformer, model_config.size)
-        inputs = model_config.inputs(transformer, grid, lambda *shape: torch.zeros(shape))
-        assert model_config.layout(grid) == layout == model_config.description.layout(transformer, inputs, {})
 
 
 class TestNoiseLevels:
@@ -290,30 +190,6 @@ def test_is_what_a_real_run_builds(name):
     assert geometry.over_layers(geometry.block_densities) == answer.block_density
 
 
-class TestFlops:
-    @pytest.mark.parametrize("model_config", SMALL, ids=lambda b: b.name)
-    def test_of_attention(self, model_config):
-        transformer = model_config.transformer()
-        grid = model_config.grid(transformer, model_config.size)
-        flops = model_config.flops(transformer, grid)
-        for name, count in flops.layers.items():
-            tokens = model_config.description.layer_layout(name, model_config.layout(grid)).seq_len
-            assert count == 4 * HEADS * HEAD_DIM * tokens**2
-        others = {"wan": LAYERS * 4 * WIDTH * 3 * 6 * 8 * TEXT, "hunyuan-video": 4 * WIDTH * TEXT**2}
-        assert flops.other_attention == others.get(model_config.family, 0)
-
-    def test_of_the_rest_of_wan(self):
-        transformer = WAN.transformer()
-        grid = WAN.grid(transformer, WAN.size)
-        tokens = grid[0] * grid[1] * grid[2]
-        projections = 4 * WIDTH**2 * tokens + 2 * WIDTH**2 * (tokens + TEXT)  # self- and cross-attention
-        block = 2 * (projections + 2 * WIDTH * FEED * tokens) + 4 * WIDTH * tokens * TEXT
-        patches = 2 * tokens * WIDTH * 4 * 4 * 2  # into tokens and back: 4 channels, 2 x 2 latents
-        time = 2 * (8 * WIDTH + WIDTH**2 + 6 * WIDTH**2)
-        text = 2 * TEXT * (16 * WIDTH + WIDTH**2)
-        assert WAN.flops(transformer, grid).rest == LAYERS * block + patches + time + text
-
-
 class TestPrediction:
     def test_by_hand(self):
         answer = plan(Recipe(NEAR, dense_layers=1, dense_steps=2), model=WAN, rates=MEASURED)
@@ -387,70 +263,3 @@ class TestRefuses:
     def test_a_recipe_of_another_family(self):
         with pytest.raises(ValueError, match="'flux-clear-r16' is for the family 'flux', but small-wan"):
             plan("flux-clear-r16", model=WAN)
-
-
-class TestFolder:
-    def test_reads_configurations_alone(self, tmp_path):
-        files = {
-            "model_index.json": {"transformer_2": ["diffusers", "Wan"], "expand_timesteps": True},
-            "transformer/config.json": {"_class_name": "WanTransformer3DModel", **WAN.config},
-            "vae/config.json": {"scale_factor_temporal": 4, "scale_factor_spatial": 16},
-        }
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(json.dumps(content))
-        found = of_model(str(tmp_path))
-        assert (found.family, found.vae, found.text_len) == ("wan", (4, 16), 512)
-        assert (found.transformers, found.timestep_per_token, found.config) == (2, True, WAN.config)
-        answer = plan(NEAR, model=str(tmp_path), size=(256, 192), frames=9)
-        assert answer.grid == (3, 6, 8)
-        assert "2 transformers" in answer.notes[-1]
-
-    def test_sd3_has_the_tokens_of_clip_and_t5(self, tmp_path):
-        files = {
-            "model_index.json": {},
-            "transformer/config.json": {"_class_name": "SD3Transformer2DModel", **SD3.config},
-            "vae/config.json": {"block_out_channels": [8, 8, 8, 8]},
-            "tokenizer/tokenizer_config.json": {"model_max_length": 77},
-        }
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(json.dumps(content))
-        found = of_model(str(tmp_path))
-        assert (found.vae, found.text_len) == ((1, 8), 77 + 256)
-
-    @pytest.mark.parametrize(
-        ("pipeline", "reference"), [("QwenImagePipeline", None), ("QwenImageEditPipeline", (1, 64, 64))]
-    )
-    def test_qwen_image_edit_has_the_tokens_of_a_given_image(self, tmp_path, pipeline, reference):
-        sizes = {"num_layers": 1, "attention_head_dim": HEAD_DIM, "num_attention_heads": HEADS}
-        sizes |= {"joint_attention_dim": 16, "axes_dims_rope": (4, 4, 4), "in_channels": 16}
-        files = {
-            "model_index.json": {"_class_name": pipeline},
-            "transformer/config.json": {"_class_name": "QwenImageTransformer2DModel", **sizes},
-            "vae/config.json": {"temperal_downsample": [False, True, True]},
-        }
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(json.dumps(content))
-        found = of_model(str(tmp_path))
-        assert (found.family, found.vae, found.text_len, found.size) == (
-            "qwen-image",
-            (1, 8),
-            512,
-            (1, 1328, 1328),
-        )
-        answer = plan(Clear(3), model=str(tmp_path), size=(256, 192))
-        assert (answer.grid, answer.layout.anchor) == ((1, 12, 16), reference)
-        assert answer.tokens == 12 * 16 + 512 + (64 * 64 if reference else 0)
-
-    def test_a_transformer_of_no_family(self, tmp_path):
-        for name, content in {
-            "model_index.json": {},
-            "transformer/config.json": {"_class_name": "Sora"},
-            "vae/config.json": {},
-        }.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="is a Sora, which plans do not know"):
-            of_model(str(tmp_path))
