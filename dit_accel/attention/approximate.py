@@ -70,7 +70,7 @@ class AgentAttention(Approximate):
 
     def of_visual(self, call: AttentionCall, hidden: torch.Tensor | None) -> torch.Tensor:
         q = call.q[:, :, call.layout.visual_slice]
-        scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+        scale = call.factor
         agents = self.cubes.means_of(q).to(q.dtype)
         seen = None if hidden is None else ~hidden[:, None, None]
         read = F.scaled_dot_product_attention(agents, call.k, call.v, attn_mask=seen, scale=scale)
@@ -97,14 +97,13 @@ class InLineAttention(Approximate):
 
     def of_visual(self, call: AttentionCall, hidden: torch.Tensor | None) -> torch.Tensor:
         visual, exact = call.layout.visual_slice, torch.promote_types(call.q.dtype, torch.float32)
-        scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
         with torch.autocast(call.q.device.type, enabled=False):
             q, k, v = (x.to(exact) for x in (call.q[:, :, visual], call.k, call.v))
             own, number = v[:, :, visual], torch.tensor(float(k.shape[2]), dtype=exact, device=k.device)
             if hidden is not None:
                 k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
                 number = (~hidden).sum(1).to(exact)[:, None, None, None]
-            q = q * scale
+            q = q * call.factor
             means = [x.sum(2, keepdim=True) / number for x in (k, v)]
             out = q @ (k.mT @ v) / number + (1 - q @ means[0].mT) * means[1]
             taps = call.of_input(TAPS_IN, "a local kernel")

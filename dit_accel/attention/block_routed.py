@@ -100,11 +100,11 @@ class BlockRouted(LayerAttention):
         """
         refresh, key = self.pattern.refresh, (*call.q.shape, call.layout)
         if refresh == 1 or call.memory is None:
-            return self.pattern.chosen(call, self.grid)
+            return self.pattern.chosen(call.at_usual_scale(), self.grid)
         before: Choice | None = call.memory.recall(key)
         age = 0 if before is None else before.age + (before.step != call.step)
         if before is None or age >= refresh:
-            chosen = self.pattern.chosen(call, self.grid)
+            chosen = self.pattern.chosen(call.at_usual_scale(), self.grid)
             call.memory.keep(Choice(packed(chosen), 0, call.step), key)
             return chosen
         call.memory.keep(before._replace(age=age, step=call.step), key)

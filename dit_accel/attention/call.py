@@ -59,6 +59,17 @@ class AttentionCall:
     learned: Mapping[str, torch.Tensor] = field(default_factory=dict)
     beside: torch.Tensor | None = None
 
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return self.q.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    def at_usual_scale(self) -> AttentionCall:
+        """The same scores by head_dim^-0.5, for what chooses keys by them: queries are longer or shorter."""
+        if self.scale is None:
+            return self
+        return replace(self, q=self.q * (self.scale * self.q.shape[3] ** 0.5), scale=None)
+
     def of_heads(self, heads: list[int]) -> AttentionCall:
         """The same of some heads alone."""
         beside = None if self.beside is None else self.beside[:, heads]

@@ -86,7 +86,7 @@ class ClusterRouted(LayerAttention):
 
     def resolved(self, call: AttentionCall) -> HeadPermuted:
         visual = call.layout.visual_slice
-        found = self._clusters(call)
+        found = self._clusters(call.at_usual_scale())
         queries, keys = (self._order(one, visual.start) for one in found)
         mask = self.block_mask(found, (self.model[queries], self.model[keys]))
         online.tell(call, mask)

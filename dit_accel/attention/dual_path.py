@@ -121,7 +121,7 @@ class DualPath(LayerAttention):
 
     def _scaled(self, call: AttentionCall) -> AttentionCall:
         """The call with the scale of attention among visual tokens."""
-        return replace(call, scale=_scale(call) * self.rows.scale)
+        return replace(call, scale=call.factor * self.rows.scale)
 
     def _visual(self, call: AttentionCall) -> AttentionCall:
         """The call of its visual tokens alone."""
@@ -233,10 +233,6 @@ def _with_guided(window: AttentionCall, full: AttentionCall, rows: Rows) -> Atte
         joined.append(own.clone())
         joined[-1][rows.guided] = other
     return replace(window, q=joined[0], k=joined[1], v=joined[2])
-
-
-def _scale(call: AttentionCall) -> float:
-    return call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
 
 
 def _dense(call: AttentionCall) -> torch.Tensor:

@@ -114,7 +114,7 @@ class HeadOrdered(LayerAttention):
     def resolved(self, call: AttentionCall) -> HeadOrdered:
         if self.temporal is not None:
             return self
-        q, k, v, hidden = call.q, call.k, call.v, call.hidden_keys()
+        q, k, v, hidden = call.at_usual_scale().q, call.k, call.v, call.hidden_keys()
         temporal = self.pattern.are_temporal(q, k, v, *self.sample(call.step), hidden) & self.chooses
         call.notes.update({"temporal heads": temporal, "choosing heads": self.chooses})
         return replace(self, temporal=temporal)

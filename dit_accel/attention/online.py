@@ -54,7 +54,8 @@ class Online(LayerAttention):
         return self.density
 
     def resolved(self, call: AttentionCall) -> Masked:
-        q, k = (x if self.to_model is None else self.to_model.enter(x) for x in (call.q, call.k))
+        own = (call.at_usual_scale().q, call.k)
+        q, k = (x if self.to_model is None else self.to_model.enter(x) for x in own)
         options = {"block_size": self.block_size, "text_valid": call.text_valid}
         mask = self.pattern.select(q, k, self.layout, **options)
         tell(call, mask)

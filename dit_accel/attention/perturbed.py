@@ -46,7 +46,7 @@ class Perturbed(AroundAnother):
         if perturbation.kind == "uniform":
             return head_replacements.uniform(call.v[:, heads], call.hidden_keys())
         if perturbation.kind == "temperature":
-            scale = perturbation.temperature * call.q.shape[-1] ** -0.5
+            scale = perturbation.temperature * call.factor
             return inner.of_heads(replace(call, scale=scale), heads)
         if perturbation.kind == "seg":
             q = call.q.clone()
@@ -59,7 +59,7 @@ class Perturbed(AroundAnother):
         return head_replacements.image_identity(
             *(x[:, :, layout.image_slice] for x in (own.q, own.k, own.v)),
             *(x[:, :, layout.text_slice] for x in (own.k, own.v)),
-            call.q.shape[-1] ** -0.5,
+            call.factor,
             None if hidden is None else hidden[:, layout.text_slice],
         )
 

@@ -43,11 +43,10 @@ def shares(q: torch.Tensor, k: torch.Tensor, call: AttentionCall, size: int) -> 
         size: tokens of a block, the last of which may be shorter.
     """
     visual = call.layout.visual_len
-    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     n = torch.full((k.shape[2],), size, dtype=k.dtype, device=k.device)
     n[-1] = visual - (len(n) - 1) * size
     others = call.k[:, :, visual:].to(k.dtype)
-    scores = torch.cat([q @ k.mT * scale + n.log(), q @ others.mT * scale], -1)
+    scores = torch.cat([q @ k.mT * call.factor + n.log(), q @ others.mT * call.factor], -1)
     if call.text_valid is not None:
         place = torch.arange(others.shape[2], device=k.device) - call.layout.anchor_len
         scores[..., k.shape[2] :].masked_fill_((place >= call.text_valid[:, None])[:, None, None], -torch.inf)

@@ -116,7 +116,10 @@ class SparseLinearAttention(BlockRouted):
 
     def _blocks(self, call: AttentionCall) -> Blocks:
         """Of a call in the order of the blocks."""
-        return self.pattern.blocks(*self.grid.visual(call.q, call.k)) if self.blocks is None else self.blocks
+        if self.blocks is not None:
+            return self.blocks
+        call = call.at_usual_scale()
+        return self.pattern.blocks(*self.grid.visual(call.q, call.k))
 
     def _projected(self, call: AttentionCall, marginal: torch.Tensor) -> torch.Tensor:
         """What is added to the output of the first queries, in at least fp32: (B, H, queries, D)."""

@@ -105,9 +105,8 @@ class VideoSparseAttention(LayerAttention):
     def _coarse(self, placed: AttentionCall) -> Coarse:
         """Of a call by place."""
         q, k = map(self.cubes.means, (placed.q, placed.k))
-        scale = q.shape[3] ** -0.5 if placed.scale is None else placed.scale
         with torch.autocast(q.device.type, enabled=False):
-            weights = (q * scale @ k.mT).softmax(-1)
+            weights = (q * placed.factor @ k.mT).softmax(-1)
         if self.decided is not None:
             return Coarse(weights, self.decided)
         return Coarse(weights, largest(weights.detach(), self.pattern.kept(self.cubes.count)))

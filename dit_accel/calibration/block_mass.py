@@ -36,7 +36,6 @@ def block_mass(
     """
     q, k, visual = call.q, call.k, call.layout.visual_slice
     exact = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     at = torch.arange(call.layout.visual_len, device=q.device) if queries is None else queries.to(q.device)
     labels = [own.to(q.device) for own in labels]
     orders = [torch.argsort(own, stable=True) for own in labels]
@@ -47,7 +46,7 @@ def block_mass(
     keys = k.to(exact).mT
     at_once = max(1, _CHUNK_BYTES // (q.shape[0] * q.shape[1] * k.shape[2] * exact.itemsize))
     for rows in at.split(at_once):
-        scores = q[:, :, visual.start + rows].to(exact) * scale @ keys
+        scores = q[:, :, visual.start + rows].to(exact) * call.factor @ keys
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None], -math.inf)
         weights = scores.softmax(-1)[..., visual].sum(0)  # (H, r, V)

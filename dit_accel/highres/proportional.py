@@ -28,8 +28,7 @@ class Rescaled(AroundAnother):
     factor: float
 
     def _scaled(self, call: AttentionCall) -> AttentionCall:
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        return replace(call, scale=scale * self.factor)
+        return replace(call, scale=call.factor * self.factor)
 
     def resolved(self, call: AttentionCall) -> LayerAttention:
         return replace(self, inner=self.inner.resolved(self._scaled(call)))

@@ -44,10 +44,9 @@ class Notes:
 def text_probabilities(call: AttentionCall) -> torch.Tensor:
     """Dense attention of visual queries to text keys, the mean over heads: fp32 (B, V, T), as in the call."""
     layout, hidden = call.layout, call.hidden_keys()
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
     keys, found = call.k.float().transpose(-1, -2), []
     for q in call.q[:, :, layout.image_slice].split(_QUERIES, dim=2):
-        scores = q.float() @ keys * scale
+        scores = q.float() @ keys * call.factor
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         found.append(scores.softmax(-1)[..., layout.text_slice].mean(1))

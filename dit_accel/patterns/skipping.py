@@ -79,10 +79,9 @@ class Skipping(BlockWise):
             call: with its tokens in the order of the blocks.
             computed: bool, like what is returned.
         """
-        scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
         valid = None if call.text_valid is None else ~grid.padding(call.text_valid)
         every = grid.every(computed)
-        peaks = block_peaks(call.q * scale, call.k, every, grid.size, rows=grid.chosen[0], valid=valid)
+        peaks = block_peaks(call.q * call.factor, call.k, every, grid.size, rows=grid.chosen[0], valid=valid)
         return computed & (peaks[..., : grid.chosen[1]] > self.threshold * math.log(2))
 
     def select(
