@@ -6,7 +6,6 @@ writes FOLDER/RANK.json.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_families import FAMILIES
 
 from dit_accel import Recipe, disable, enable, handle_of, summary
 from dit_accel.guidance import HeadPerturbation
@@ -32,7 +32,6 @@ from dit_accel.patterns import (
     SparseVideoGen,
 )
 
-TESTS = Path(__file__).parents[1]
 PICTURES = ("flux", "flux2", "sd3", "qwen", "zimage", "hunyuanimage")
 VIDEOS = ("wan", "hunyuan", "hunyuan15", "ltx", "ltx2", "cogvideox", "mochi", "kandinsky5", "chrono")
 VIDEOS += ("helios",)
@@ -137,16 +136,12 @@ def run_alone(run: Any, pipe: Any, recipe: Recipe | None, options: dict[str, Any
 
 def main(rank: int, count: int, folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
-    sys.path.insert(0, str(TESTS / "helpers"))
-    spec = importlib.util.spec_from_file_location("conftest", TESTS / "conftest.py")
-    tools = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tools)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     said: dict[str, dict[str, Any]] = {}
     for asked in families:
         family, _, only = asked.partition(": ")
-        make, run = tools.FAMILIES[family]
+        make, run = FAMILIES[family]
         alone, shared = (make(**CONFIG[family]) for _ in range(2))
         context_parallel(shared)
         for name, (recipe, options) in cases(family, alone.transformer).items():

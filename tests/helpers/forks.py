@@ -68,10 +68,9 @@ def _server() -> subprocess.Popen:
 
 def _serve() -> None:
     import hypothesis  # noqa: F401
-    import image_pipelines  # noqa: F401
     import pytest  # noqa: F401
+    import tiny_families  # noqa: F401
     import torch
-    import video_pipelines  # noqa: F401
     from diffusers import FluxPipeline, WanPipeline  # noqa: F401
 
     import dit_accel  # noqa: F401

@@ -1,11 +1,25 @@
-"""Tiny pipelines of image families with random weights, ways to run them, and their oracles of masks."""
+"""Tiny pipelines of image families with random weights, and ways to run them."""
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
-from video_pipelines import TEXT_DIM, MaskedProcessor, both, embeddings, padded_prompt, tell_norms_apart
+from tiny_pipelines import TEXT_DIM, embeddings, padded_prompt, tell_norms_apart
+
+
+def make_flux(seed: int = 0, **config):
+    """A FluxPipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in and latents out."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(**{**sizes, "pooled_projection_dim": TEXT_DIM, **config}).eval()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def make_flux2(seed: int = 0, **config):
@@ -30,6 +44,28 @@ def make_flux2(seed: int = 0, **config):
         text_encoder=None, tokenizer=None, transformer=transformer,
     )  # fmt: skip
     pipe.vae._hf_hook = ModelHook()  # so that offload hooks of the transformer alone tell where to run
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sd3(seed: int = 0, **config):
+    """A StableDiffusion3Pipeline of 3 blocks, 2 heads of 16, without what SD3.5 adds unless configured."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4}
+    sizes |= {"out_channels": 4, "joint_attention_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
+    sizes |= {"caption_projection_dim": 32, "sample_size": 16, "pos_embed_max_size": 24}
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".norm_")
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -73,93 +109,6 @@ def make_chroma(seed: int = 0, **config):
     return pipe
 
 
-def run_chroma(
-    pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, mask_dtype=None, **kwargs
-) -> torch.Tensor:
-    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
-
-    Masks are of numbers as the pipeline's own, in the transformer's dtype unless another is given.
-    """
-    dtype, signs = pipe.transformer.dtype, ("", "negative_")
-    for i, sign in enumerate(signs[: 1 + (cfg > 1)], start=1):
-        given = padded_prompt(batch, text_len, seed + i, sign)
-        kwargs[f"{sign}prompt_embeds"] = given[f"{sign}prompt_embeds"].to(dtype)
-        kwargs[f"{sign}prompt_attention_mask"] = given[f"{sign}prompt_attention_mask"].to(mask_dtype or dtype)
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
-
-
-def run_flux2(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
-    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
-    embeds, negative = (embeddings(batch, text_len, seed + i).to(pipe.transformer.dtype) for i in (1, 2))
-    kwargs |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
-
-
-def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
-    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
-
-    The first prompt ends in 2 padded places, the next in 5, and so on.
-    """
-    dtype = pipe.transformer.dtype
-    valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
-    mask = (torch.arange(text_len) < valid[:, None]).long()
-    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1).to(dtype), "prompt_embeds_mask": mask}
-    if cfg > 1:
-        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2).to(dtype)}
-        kwargs |= {"negative_prompt_embeds_mask": mask.flip(0)}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
-
-
-class MaskedTwiceProcessor(MaskedProcessor):
-    """The same for the processor of HunyuanVideo 1.5, which makes a mask of padded text itself."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ):
-        return self.masked_twice(
-            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=image_rotary_emb
-        )
-
-    def masked_twice(self, *args, **kwargs):
-        names = type(self.original).__call__.__globals__
-        dispatch = names["dispatch_attention_fn"]
-
-        def masked_twice(query, key, value, attn_mask=None, **options):
-            length = key.shape[1]
-            mask = self.mask[..., :length, :length]
-            mask = mask if attn_mask is None else both(mask, attn_mask)
-            return dispatch(query, key, value, attn_mask=mask, **options)
-
-        with mock.patch.dict(names, dispatch_attention_fn=masked_twice):
-            return self.original(*args, **kwargs)
-
-
-class MaskedAloneProcessor(MaskedTwiceProcessor):
-    """The same for that of FLUX.2's parallel blocks, which attend to one stream."""
-
-    def __call__(self, attn, hidden_states, attention_mask=None, image_rotary_emb=None):
-        return self.masked_twice(attn, hidden_states, attention_mask, image_rotary_emb)
-
-
-class MaskedQwenProcessor(MaskedTwiceProcessor):
-    """The same for that of Qwen-Image, which takes the text's mask under another name."""
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-        attention_mask=None, image_rotary_emb=None,
-    ):  # fmt: skip
-        return self.masked_twice(
-            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask,
-            image_rotary_emb=image_rotary_emb,
-        )  # fmt: skip
-
-
 def make_zimage(seed: int = 0, **config):
     """A ZImagePipeline of 3 blocks and a refiner each, 2 heads of 16, for embeddings in and latents out."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -177,30 +126,6 @@ def make_zimage(seed: int = 0, **config):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def run_zimage(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
-    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer.
-
-    The first prompt has `text_len` tokens, the next 30 more, and so on.
-    """
-    dtype = pipe.transformer.dtype
-
-    def prompts(seed: int) -> list[torch.Tensor]:
-        return [embeddings(1, text_len + 30 * i, seed + i)[0].to(dtype) for i in range(batch)]
-
-    kwargs |= {"prompt_embeds": prompts(seed + 1), "negative_prompt_embeds": prompts(seed + 11)}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    options = {"guidance_scale": cfg - 1, "generator": generator, "output_type": "latent"}
-    return pipe(**size, **options, **kwargs).images
-
-
-class MaskedZImageProcessor(MaskedTwiceProcessor):
-    """The same for that of Z-Image, whose mask (B, S) hides what stands behind shorter captions."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
-        return self.masked_twice(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
 
 
 def make_hunyuanimage(seed: int = 0, **config):
@@ -224,6 +149,90 @@ def make_hunyuanimage(seed: int = 0, **config):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
+    dtype = pipe.transformer.dtype
+    embeds = embeddings(batch, text_len, seed + 1).to(dtype)
+    kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
+    if cfg > 1:
+        negative = embeddings(batch, text_len, seed + 2).to(dtype)
+        kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_flux2(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
+    embeds, negative = (embeddings(batch, text_len, seed + i).to(pipe.transformer.dtype) for i in (1, 2))
+    kwargs |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer."""
+    dtype = pipe.transformer.dtype
+    embeds, negative = (embeddings(batch, text_len, seed + i).to(dtype) for i in (1, 2))
+    kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
+    kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
+
+    The first prompt ends in 2 padded places, the next in 5, and so on.
+    """
+    dtype = pipe.transformer.dtype
+    valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
+    mask = (torch.arange(text_len) < valid[:, None]).long()
+    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1).to(dtype), "prompt_embeds_mask": mask}
+    if cfg > 1:
+        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2).to(dtype)}
+        kwargs |= {"negative_prompt_embeds_mask": mask.flip(0)}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_chroma(
+    pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, mask_dtype=None, **kwargs
+) -> torch.Tensor:
+    """Latents (B, H * W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice per step.
+
+    Masks are of numbers as the pipeline's own, in the transformer's dtype unless another is given.
+    """
+    dtype, signs = pipe.transformer.dtype, ("", "negative_")
+    for i, sign in enumerate(signs[: 1 + (cfg > 1)], start=1):
+        given = padded_prompt(batch, text_len, seed + i, sign)
+        kwargs[f"{sign}prompt_embeds"] = given[f"{sign}prompt_embeds"].to(dtype)
+        kwargs[f"{sign}prompt_attention_mask"] = given[f"{sign}prompt_attention_mask"].to(mask_dtype or dtype)
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+
+
+def run_zimage(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
+    """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch of the transformer.
+
+    The first prompt has `text_len` tokens, the next 30 more, and so on.
+    """
+    dtype = pipe.transformer.dtype
+
+    def prompts(seed: int) -> list[torch.Tensor]:
+        return [embeddings(1, text_len + 30 * i, seed + i)[0].to(dtype) for i in range(batch)]
+
+    kwargs |= {"prompt_embeds": prompts(seed + 1), "negative_prompt_embeds": prompts(seed + 11)}
+    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"guidance_scale": cfg - 1, "generator": generator, "output_type": "latent"}
+    return pipe(**size, **options, **kwargs).images
 
 
 def run_hunyuanimage(
@@ -253,15 +262,11 @@ def run_hunyuanimage(
 
 
 PIPELINES = {
+    "flux": (make_flux, run_flux),
     "chroma": (make_chroma, run_chroma),
     "flux2": (make_flux2, run_flux2),
     "hunyuanimage": (make_hunyuanimage, run_hunyuanimage),
     "qwen": (make_qwen, run_qwen),
+    "sd3": (make_sd3, run_sd3),
     "zimage": (make_zimage, run_zimage),
-}
-MASKED = {
-    "HunyuanImageAttnProcessor": MaskedTwiceProcessor,
-    "ZSingleStreamAttnProcessor": MaskedZImageProcessor,
-    "Flux2ParallelSelfAttnProcessor": MaskedAloneProcessor,
-    "QwenDoubleStreamAttnProcessor2_0": MaskedQwenProcessor,
 }

@@ -5,7 +5,6 @@ Run as `python patch_parallel_cases.py RANK COUNT FOLDER FAMILY`; writes FOLDER/
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import traceback
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_families import FAMILIES
 
 from dit_accel import Recipe, accelerated, disable, enable
 from dit_accel.parallel import patch_parallel
 from dit_accel.patterns import Clear, InwardWindow, Neighborhood
 
-TESTS = Path(__file__).parents[1]
 FEW = ("clear", "neighborhood", "uneven bands")  # of more than two processes
 ROWS = 6  # of each process
 CASES: dict[str, tuple[Recipe, dict[str, Any]]] = {
@@ -38,11 +37,8 @@ CASES: dict[str, tuple[Recipe, dict[str, Any]]] = {
 
 def main(rank: int, count: int, folder: Path, family: str) -> None:
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("conftest", TESTS / "conftest.py")
-    tools = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tools)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
-    make, run = tools.FAMILIES[family]
+    make, run = FAMILIES[family]
     pipe = make()
     grid = (ROWS * count, 8)
     before = run(pipe, grid=grid, steps=1)

@@ -1,22 +1,63 @@
-"""Tiny pipelines of video families with random weights, ways to run them, and their oracles of masks."""
+"""Tiny pipelines of other video families with random weights, and ways to run them."""
 
 from __future__ import annotations
 
-from functools import wraps
-from unittest import mock
-
+import pytest
 import torch
-import torch.nn.functional as F
-from chunk_masks import MaskedCausalProcessor
-
-TEXT_DIM = 16
+from tiny_pipelines import TEXT_DIM, embeddings, padded_prompt, tell_norms_apart
 
 
-def tell_norms_apart(transformer, name_part: str) -> None:
-    """Random weights for the norms with `name_part` in their names, so that none passes for another."""
-    for name, weight in transformer.named_parameters():
-        if name_part in name:
-            torch.nn.init.uniform_(weight, 0.5, 2)
+def make_hunyuan(seed: int = 0, **config):
+    """A HunyuanVideoPipeline of 2 double and 2 single blocks, 2 heads of 16, distilled unless configured."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (4, 6, 6), "num_refiner_layers": 1}
+    sizes |= {"text_embed_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attn.norm_")
+    pipe = HunyuanVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_hunyuan15(seed: int = 0, **config):
+    """A HunyuanVideo15Pipeline of 3 blocks, 2 heads of 16, for embeddings in, latents out."""
+    import diffusers
+
+    if not hasattr(diffusers, "HunyuanVideo15Pipeline"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no HunyuanVideo 1.5")
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+
+    sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "num_refiner_layers": 1}
+    sizes |= {"in_channels": 9, "out_channels": 4, "rope_axes_dim": (4, 6, 6), "mlp_ratio": 2.0}
+    sizes |= {"text_embed_dim": TEXT_DIM, "text_embed_2_dim": TEXT_DIM, "image_embed_dim": TEXT_DIM}
+    torch.manual_seed(seed)
+    transformer = HunyuanVideo15Transformer3DModel(**{**sizes, **config}).eval()
+    tell_norms_apart(transformer, ".attn.norm_")
+    pipe = HunyuanVideo15Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, transformer=transformer, guider=ClassifierFreeGuidance(),
+        vae=AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1),
+    )  # fmt: skip
+    pipe.vae = None  # of which only the constructor asks the number of channels
+    pipe.vision_num_semantic_tokens = 3
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def make_ltx(seed: int = 0, **config):
@@ -33,6 +74,20 @@ def make_ltx(seed: int = 0, **config):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_ltx2(seed: int = 0, **config):
+    """A loop around LTX-2's transformer of 3 blocks, 2 heads of 16, and 2 of 8 for audio."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
+    from loops import Loop
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    sizes |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_in_channels": 4}
+    sizes |= {"audio_out_channels": 4, "cross_attention_dim": 32, "audio_cross_attention_dim": 16}
+    sizes |= {"caption_channels": TEXT_DIM, "num_layers": 3, "rope_type": "split"}
+    torch.manual_seed(seed)
+    transformer = LTX2VideoTransformer3DModel(**{**sizes, **config}).eval()
+    return Loop(transformer, FlowMatchEulerDiscreteScheduler())
 
 
 def make_cogvideox(seed: int = 0, **config):
@@ -68,20 +123,6 @@ def make_mochi(seed: int = 0, **config):
     return Loop(transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
 
-def make_ltx2(seed: int = 0, **config):
-    """A loop around LTX-2's transformer of 3 blocks, 2 heads of 16, and 2 of 8 for audio."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
-    from loops import Loop
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_in_channels": 4}
-    sizes |= {"audio_out_channels": 4, "cross_attention_dim": 32, "audio_cross_attention_dim": 16}
-    sizes |= {"caption_channels": TEXT_DIM, "num_layers": 3, "rope_type": "split"}
-    torch.manual_seed(seed)
-    transformer = LTX2VideoTransformer3DModel(**{**sizes, **config}).eval()
-    return Loop(transformer, FlowMatchEulerDiscreteScheduler())
-
-
 def make_kandinsky5(seed: int = 0, **config):
     """A loop around Kandinsky 5's transformer of 3 blocks, 2 heads of 16; its gates are zero as made."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
@@ -98,55 +139,6 @@ def make_kandinsky5(seed: int = 0, **config):
     return Loop(transformer, FlowMatchEulerDiscreteScheduler())
 
 
-def _wan_like(kind: str, seed: int, **config):
-    """A loop around a transformer of 3 blocks, 2 heads of 16, of one of Wan's relatives."""
-    import diffusers
-    from loops import Loop
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    torch.manual_seed(seed)
-    transformer = getattr(diffusers, kind)(**{**sizes, **config}).eval()
-    return Loop(transformer, diffusers.FlowMatchEulerDiscreteScheduler())
-
-
-def make_animate(seed: int = 0, **config):
-    """Wan Animate with a motion encoder for faces of 16 x 16 pixels."""
-    sizes = {"in_channels": 12, "latent_channels": 4, "image_dim": None, "inject_face_latents_blocks": 3}
-    sizes |= {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16}
-    sizes |= {"motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16}
-    sizes |= {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
-    return _wan_like("WanAnimateTransformer3DModel", seed, **{**sizes, **config})
-
-
-def make_chrono(seed: int = 0, **config):
-    """ChronoEdit."""
-    return _wan_like("ChronoEditTransformer3DModel", seed, **config)
-
-
-def make_helios(seed: int = 0, **config):
-    """Helios, which amplifies the keys of its history."""
-    sizes = {"rope_dim": (4, 6, 6), "is_amplify_history": True}
-    return _wan_like("HeliosTransformer3DModel", seed, **{**sizes, **config})
-
-
-def make_far(seed: int = 0, **config):
-    """An AnyFlowFARPipeline of 3 blocks, 2 heads of 16, two chunks of one frame kept in full."""
-    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    sizes |= {"full_chunk_limit": 2, "chunk_partition": (1, 1, 1)}
-    torch.manual_seed(seed)
-    transformer = AnyFlowFARTransformer3DModel(**{**sizes, **config}).eval()
-    pipe = AnyFlowFARPipeline(
-        scheduler=FlowMapEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def make_minimaxh3(seed: int = 0, **config):
     """A loop around MiniMax H3's transformer of 3 blocks, 2 heads of 16."""
     from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
@@ -161,16 +153,57 @@ def make_minimaxh3(seed: int = 0, **config):
     return Loop(transformer, MiniMaxH3Scheduler(shift=1.0))
 
 
-def embeddings(batch: int, text_len: int, seed: int) -> torch.Tensor:
-    return torch.randn(batch, text_len, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+def run_hunyuan(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens.
+
+    The first prompt ends in 2 padded places, the next in 5, and so on; negative prompts have 4 places more.
+    """
+
+    def prompt(text_len: int, seed: int) -> dict[str, torch.Tensor]:
+        given = padded_prompt(batch, text_len, seed)
+        return given | {"pooled_prompt_embeds": given["prompt_embeds"][:, 0]}
+
+    kwargs |= prompt(text_len, seed + 1)
+    if cfg > 1:
+        kwargs |= {f"negative_{name}": x for name, x in prompt(text_len + 4, seed + 2).items()}
+    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        **size,
+        num_inference_steps=steps,
+        true_cfg_scale=cfg,
+        generator=generator,
+        output_type="latent",
+        **kwargs,
+    ).frames
 
 
-def padded_prompt(batch: int, text_len: int, seed: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Embeddings and their mask: the first ends in 2 padded places, the next in 5, and so on."""
-    valid = (text_len - 2 - torch.arange(batch) * 3).clamp(min=1)
-    mask = (torch.arange(text_len) < valid[:, None]).long()
-    embeds = embeddings(batch, text_len, seed)
-    return {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
+def run_hunyuan15(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, C, F, H, W) for a grid of tokens, with text of `text_len` and image embeddings of zeros.
+
+    Text is that of the first encoder, less 3 tokens of the second and 3 of the image. Of both encoders the
+    masks hide the first token of every sample and, of the next samples, more at the end.
+    """
+
+    def prompt(text_len: int, seed: int) -> dict[str, torch.Tensor]:
+        given = {}
+        for suffix, length in (("", text_len - 6), ("_2", 3)):
+            given["prompt_embeds" + suffix] = embeddings(batch, length, seed + len(suffix))
+            places, last = torch.arange(length), length - torch.arange(batch)[:, None]
+            given["prompt_embeds_mask" + suffix] = ((places > 0) & (places < last)).long()
+        return given
+
+    kwargs |= prompt(text_len, seed + 1)
+    if cfg > 1:
+        kwargs |= {f"negative_{name}": x for name, x in prompt(text_len + 4, seed + 2).items()}
+    pipe.guider = pipe.guider.new(guidance_scale=cfg)
+    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**size, num_inference_steps=steps, generator=generator, output_type="latent", **kwargs).frames
 
 
 def run_ltx(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -203,54 +236,6 @@ def run_ltx2(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, grid[0] * grid[1] * grid[2], 4, generator=generator)
     return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=True)
-
-
-def run_kandinsky5(
-    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
-) -> torch.Tensor:
-    """Latents (B, F, 2 H, 2 W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice."""
-    places = {"visual_rope_pos": [torch.arange(n) for n in grid], "text_rope_pos": torch.arange(text_len)}
-
-    def given(seed: int) -> dict:
-        text = embeddings(batch, text_len, seed)
-        return {"encoder_hidden_states": text, "pooled_projections": text[:, 0], **places, **kwargs}
-
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, grid[0], 2 * grid[1], 2 * grid[2], 4, generator=generator)
-    return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
-
-
-def run_wan_like(
-    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs
-) -> torch.Tensor:
-    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice.
-
-    Of Wan Animate latents have channels of conditions, which stay, and poses and faces beside them.
-    """
-    generator, config = torch.Generator().manual_seed(seed), pipe.transformer.config
-    frames, rows, columns = grid[0], 2 * grid[1], 2 * grid[2]
-    latents = torch.randn(batch, config.out_channels, frames, rows, columns, generator=generator)
-    if "motion_encoder_size" in config:
-        kwargs["pose_hidden_states"] = latents[:, :, 1:].flip(-1)
-        faces = torch.randn(batch, 3, 4 * (frames - 1), 16, 16, generator=generator)
-        conditions = torch.randn(batch, 8, frames, rows, columns, generator=generator)
-        kwargs |= {"face_pixel_values": faces, "conditions": conditions}
-
-    def given(seed: int) -> dict:
-        return {"encoder_hidden_states": embeddings(batch, text_len, seed), **kwargs}
-
-    return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
-
-
-def run_far(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
-    """Latents (B, C, F, 2 H, 2 W) for a grid of tokens; `cfg` above 1 doubles the batch."""
-    kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
-    if cfg > 1:
-        kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
-    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    options = {"num_inference_steps": steps, "guidance_scale": cfg, "generator": generator}
-    return pipe(**size, **options, output_type="latent", **kwargs).frames
 
 
 def run_cogvideox(
@@ -289,9 +274,19 @@ def run_mochi(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=
     return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=True)
 
 
-def both(mask: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """A mask of booleans together with one that a model gives, which may be of numbers that are added."""
-    return mask & given if given.dtype == torch.bool else given.masked_fill(~mask, -torch.inf)
+def run_kandinsky5(
+    pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs
+) -> torch.Tensor:
+    """Latents (B, F, 2 H, 2 W, C) for a grid of tokens; `cfg` above 1 calls the transformer twice."""
+    places = {"visual_rope_pos": [torch.arange(n) for n in grid], "text_rope_pos": torch.arange(text_len)}
+
+    def given(seed: int) -> dict:
+        text = embeddings(batch, text_len, seed)
+        return {"encoder_hidden_states": text, "pooled_projections": text[:, 0], **places, **kwargs}
+
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, grid[0], 2 * grid[1], 2 * grid[2], 4, generator=generator)
+    return pipe(latents, given(seed + 1), given(seed + 2), steps, cfg, batched=False)
 
 
 def packed(grid: tuple[int, int, int], texts: int, sounds: int) -> dict[str, torch.Tensor]:
@@ -331,77 +326,13 @@ def run_minimaxh3(
     return pipe(latents, given(seed + 1), given(seed + 2), steps + 1, cfg, batched=False)
 
 
-class MaskedProcessor:
-    """The oracle: the diffusers processor itself under a dense mask, in the model's own token order."""
-
-    def __init__(self, original, mask: torch.Tensor):
-        self.original, self.mask = original, mask
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-    ):
-        mask = self.mask
-        if attention_mask is not None:  # padded text, which stands last and may be shorter in this call
-            length = attention_mask.shape[-1]
-            mask = both(mask[..., :length, :length], attention_mask)
-        return self.original(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
-
-
-class MaskedMochiProcessor(MaskedProcessor):
-    """The same for Mochi's processor, which takes samples one by one, each with its valid text alone."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs):
-        attend, visual = F.scaled_dot_product_attention, hidden_states.shape[1]
-        samples = iter(self.mask.expand(len(hidden_states), -1, -1, -1) if self.mask.ndim == 4 else ())
-
-        def masked(*qkv, **options):
-            mask = self.mask if self.mask.ndim == 2 else next(samples)[None]
-            length = qkv[0].shape[2]
-            assert length <= visual + encoder_hidden_states.shape[1]
-            return attend(*qkv, attn_mask=mask[..., :length, :length], **options)
-
-        with mock.patch.object(F, "scaled_dot_product_attention", masked):
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-
-
-def masked_dispatch(original, mask: torch.Tensor) -> MaskedProcessor:
-    """The same for processors that take masks in forms of their own, or none."""
-
-    class Masked(MaskedProcessor):
-        @wraps(type(original).__call__)  # modules pass what its signature names
-        def __call__(self, *args, **kwargs):
-            names = type(self.original).__call__.__globals__
-            dispatch = names["dispatch_attention_fn"]
-
-            def masked(*qkv, attn_mask=None, **options):
-                assert attn_mask is None
-                return dispatch(*qkv, attn_mask=self.mask, **options)
-
-            with mock.patch.dict(names, dispatch_attention_fn=masked):
-                return self.original(*args, **kwargs)
-
-    return Masked(original, mask)
-
-
 PIPELINES = {
+    "hunyuan": (make_hunyuan, run_hunyuan),
+    "hunyuan15": (make_hunyuan15, run_hunyuan15),
     "ltx": (make_ltx, run_ltx),
     "ltx2": (make_ltx2, run_ltx2),
     "cogvideox": (make_cogvideox, run_cogvideox),
     "mochi": (make_mochi, run_mochi),
     "kandinsky5": (make_kandinsky5, run_kandinsky5),
-    "animate": (make_animate, run_wan_like),
-    "chrono": (make_chrono, run_wan_like),
-    "far": (make_far, run_far),
-    "helios": (make_helios, run_wan_like),
     "minimaxh3": (make_minimaxh3, run_minimaxh3),
-}
-MASKED = {
-    "AnyFlowCausalAttnProcessor": MaskedCausalProcessor,
-    "LTXVideoAttnProcessor": masked_dispatch,
-    "HeliosAttnProcessor": masked_dispatch,
-    "MiniMaxH3AttnProcessor": masked_dispatch,
-    "Kandinsky5AttnProcessor": masked_dispatch,
-    "LTX2AudioVideoAttnProcessor": masked_dispatch,
-    "LTX2PerturbedAttnProcessor": masked_dispatch,
-    "MochiAttnProcessor2_0": MaskedMochiProcessor,
 }

@@ -112,21 +112,21 @@ class TestResume:
 
 
 SCRIPT = """
-import json, pathlib, runpy, sys
+import json, pathlib, sys
 import torch
 torch.set_num_threads(1)
 tests, out = sys.argv[1:]
 sys.path.insert(0, f"{tests}/helpers")
-tools = runpy.run_path(f"{tests}/conftest.py")
 from accelerate import PartialState
 from dit_accel.guidance import HeadHunter
+from image_pipelines import make_flux, run_flux
 from painted_heads import PAIRS, darkness, draw, level
 def generate(pipe, prompts, seeds):
-    return draw(tools["run_flux"], pipe, prompts, seeds)
+    return draw(run_flux, pipe, prompts, seeds)
 count = []
 def search(rounds):
     options = {"top_k": 2, "batch": 1, "generate": generate}
-    search = HeadHunter(tools["make_flux"](), level, PAIRS, out, rounds=rounds, **options)
+    search = HeadHunter(make_flux(), level, PAIRS, out, rounds=rounds, **options)
     score = search.trials.score
     search.trials.score = lambda guidance, pairs: count.append(pairs) or score(guidance, pairs)
     return search
