@@ -3,152 +3,79 @@
 from __future__ import annotations
 
 import torch
-from tiny_pipelines import TEXT_DIM, embeddings, padded_prompt, tell_norms_apart
+from tiny_pipelines import TEXT_DIM, embeddings, padded_prompt, pipeline_of, random_transformer, run
 
 
 def make_flux(seed: int = 0, **config):
     """A FluxPipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in and latents out."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
     sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
-    torch.manual_seed(seed)
-    transformer = FluxTransformer2DModel(**{**sizes, "pooled_projection_dim": TEXT_DIM, **config}).eval()
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    sizes |= {"pooled_projection_dim": TEXT_DIM}
+    made = random_transformer("FluxTransformer2DModel", sizes, config, seed)
+    return pipeline_of("FluxPipeline", made)
 
 
 def make_flux2(seed: int = 0, **config):
     """A Flux2KleinPipeline of 2 double and 2 parallel blocks, 2 heads of 16, which takes guidance."""
     from accelerate.hooks import ModelHook
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import AutoencoderKLFlux2
 
     sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"axes_dims_rope": (4, 4, 4, 4), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
-    torch.manual_seed(seed)
-    transformer = Flux2Transformer2DModel(**{**sizes, "guidance_embeds": False, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
+    sizes |= {"guidance_embeds": False}
+    made = random_transformer("Flux2Transformer2DModel", sizes, config, seed, norms=".attn.norm_")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     blocks |= {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 4}
-    pipe = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=AutoencoderKLFlux2(**blocks).eval(),
-        text_encoder=None, tokenizer=None, transformer=transformer,
-    )  # fmt: skip
+    pipe = pipeline_of("Flux2KleinPipeline", made, vae=AutoencoderKLFlux2(**blocks).eval())
     pipe.vae._hf_hook = ModelHook()  # so that offload hooks of the transformer alone tell where to run
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def make_sd3(seed: int = 0, **config):
     """A StableDiffusion3Pipeline of 3 blocks, 2 heads of 16, without what SD3.5 adds unless configured."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-
     sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4}
     sizes |= {"out_channels": 4, "joint_attention_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
     sizes |= {"caption_projection_dim": 32, "sample_size": 16, "pos_embed_max_size": 24}
-    torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".norm_")
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None,
-        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("SD3Transformer2DModel", sizes, config, seed, norms=".norm_")
+    return pipeline_of("StableDiffusion3Pipeline", made)
 
 
 def make_qwen(seed: int = 0, **config):
     """A QwenImagePipeline of 3 blocks, 2 heads of 16, for embeddings in and latents out."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-
     sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 16}
     sizes |= {"out_channels": 4, "joint_attention_dim": TEXT_DIM, "axes_dims_rope": (4, 6, 6)}
-    torch.manual_seed(seed)
-    transformer = QwenImageTransformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("QwenImageTransformer2DModel", sizes, config, seed, norms=".attn.norm_")
+    return pipeline_of("QwenImagePipeline", made)
 
 
 def make_chroma(seed: int = 0, **config):
     """A ChromaPipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in and latents out."""
-    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-
     sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"axes_dims_rope": (4, 6, 6), "in_channels": 16, "joint_attention_dim": TEXT_DIM}
     sizes |= {"approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 2}
-    torch.manual_seed(seed)
-    transformer = ChromaTransformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("ChromaTransformer2DModel", sizes, config, seed, norms=".attn.norm_")
+    return pipeline_of("ChromaPipeline", made)
 
 
 def make_zimage(seed: int = 0, **config):
     """A ZImagePipeline of 3 blocks and a refiner each, 2 heads of 16, for embeddings in and latents out."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-
     sizes = {"dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     sizes |= {"in_channels": 4, "cap_feat_dim": TEXT_DIM, "axes_dims": [4, 6, 6]}
-    torch.manual_seed(seed)
-    transformer = ZImageTransformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attention.norm_")
-    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # which are made as zeros
+    made = random_transformer("ZImageTransformer2DModel", sizes, config, seed, norms=".attention.norm_")
+    for token in (made.x_pad_token, made.cap_pad_token):  # which are made as zeros
         torch.nn.init.normal_(token)
-    pipe = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_of("ZImagePipeline", made)
 
 
 def make_hunyuanimage(seed: int = 0, **config):
     """A HunyuanImagePipeline of 2 double and 2 single blocks, 2 heads of 16, for embeddings in, latents."""
-    from diffusers import (
-        ClassifierFreeGuidance,
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanImagePipeline,
-        HunyuanImageTransformer2DModel,
-    )
+    from diffusers import ClassifierFreeGuidance
 
     sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (8, 8), "num_refiner_layers": 1}
     sizes |= {"text_embed_dim": TEXT_DIM, "text_embed_2_dim": TEXT_DIM, "mlp_ratio": 2.0}
-    torch.manual_seed(seed)
-    transformer = HunyuanImageTransformer2DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = HunyuanImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        text_encoder_2=None, tokenizer_2=None, transformer=transformer, guider=ClassifierFreeGuidance(),
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("HunyuanImageTransformer2DModel", sizes, config, seed, norms=".attn.norm_")
+    return pipeline_of("HunyuanImagePipeline", made, guider=ClassifierFreeGuidance())
 
 
 def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -159,18 +86,14 @@ def run_flux(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, 
     if cfg > 1:
         negative = embeddings(batch, text_len, seed + 2).to(dtype)
         kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, true_cfg_scale=cfg, **kwargs)
 
 
 def run_flux2(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Latents (B, C, 2 H, 2 W) for a grid of tokens; `cfg` above 1 calls the transformer twice per step."""
     embeds, negative = (embeddings(batch, text_len, seed + i).to(pipe.transformer.dtype) for i in (1, 2))
     kwargs |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -179,9 +102,7 @@ def run_sd3(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, *
     embeds, negative = (embeddings(batch, text_len, seed + i).to(dtype) for i in (1, 2))
     kwargs |= {"prompt_embeds": embeds, "pooled_prompt_embeds": embeds[:, 0]}
     kwargs |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -196,9 +117,7 @@ def run_qwen(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, 
     if cfg > 1:
         kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2).to(dtype)}
         kwargs |= {"negative_prompt_embeds_mask": mask.flip(0)}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, true_cfg_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, true_cfg_scale=cfg, **kwargs)
 
 
 def run_chroma(
@@ -213,9 +132,7 @@ def run_chroma(
         given = padded_prompt(batch, text_len, seed + i, sign)
         kwargs[f"{sign}prompt_embeds"] = given[f"{sign}prompt_embeds"].to(dtype)
         kwargs[f"{sign}prompt_attention_mask"] = given[f"{sign}prompt_attention_mask"].to(mask_dtype or dtype)
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, guidance_scale=cfg, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_zimage(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -229,10 +146,7 @@ def run_zimage(pipe, grid=(8, 12), steps=3, batch=1, text_len=7, cfg=1.0, seed=0
         return [embeddings(1, text_len + 30 * i, seed + i)[0].to(dtype) for i in range(batch)]
 
     kwargs |= {"prompt_embeds": prompts(seed + 1), "negative_prompt_embeds": prompts(seed + 11)}
-    size = {"height": grid[0] * 16, "width": grid[1] * 16, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    options = {"guidance_scale": cfg - 1, "generator": generator, "output_type": "latent"}
-    return pipe(**size, **options, **kwargs).images
+    return run(pipe, grid, steps, seed, guidance_scale=cfg - 1, **kwargs)
 
 
 def run_hunyuanimage(
@@ -256,9 +170,7 @@ def run_hunyuanimage(
     if cfg > 1:
         kwargs |= {f"negative_{name}": x for name, x in prompt(seed + 4).items()}
     pipe.guider = pipe.guider.new(guidance_scale=cfg)
-    size = {"height": grid[0] * 32, "width": grid[1] * 32, "num_inference_steps": steps}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, generator=generator, output_type="latent", **kwargs).images
+    return run(pipe, grid, steps, seed, pixels=32, **kwargs)
 
 
 PIPELINES = {

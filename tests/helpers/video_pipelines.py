@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pipelines import TEXT_DIM, embeddings, padded_prompt, tell_norms_apart
+from tiny_pipelines import (
+    TEXT_DIM,
+    embeddings,
+    loop_of,
+    padded_prompt,
+    pipeline_of,
+    random_transformer,
+    run,
+    tell_norms_apart,
+)
 
 
 def make_hunyuan(seed: int = 0, **config):
     """A HunyuanVideoPipeline of 2 double and 2 single blocks, 2 heads of 16, distilled unless configured."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
-    )
-
     sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (4, 6, 6), "num_refiner_layers": 1}
     sizes |= {"text_embed_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
-    torch.manual_seed(seed)
-    transformer = HunyuanVideoTransformer3DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = HunyuanVideoPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("HunyuanVideoTransformer3DModel", sizes, config, seed, norms=".attn.norm_")
+    return pipeline_of("HunyuanVideoPipeline", made)
 
 
 def make_hunyuan15(seed: int = 0, **config):
@@ -35,122 +31,84 @@ def make_hunyuan15(seed: int = 0, **config):
 
     if not hasattr(diffusers, "HunyuanVideo15Pipeline"):
         pytest.skip(f"diffusers {diffusers.__version__} has no HunyuanVideo 1.5")
-    from diffusers import (
-        AutoencoderKLHunyuanVideo15,
-        ClassifierFreeGuidance,
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanVideo15Pipeline,
-        HunyuanVideo15Transformer3DModel,
-    )
+    from diffusers import AutoencoderKLHunyuanVideo15, ClassifierFreeGuidance
 
     sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "num_refiner_layers": 1}
     sizes |= {"in_channels": 9, "out_channels": 4, "rope_axes_dim": (4, 6, 6), "mlp_ratio": 2.0}
     sizes |= {"text_embed_dim": TEXT_DIM, "text_embed_2_dim": TEXT_DIM, "image_embed_dim": TEXT_DIM}
-    torch.manual_seed(seed)
-    transformer = HunyuanVideo15Transformer3DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    pipe = HunyuanVideo15Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None, text_encoder_2=None,
-        tokenizer_2=None, transformer=transformer, guider=ClassifierFreeGuidance(),
-        vae=AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1),
-    )  # fmt: skip
+    made = random_transformer("HunyuanVideo15Transformer3DModel", sizes, config, seed, norms=".attn.norm_")
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(32,) * 5, layers_per_block=1)
+    pipe = pipeline_of("HunyuanVideo15Pipeline", made, vae=vae, guider=ClassifierFreeGuidance())
     pipe.vae = None  # of which only the constructor asks the number of channels
     pipe.vision_num_semantic_tokens = 3
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def make_ltx(seed: int = 0, **config):
     """An LTXPipeline of 3 blocks, 2 heads of 16, for embeddings in, packed latents out."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
     sizes |= {"cross_attention_dim": 32, "caption_channels": TEXT_DIM, "num_layers": 3}
-    torch.manual_seed(seed)
-    transformer = LTXVideoTransformer3DModel(**{**sizes, **config}).eval()
-    pipe = LTXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("LTXVideoTransformer3DModel", sizes, config, seed)
+    return pipeline_of("LTXPipeline", made)
 
 
 def make_ltx2(seed: int = 0, **config):
     """A loop around LTX-2's transformer of 3 blocks, 2 heads of 16, and 2 of 8 for audio."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
-    from loops import Loop
-
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
     sizes |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 8, "audio_in_channels": 4}
     sizes |= {"audio_out_channels": 4, "cross_attention_dim": 32, "audio_cross_attention_dim": 16}
     sizes |= {"caption_channels": TEXT_DIM, "num_layers": 3, "rope_type": "split"}
-    torch.manual_seed(seed)
-    transformer = LTX2VideoTransformer3DModel(**{**sizes, **config}).eval()
-    return Loop(transformer, FlowMatchEulerDiscreteScheduler())
+    made = random_transformer("LTX2VideoTransformer3DModel", sizes, config, seed)
+    return loop_of(made)
 
 
 def make_cogvideox(seed: int = 0, **config):
     """A CogVideoXPipeline of 3 blocks, 2 heads of 16, with rotary embedding unless configured."""
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from diffusers import CogVideoXDDIMScheduler
 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
     sizes |= {"text_embed_dim": TEXT_DIM, "time_embed_dim": 16, "num_layers": 3, "max_text_seq_length": 7}
     sizes |= {"sample_width": 16, "sample_height": 12, "sample_frames": 9}
-    torch.manual_seed(seed)
-    config = {"use_rotary_positional_embeddings": True, **config}
-    transformer = CogVideoXTransformer3DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".norm_")
-    pipe = CogVideoXPipeline(
-        scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction"), vae=None, text_encoder=None,
-        tokenizer=None, transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    sizes |= {"use_rotary_positional_embeddings": True}
+    made = random_transformer("CogVideoXTransformer3DModel", sizes, config, seed, norms=".norm_")
+    return pipeline_of(
+        "CogVideoXPipeline", made, scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    )
 
 
 def make_mochi(seed: int = 0, **config):
     """A loop around Mochi's transformer of 3 blocks, 2 heads of 16: its pipeline makes no single step."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, MochiTransformer3DModel
-    from loops import Loop
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "num_layers": 3}
     sizes |= {"text_embed_dim": TEXT_DIM, "pooled_projection_dim": 24, "time_embed_dim": 16}
-    torch.manual_seed(seed)
-    transformer = MochiTransformer3DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".norm_")
-    torch.nn.init.normal_(transformer.pos_frequencies)  # zeros say nothing of places
-    return Loop(transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    made = random_transformer("MochiTransformer3DModel", sizes, config, seed, norms=".norm_")
+    torch.nn.init.normal_(made.pos_frequencies)  # zeros say nothing of places
+    return loop_of(made, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
 
 def make_kandinsky5(seed: int = 0, **config):
     """A loop around Kandinsky 5's transformer of 3 blocks, 2 heads of 16; its gates are zero as made."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel
-    from loops import Loop
-
     sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": TEXT_DIM, "in_text_dim2": TEXT_DIM}
     sizes |= {"time_dim": 16, "model_dim": 32, "ff_dim": 48, "num_text_blocks": 1, "num_visual_blocks": 3}
-    torch.manual_seed(seed)
-    transformer = Kandinsky5Transformer3DModel(**{**sizes, "axes_dims": (4, 6, 6), **config}).eval()
-    for name, weight in transformer.named_parameters():
+    sizes |= {"axes_dims": (4, 6, 6)}
+    made = random_transformer("Kandinsky5Transformer3DModel", sizes, config, seed)
+    for name, weight in made.named_parameters():
         if "modulation" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    tell_norms_apart(transformer, "_norm.weight")
-    return Loop(transformer, FlowMatchEulerDiscreteScheduler())
+    tell_norms_apart(made, "_norm.weight")
+    return loop_of(made)
 
 
 def make_minimaxh3(seed: int = 0, **config):
     """A loop around MiniMax H3's transformer of 3 blocks, 2 heads of 16."""
-    from diffusers import MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
-    from loops import Loop
+    from diffusers import MiniMaxH3Scheduler
 
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_layers": 3}
     sizes |= {"num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 2, "audio_in_channels": 4}
     sizes |= {"text_dim": TEXT_DIM, "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2}
-    torch.manual_seed(seed)
-    transformer = MiniMaxH3Transformer3DModel(**{**sizes, **config}).eval()
-    tell_norms_apart(transformer, ".attn.norm_")
-    return Loop(transformer, MiniMaxH3Scheduler(shift=1.0))
+    made = random_transformer("MiniMaxH3Transformer3DModel", sizes, config, seed, norms=".attn.norm_")
+    return loop_of(made, MiniMaxH3Scheduler(shift=1.0))
 
 
 def run_hunyuan(
@@ -168,16 +126,7 @@ def run_hunyuan(
     kwargs |= prompt(text_len, seed + 1)
     if cfg > 1:
         kwargs |= {f"negative_{name}": x for name, x in prompt(text_len + 4, seed + 2).items()}
-    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        **size,
-        num_inference_steps=steps,
-        true_cfg_scale=cfg,
-        generator=generator,
-        output_type="latent",
-        **kwargs,
-    ).frames
+    return run(pipe, grid, steps, seed, true_cfg_scale=cfg, **kwargs)
 
 
 def run_hunyuan15(
@@ -201,25 +150,14 @@ def run_hunyuan15(
     if cfg > 1:
         kwargs |= {f"negative_{name}": x for name, x in prompt(text_len + 4, seed + 2).items()}
     pipe.guider = pipe.guider.new(guidance_scale=cfg)
-    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**size, num_inference_steps=steps, generator=generator, output_type="latent", **kwargs).frames
+    return run(pipe, grid, steps, seed, **kwargs)
 
 
 def run_ltx(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
     """Packed latents (B, F * H * W, C); `cfg` above 1 doubles the batch of the transformer."""
     kwargs |= padded_prompt(batch, text_len, seed + 1)
     kwargs |= padded_prompt(batch, text_len, seed + 2, "negative_")
-    size = {"num_frames": (grid[0] - 1) * 8 + 1, "height": grid[1] * 32, "width": grid[2] * 32}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        **size,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        generator=generator,
-        output_type="latent",
-        **kwargs,
-    ).frames
+    return run(pipe, grid, steps, seed, pixels=32, frames=8, guidance_scale=cfg, **kwargs)
 
 
 def run_ltx2(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -245,16 +183,7 @@ def run_cogvideox(
     kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
     kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
     frames = grid[0] * (pipe.transformer.config.patch_size_t or 1)
-    size = {"num_frames": (frames - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        **size,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        generator=generator,
-        output_type="latent",
-        **kwargs,
-    ).frames
+    return run(pipe, (frames, *grid[1:]), steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_mochi(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=7, cfg=1.0, seed=0) -> torch.Tensor:

@@ -3,71 +3,51 @@
 from __future__ import annotations
 
 import torch
-from tiny_pipelines import TEXT_DIM, embeddings
+from tiny_pipelines import TEXT_DIM, embeddings, loop_of, pipeline_of, random_transformer, run
+
+SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 16,
+    "ffn_dim": 64,
+    "num_layers": 3,
+}
 
 
 def make_wan(seed: int = 0, two: bool = False, expand_timesteps: bool = False, **config):
     """A WanPipeline of 3 blocks, 2 heads of 16; `two` gives it the two transformers of Wan 2.2."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    torch.manual_seed(seed)
-    transformers = [WanTransformer3DModel(**{**sizes, **config}).eval() for _ in range(1 + two)]
-    pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformers[0], transformer_2=transformers[1] if two else None,
-        boundary_ratio=0.5 if two else None, expand_timesteps=expand_timesteps,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("WanTransformer3DModel", SIZES, config, seed)
+    parts = {"transformer_2": None, "boundary_ratio": None, "expand_timesteps": expand_timesteps}
+    if two:
+        second = random_transformer("WanTransformer3DModel", SIZES, config, seed=None)
+        parts |= {"transformer_2": second, "boundary_ratio": 0.5}
+    return pipeline_of("WanPipeline", made, **parts)
 
 
 def make_skyreels(seed: int = 0, pipeline: str = "SkyReelsV2Pipeline", **config):
     """A SkyReelsV2Pipeline, or one for diffusion forcing, of 3 blocks, 2 heads of 16."""
-    import diffusers
+    from diffusers import UniPCMultistepScheduler
 
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    torch.manual_seed(seed)
-    transformer = diffusers.SkyReelsV2Transformer3DModel(**{**sizes, **config}).eval()
-    scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-    )
-    pipe = getattr(diffusers, pipeline)(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    made = random_transformer("SkyReelsV2Transformer3DModel", SIZES, config, seed)
+    shifted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+    return pipeline_of(pipeline, made, scheduler=UniPCMultistepScheduler(**shifted))
 
 
 def make_far(seed: int = 0, **config):
     """An AnyFlowFARPipeline of 3 blocks, 2 heads of 16, two chunks of one frame kept in full."""
-    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
+    from diffusers import FlowMapEulerDiscreteScheduler
 
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    sizes |= {"full_chunk_limit": 2, "chunk_partition": (1, 1, 1)}
-    torch.manual_seed(seed)
-    transformer = AnyFlowFARTransformer3DModel(**{**sizes, **config}).eval()
-    pipe = AnyFlowFARPipeline(
-        scheduler=FlowMapEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
-        transformer=transformer,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    sizes = {**SIZES, "full_chunk_limit": 2, "chunk_partition": (1, 1, 1)}
+    made = random_transformer("AnyFlowFARTransformer3DModel", sizes, config, seed)
+    return pipeline_of("AnyFlowFARPipeline", made, scheduler=FlowMapEulerDiscreteScheduler())
 
 
 def _wan_like(kind: str, seed: int, **config):
     """A loop around a transformer of 3 blocks, 2 heads of 16, of one of Wan's relatives."""
-    import diffusers
-    from loops import Loop
-
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    sizes |= {"text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 64, "num_layers": 3}
-    torch.manual_seed(seed)
-    transformer = getattr(diffusers, kind)(**{**sizes, **config}).eval()
-    return Loop(transformer, diffusers.FlowMatchEulerDiscreteScheduler())
+    return loop_of(random_transformer(kind, SIZES, config, seed))
 
 
 def make_animate(seed: int = 0, **config):
@@ -95,16 +75,7 @@ def run_wan(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0,
     kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
     if cfg > 1:
         kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
-    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        **size,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        generator=generator,
-        output_type="latent",
-        **kwargs,
-    ).frames
+    return run(pipe, grid, steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_far(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0, **kwargs) -> torch.Tensor:
@@ -112,10 +83,7 @@ def run_far(pipe, grid=(3, 6, 8), steps=3, batch=1, text_len=5, cfg=1.0, seed=0,
     kwargs |= {"prompt_embeds": embeddings(batch, text_len, seed + 1)}
     if cfg > 1:
         kwargs |= {"negative_prompt_embeds": embeddings(batch, text_len, seed + 2)}
-    size = {"num_frames": (grid[0] - 1) * 4 + 1, "height": grid[1] * 16, "width": grid[2] * 16}
-    generator = torch.Generator().manual_seed(seed)
-    options = {"num_inference_steps": steps, "guidance_scale": cfg, "generator": generator}
-    return pipe(**size, **options, output_type="latent", **kwargs).frames
+    return run(pipe, grid, steps, seed, guidance_scale=cfg, **kwargs)
 
 
 def run_wan_like(
