@@ -1,14 +1,16 @@
 """Distilled students side by side: `python -m dit_accel.evals.benchmarks.students tiny-flux --work DIR`.
 
-Each pattern of `IMAGE` or `VIDEO` is distilled from the model for as many steps, on the same drawn scenes, by
+Each pattern of a kind is distilled from the model for as many steps, on the same drawn scenes, by
 `dit_accel.distill`; then it draws held-out captions, before and after, and the untouched model does too.
-Said of each: the time of a step, the share of the captions' attributes that are drawn, and the Fréchet
-distance to the captions' own scenes by the features of the bundled encoder. `--transfer-size`: the same
-adapters at a size that they were not trained on; `--tuned`: on a pipeline folder, a fine-tuned copy of the
-model. What was done is kept in --work, and the same command goes on from there.
+`--kind longer`: not students of the model but of the scenes alone, for videos longer than it knows.
+Said of each: the time of a call and of one with gradients, beside dense ones; the share of the captions'
+attributes that are drawn, and the Fréchet distance to the captions' own scenes by the features of the bundled
+encoder. `--transfer-size`: the same adapters at a size that they were not trained on; `--tuned`: on a
+pipeline folder, a fine-tuned copy of the model. What was done is kept in --work, and the same command goes on
+from there.
 
-Rows are appended to `students_cpu.csv`, `students_cpu.md` is written anew, and pictures and curves of the
-loss go to `students/`, all under `--out`.
+Rows are appended to `students_cpu.csv` under `--out`; a page, pictures and curves of the loss of the model
+are written anew, in `students/`.
 """
 
 from __future__ import annotations
@@ -17,181 +19,33 @@ import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dit_accel import distill, media
+from dit_accel import media
 from dit_accel.environment import environment
 from dit_accel.files import atomic
-from dit_accel.generation import load
-from dit_accel.json_files import check_same, read_json, write_json
-from dit_accel.patterns import Agent, Clear, InLine, SparseLinear, VideoSparse
-from dit_accel.pipelines.tiny import caption, world_of
-from dit_accel.pipelines.tiny.checker import score
-from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
-from dit_accel.pipelines.tiny.scene_folder import write_scenes
+from dit_accel.pipelines.tiny import caption
 from dit_accel.plots import check_plot
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
-from dit_accel.scorers.pretrained import Sources
 
-from ..metrics.distribution import frechet
-from ..metrics.features import Scenes
 from .attention import interleaved
 from .dense_calls import call_errors, called, record
+from .student_runs import KINDS, Bench, Others
 from .table import RESULTS, append, machine, markdown, row
 
-IMAGE = {
-    "CLEAR": Recipe(Clear(6)),
-    "CLEAR with pooled keys": Recipe(Clear(4, downsample=4)),
-    "sparse-linear": Recipe(SparseLinear(top_k=0.1, block_size=(16, 16))),
-    "VSA": Recipe(VideoSparse(top_k=0.1, cube=(1, 4, 4))),
-    "agents": Recipe(Agent((1, 4, 4))),
-    "InLine": Recipe(InLine()),
-}
-VIDEO = {
-    "sparse-linear": Recipe(SparseLinear(top_k=0.1, block_size=(16, 16))),
-    "VSA": Recipe(VideoSparse(top_k=0.1)),
-    "agents": Recipe(Agent((2, 4, 4))),
-    "InLine": Recipe(InLine()),
-}
-TRAINED = {"rank": None, "rate": 1e-3, "save_every": 50}
-HEADINGS = ("student", "block density", "step / dense", "error before", "error after", "attributes before",
-            "attributes after", "Fréchet before", "Fréchet after")  # fmt: skip
+HEADINGS = ("student", "block density", "step / dense", "with gradients / dense", "error before",
+            "error after", "attributes before", "attributes after", "Fréchet before",
+            "Fréchet after")  # fmt: skip
+Quantiles = tuple[float, float, float]
 SMOOTH = 20  # steps that a point of a curve is the mean of
 SHOWN = 6  # pictures in a row of the sheet
-
-
-@dataclass(eq=False)
-class Bench:
-    """A bundled model, what its students are trained on and what they are measured by.
-
-    Attributes:
-        model: its name.
-        pipe: the pipeline.
-        run: options of `generate`, less prompts, seeds and size.
-        size: frames, height, width in pixels.
-        scenes: whose captions are drawn; their seeds count from 0.
-        steps: of training.
-        batch: samples of a step of it.
-        folder: what is kept.
-    """
-
-    model: str
-    pipe: Any
-    run: dict[str, Any]
-    size: tuple[int, int, int]
-    scenes: list
-    steps: int
-    batch: int
-    folder: Path
-
-    @classmethod
-    def of(cls, model: str, options: argparse.Namespace) -> Bench:
-        pipe = _pipe(model)
-        size, run = tuple(options.size), {"steps": options.sampling_steps, "guidance": 3.0}
-        folder = options.work / model
-        settings = {"size": list(size), "sampling_steps": run["steps"], "guidance": run["guidance"]}
-        settings |= {"steps": options.steps, "batch": options.batch, "drawn": options.drawn}
-        if (folder / "settings.json").is_file():
-            check_same(read_json(folder / "settings.json"), settings, f"{folder} was begun", "another --work")
-        write_json(folder / "settings.json", settings)
-        scenes = held_out_scenes(options.scenes, video=size[0] > 1, world=world_of(pipe))
-        if not (folder / "drawn" / "metadata.jsonl").is_file():
-            write_scenes(model, folder / "drawn", options.drawn, size)
-        return cls(model, pipe, run, size, scenes, options.steps, options.batch, folder)
-
-    @property
-    def students(self) -> Mapping[str, Recipe]:
-        return VIDEO if self.size[0] > 1 else IMAGE
-
-    # -- training --------------------------------------------------------------------------------------------
-
-    def distilled(self, name: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe with its adapter, and what was said of it; trained once."""
-        out = self.folder / name
-        frames, height, width = self.size
-        call = {"height": height, "width": width, "num_inference_steps": self.run["steps"]}
-        call |= {"num_frames": frames} if frames > 1 else {}
-        said = distill(
-            self.pipe,
-            recipe,
-            self.folder / "drawn",
-            out,
-            call=call,
-            log=self.folder / f"{name} log",
-            progress=True,
-            steps=self.steps,
-            batch=self.batch,
-            at_once=self.batch,
-            **TRAINED,
-        )
-        return replace(recipe, adapter=str(out)), said
-
-    def losses(self, name: str) -> np.ndarray:
-        """Of a training, (steps,)."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        log = EventAccumulator(str(self.folder / f"{name} log"), {"scalars": 0})
-        log.Reload()
-        last = {event.step: event.value for event in log.Scalars("loss")}  # going on says them anew
-        return np.array([last[step] for step in sorted(last)])
-
-    # -- drawing ---------------------------------------------------------------------------------------------
-
-    def drawn(
-        self,
-        name: str,
-        recipe: Recipe | None,
-        size: tuple[int, int, int] | None = None,
-        pipe: Any = None,
-        count: int | None = None,
-    ) -> np.ndarray:
-        """Held-out scenes as a pipeline draws them, uint8 (scenes, frames, height, width, 3); made once."""
-        size, scenes = size or self.size, self.scenes[:count]
-        path = self.folder / "pictures" / f"{name} {'x'.join(map(str, size))}.npy"
-        if path.is_file() and len(found := np.load(path)) == len(scenes):
-            return found
-        made = []
-        with nullcontext() if recipe is None else accelerated(pipe or self.pipe, recipe):
-            for start in range(0, len(scenes), 8):
-                numbers = range(start, min(start + 8, len(scenes)))
-                pixels = generate(
-                    pipe or self.pipe,
-                    [caption(scenes[number]) for number in numbers],
-                    list(numbers),
-                    size=size[1:],
-                    frames=size[0],
-                    **self.run,
-                )
-                made.append((pixels.reshape(len(numbers), *size, 3) * 255).round().astype(np.uint8))
-        with atomic(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate(made))
-        return np.load(path)
-
-    def attributes(self, pictures: np.ndarray) -> float:
-        """The share of the captions' attributes that are in them."""
-        world = world_of(self.pipe)
-        seen = [world.check((one if len(one) > 1 else one[0]) / np.float32(255)) for one in pictures]
-        return score(seen, [scene.attributes for scene in self.scenes[: len(pictures)]])["mean"]
-
-    def distance(self, pictures: np.ndarray) -> float:
-        """The Fréchet distance of their middle frames to the scenes of the captions."""
-        frames, height, width = pictures.shape[1:4]
-        world = world_of(self.pipe)
-        true = [
-            media.to_uint8(world.render(scene, height, width, frames)).reshape(frames, height, width, 3)
-            for scene in self.scenes[: len(pictures)]
-        ]
-        extractor = _extractor()
-        return frechet(*(extractor([one[frames // 2] for one in some]) for some in (pictures, true)))
 
 
 @dataclass(frozen=True)
@@ -200,14 +54,15 @@ class Result:
 
     Attributes:
         density: pairs in computed blocks, as a share of all.
-        time: of a call, as a share of a dense one's.
+        time, gradients: of a call, and of one with gradients, as shares of a dense one's.
         errors: of the prediction on held-out samples, mean squared distance to the teacher's.
         attributes, distances: of what is drawn, before and after.
     """
 
     name: str
     density: float = 1.0
-    time: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    time: Quantiles = (1.0, 1.0, 1.0)
+    gradients: Quantiles = (1.0, 1.0, 1.0)
     errors: tuple[float, float] = (0.0, 0.0)
     attributes: tuple[float, float] = (0.0, 0.0)
     distances: tuple[float, float] = (0.0, 0.0)
@@ -217,37 +72,37 @@ class Result:
     def cells(self) -> list[str]:
         errors = [f"{value:.4f}" for value in self.errors]
         drawn = [f"{value:.3f}" for value in self.attributes] + [f"{value:.2f}" for value in self.distances]
-        return [self.name, f"{self.density:.3f}", f"{self.time[1]:.2f}", *errors, *drawn,
+        times = [f"{self.time[1]:.2f}", f"{self.gradients[1]:.2f}"]
+        return [self.name, f"{self.density:.3f}", *times, *errors, *drawn,
                 *(f"{value:.3f}" for value in self.others.values())]  # fmt: skip
 
 
-def _pipe(model: str | Path) -> Any:
-    pipe = load(str(model), torch.float32, torch.device("cpu"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@cache
-def _extractor() -> Scenes:
-    return Scenes(Sources(), torch.device("cpu"))
-
-
-def step_time(bench: Bench, recipe: Recipe, repeats: int) -> tuple[float, tuple[float, float, float]]:
-    """Block density of a call under a recipe, and its time as a share of a dense one's."""
+def step_times(bench: Bench, recipe: Recipe, repeats: int) -> tuple[float, Quantiles, Quantiles]:
+    """Block density of a call under a recipe, and its time without and with gradients, beside dense ones."""
     frames, *size = bench.size
     run = {**bench.run, "size": tuple(size), "frames": frames, "steps": 2}
     calls, _ = record(bench.pipe, [0], {"prompts": [caption(bench.scenes[0])], "seeds": [0], **run})
     inputs, later = calls[0].inputs, itertools.count()
-    twin = copy.deepcopy(bench.pipe.transformer)
-    density = call_errors(bench.pipe.transformer, recipe, calls)[1]
-    with accelerated(bench.pipe.transformer, recipe):
-        dense, times = interleaved(
-            lambda: called(twin, inputs),
-            lambda: called(bench.pipe.transformer, {**inputs, "timestep": inputs["timestep"] - next(later)}),
-            repeats,
-        )
-    low, middle, high = (time / dense[1] for time in times)
-    return density, (low, middle, high)
+    own, twin = bench.pipe.transformer, copy.deepcopy(bench.pipe.transformer)
+    density = call_errors(own, recipe, calls)[1]
+
+    def time(call: Callable[[torch.nn.Module, dict], Any]) -> Quantiles:
+        def sparse() -> None:
+            call(own, {**inputs, "timestep": inputs["timestep"] - next(later)})
+
+        dense, times = interleaved(lambda: call(twin, inputs), sparse, repeats)
+        low, middle, high = (one / dense[1] for one in times)
+        return low, middle, high
+
+    with accelerated(own, recipe):
+        return density, time(called), time(with_gradients)
+
+
+def with_gradients(transformer: torch.nn.Module, inputs: dict[str, Any]) -> None:
+    """A call, and gradients of all weights."""
+    with torch.enable_grad():
+        transformer(**inputs)[0].square().mean().backward()
+    transformer.zero_grad(set_to_none=True)
 
 
 def results(bench: Bench, others: Others, repeats: int) -> Iterator[Result]:
@@ -260,37 +115,12 @@ def results(bench: Bench, others: Others, repeats: int) -> Iterator[Result]:
         both = [bench.drawn(f"{name} before", recipe), bench.drawn(name, tuned)]
         yield Result(
             name,
-            *step_time(bench, recipe, repeats),
+            *step_times(bench, recipe, repeats),
             (said["error_without"], said["error"]),
             tuple(map(bench.attributes, both)),
             tuple(map(bench.distance, both)),
             others(bench, name, tuned),
         )
-
-
-@dataclass(frozen=True)
-class Others:
-    """Attributes elsewhere: at sizes that were not trained on, and of a fine-tuned copy of the model.
-
-    Attributes:
-        sizes: frames, height, width in pixels.
-        tuned: pipeline folder of a copy.
-        count: scenes of each.
-    """
-
-    sizes: tuple[tuple[int, int, int], ...] = ()
-    tuned: Path | None = None
-    count: int = 16
-
-    def __call__(self, bench: Bench, name: str, recipe: Recipe | None) -> dict[str, float]:
-        found = {}
-        for size in self.sizes:
-            pictures = bench.drawn(name, recipe, size, count=self.count)
-            found[f"at {'x'.join(map(str, size[size[0] == 1 :]))}"] = bench.attributes(pictures)
-        if self.tuned is not None:
-            pictures = bench.drawn(f"{name} tuned", recipe, pipe=_pipe(self.tuned), count=self.count)
-            found["on a tuned copy"] = bench.attributes(pictures)
-        return found
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -328,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a bundled model")
     parser.add_argument("--size", type=int, nargs=3, default=(1, 256, 256), help="frames, height and width")
+    parser.add_argument("--kind", choices=KINDS, help="default: image or video, as the size is")
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--batch", type=int, default=4, help="samples of a step")
     parser.add_argument("--drawn", type=int, default=512, help="scenes to train on")
@@ -342,15 +173,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of what was done")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    pictures = options.out / "students"
-    check_plot(pictures / f"{options.model}-loss.png")
     here, bench = environment(), Bench.of(options.model, options)
+    pictures = options.out / "students"
+    check_plot(loss := pictures / f"{bench.label}-loss.png")
     others = Others(tuple(map(tuple, options.transfer_size)), options.tuned, options.transfer_scenes)
-    lines, shape = [], f"{options.model} {'x'.join(map(str, bench.size))}"
+    lines, shape = [], f"{bench.label} {'x'.join(map(str, bench.size))}"
     for one in results(bench, others, options.repeats):
         lines.append(one.cells)
         print(*lines[-1], sep=" | ", flush=True)
-        values = {"block density": one.density, "step / dense": one.time, "error": one.errors[1],
+        values = {"block density": one.density, "step / dense": one.time,
+                  "with gradients / dense": one.gradients, "error": one.errors[1],
                   "attributes before": one.attributes[0], "attributes": one.attributes[1],
                   "Frechet distance before": one.distances[0], "Frechet distance": one.distances[1],
                   **{f"attributes {name}": value for name, value in one.others.items()}}  # fmt: skip
@@ -360,17 +192,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
     title = f"{shape}, {options.steps} steps of {options.batch} samples"
     pictures.mkdir(parents=True, exist_ok=True)
-    plot({name: bench.losses(name) for name in bench.students}, pictures / f"{options.model}-loss.png", title)
-    media.save(pictures / f"{options.model}.png", sheet(bench)[None])
+    plot({name: bench.losses(name) for name in bench.students}, loss, title)
+    media.save(pictures / f"{bench.label}.png", sheet(bench)[None])
     text = [
-        "# Students side by side\n", __doc__.partition("\n\n")[2], f"{machine(here)}.\n",
+        "# Students side by side\n", __doc__.split("\n\n")[1] + "\n", f"{machine(here)}.\n",
         f"## {title}; {options.scenes} captions, {options.sampling_steps} sampling steps\n",
         markdown([*HEADINGS, *(f"attributes {name}" for name in one.others)], lines),
-        f"![loss](students/{options.model}-loss.png)\n",
+        f"![loss]({loss.name})\n",
         "Rows: the untouched model, then each student before and after.\n",
-        f"![pictures](students/{options.model}.png)\n",
+        f"![pictures]({bench.label}.png)\n",
     ]  # fmt: skip
-    (options.out / "students_cpu.md").write_text("\n".join(text))
+    (pictures / f"{bench.label}.md").write_text("\n".join(text))
     return 0
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_accel import Recipe
-from dit_accel.evals.benchmarks import students
+from dit_accel.evals.benchmarks import student_runs, students
 from dit_accel.patterns import Agent, Clear
 
 SMALL = ["--size", "1", "48", "64", "--steps", "2", "--batch", "2", "--drawn", "16", "--scenes", "2",
@@ -19,7 +19,8 @@ def table(tmp_path_factory):
     pytest.importorskip("matplotlib")
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(students, "IMAGE", {"near": Recipe(Clear(1)), "agents": Recipe(Agent((1, 2, 2)))})
+        two = {"near": Recipe(Clear(1)), "agents": Recipe(Agent((1, 2, 2)))}
+        patched.setitem(student_runs.KINDS, "image", (two, {"rank": 2}))
         run = ["tiny-flux", *SMALL, "--work", str(work), "--out", str(out)]
         assert students.main(run) == 0
         yield run, work, out
@@ -27,13 +28,13 @@ def table(tmp_path_factory):
 
 def test_every_student_has_a_row(table):
     _, _, out = table
-    text = (out / "students_cpu.md").read_text()
+    text = (out / "students" / "tiny-flux.md").read_text()
     assert "## tiny-flux 1x48x64, 2 steps of 2 samples; 2 captions, 2 sampling steps" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in rows[2:]] == ["| dense", "| near", "| agents"]
     assert all(line.count("|") == rows[0].count("|") for line in rows)
     assert rows[0].endswith("| attributes at 64x80 |")
-    assert len((out / "students_cpu.csv").read_text().splitlines()) == 1 + 3 * 8
+    assert len((out / "students_cpu.csv").read_text().splitlines()) == 1 + 3 * 9
 
 
 def test_pictures_and_curves(table):
@@ -55,7 +56,7 @@ def test_the_adapter_changes_what_is_drawn(table):
 
 def test_goes_on_from_what_was_done(table, monkeypatch):
     run, _, _ = table
-    monkeypatch.setattr(students, "generate", None)  # drawn already
+    monkeypatch.setattr(student_runs, "generate", None)  # drawn already
     assert students.main(run) == 0
     other = [*run, "--steps", "3"]
     with pytest.raises(ValueError, match="another --work"):
@@ -64,5 +65,5 @@ def test_goes_on_from_what_was_done(table, monkeypatch):
 
 def test_curves_are_of_every_step_once(table):
     _, work, _ = table
-    bench = students.Bench("tiny-flux", None, {}, (1, 48, 64), [], 2, 2, work / "tiny-flux")
+    bench = student_runs.Bench("tiny-flux", "image", None, {}, (1, 48, 64), [], 2, 2, work / "tiny-flux")
     assert bench.losses("near").shape == (2,)
