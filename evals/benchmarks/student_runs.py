@@ -28,6 +28,7 @@ from dit_accel.scorers.pretrained import Sources
 
 from ..metrics.distribution import frechet
 from ..metrics.features import Scenes
+from .recoloured import exchanged, recoloured
 
 KINDS: dict[str, tuple[dict[str, Recipe], dict[str, Any]]] = {  # with options of training
     "image": (
@@ -116,20 +117,24 @@ class Bench:
     def label(self) -> str:
         return self.folder.name
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        frames, height, width = self.size
+        call = {"height": height, "width": width, "num_inference_steps": self.run["steps"]}
+        return call | ({"num_frames": frames} if frames > 1 else {})
+
     # -- training --------------------------------------------------------------------------------------------
 
     def distilled(self, name: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
         """The recipe with its adapter, and what was said of it; trained once."""
         out = self.folder / name
-        frames, height, width = self.size
-        call = {"height": height, "width": width, "num_inference_steps": self.run["steps"]}
-        call |= {"num_frames": frames} if frames > 1 else {}
         said = distill(
             self.pipe,
             recipe,
             self.folder / "drawn",
             out,
-            call=call,
+            call=self.call,
             log=self.folder / f"{name} log",
             progress=True,
             steps=self.steps,
@@ -181,6 +186,11 @@ class Bench:
             np.save(file, np.concatenate(made))
         return np.load(path)
 
+    def recoloured(self, steps: int) -> Any:
+        """A copy of the pipeline that is fine-tuned to draw in exchanged colours."""
+        drawn, out = self.folder / "drawn", self.folder / "recoloured"
+        return _pipe(recoloured(_pipe(self.model), drawn, out, self.call, steps, self.batch))
+
     def attributes(self, pictures: np.ndarray) -> float:
         """The share of the captions' attributes that are in them."""
         world = world_of(self.pipe)
@@ -205,12 +215,12 @@ class Others:
 
     Attributes:
         sizes: frames, height, width in pixels.
-        tuned: pipeline folder of a copy.
+        recoloured: steps of the copy's training; 0: there is none.
         count: scenes of each.
     """
 
     sizes: tuple[tuple[int, int, int], ...] = ()
-    tuned: Path | None = None
+    recoloured: int = 0
     count: int = 16
 
     def __call__(self, bench: Bench, name: str, recipe: Recipe | None) -> dict[str, float]:
@@ -218,9 +228,10 @@ class Others:
         for size in self.sizes:
             pictures = bench.drawn(name, recipe, size, count=self.count)
             found[f"at {'x'.join(map(str, size[size[0] == 1 :]))}"] = bench.attributes(pictures)
-        if self.tuned is not None:
-            pictures = bench.drawn(f"{name} tuned", recipe, pipe=_pipe(self.tuned), count=self.count)
-            found["on a tuned copy"] = bench.attributes(pictures)
+        if self.recoloured:
+            copy = bench.recoloured(self.recoloured)
+            pictures = bench.drawn(f"{name} recoloured", recipe, pipe=copy, count=self.count)
+            found["of a tuned copy"] = bench.attributes(exchanged(pictures, back=True))
         return found
 
 

@@ -5,9 +5,9 @@ Each pattern of a kind is distilled from the model for as many steps, on the sam
 `--kind longer`: not students of the model but of the scenes alone, for videos longer than it knows.
 Said of each: the time of a call and of one with gradients, beside dense ones; the share of the captions'
 attributes that are drawn, and the Fréchet distance to the captions' own scenes by the features of the bundled
-encoder. `--transfer-size`: the same adapters at a size that they were not trained on; `--tuned`: on a
-pipeline folder, a fine-tuned copy of the model. What was done is kept in --work, and the same command goes on
-from there.
+encoder. `--transfer-size`: the same adapters at a size that they were not trained on; `--recoloured`: on a
+copy of the model that is fine-tuned to draw in exchanged colours. What was done is kept in --work, and the
+same command goes on from there.
 
 Rows are appended to `students_cpu.csv` under `--out`; a page, pictures and curves of the loss of the model
 are written anew, in `students/`.
@@ -167,7 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--transfer-size", type=int, nargs=3, action="append", default=[], help="another size to draw at"
     )
-    parser.add_argument("--tuned", type=Path, help="pipeline folder of a fine-tuned copy of the model")
+    parser.add_argument(
+        "--recoloured", type=int, default=0, metavar="STEPS", help="of training of a copy to draw with, too"
+    )
     parser.add_argument("--transfer-scenes", type=int, default=16, help="captions of these")
     parser.add_argument("--repeats", type=int, default=3, help="of timed calls")
     parser.add_argument("--work", type=Path, required=True, help="folder of what was done")
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     here, bench = environment(), Bench.of(options.model, options)
     pictures = options.out / "students"
     check_plot(loss := pictures / f"{bench.label}-loss.png")
-    others = Others(tuple(map(tuple, options.transfer_size)), options.tuned, options.transfer_scenes)
+    others = Others(tuple(map(tuple, options.transfer_size)), options.recoloured, options.transfer_scenes)
     lines, shape = [], f"{bench.label} {'x'.join(map(str, bench.size))}"
     for one in results(bench, others, options.repeats):
         lines.append(one.cells)

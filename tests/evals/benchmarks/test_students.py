@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dit_accel import Recipe
-from dit_accel.evals.benchmarks import student_runs, students
+from dit_accel.evals.benchmarks import recoloured, student_runs, students
 from dit_accel.patterns import Agent, Clear
 
 SMALL = ["--size", "1", "48", "64", "--steps", "2", "--batch", "2", "--drawn", "16", "--scenes", "2",
          "--sampling-steps", "2", "--repeats", "1", "--transfer-size", "1", "64", "80",
-         "--transfer-scenes", "1"]  # fmt: skip
+         "--transfer-scenes", "1", "--recoloured", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_every_student_has_a_row(table):
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in rows[2:]] == ["| dense", "| near", "| agents"]
     assert all(line.count("|") == rows[0].count("|") for line in rows)
-    assert rows[0].endswith("| attributes at 64x80 |")
-    assert len((out / "students_cpu.csv").read_text().splitlines()) == 1 + 3 * 9
+    assert rows[0].endswith("| attributes at 64x80 | attributes of a tuned copy |")
+    assert len((out / "students_cpu.csv").read_text().splitlines()) == 1 + 3 * 10
 
 
 def test_pictures_and_curves(table):
@@ -67,3 +67,16 @@ def test_curves_are_of_every_step_once(table):
     _, work, _ = table
     bench = student_runs.Bench("tiny-flux", "image", None, {}, (1, 48, 64), [], 2, 2, work / "tiny-flux")
     assert bench.losses("near").shape == (2,)
+
+
+def test_exchanged_colours():
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert recoloured.exchanged(picture)[0, 0].tolist() == [2, 0, 1]
+    assert (recoloured.exchanged(recoloured.exchanged(picture), back=True) == picture).all()
+
+
+def test_the_copy_is_another_model(table):
+    _, work, _ = table
+    folder = work / "tiny-flux" / "pictures"
+    own, copy = (np.load(folder / f"near{name} 1x48x64.npy") for name in ("", " recoloured"))
+    assert (own[:1] != copy).any()
