@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dit_accel import UnavailableError, accelerated, disable, enable, summary
 from dit_accel.attention import video_sparse
+from dit_accel.attention.transformer_call import TransformerCall
 from dit_accel.patterns import Clear, InLine, Neighborhood, VideoSparse
 from dit_accel.pipelines import family_of, load
 from dit_accel.recipe import adapter
@@ -162,8 +163,13 @@ def test_gates_alone_are_what_an_adapter_of_a_model_is(wan, tmp_path):
     )
 
 
-@pytest.mark.parametrize("pattern", [VideoSparse(0.3, (1, 4, 4)), InLine()], ids=["gates", "kernels"])
-def test_fused_projections_are_refused(flux, tmp_path, pattern):
+READING = pytest.mark.parametrize(
+    "pattern", [VideoSparse(0.3, (1, 4, 4)), InLine()], ids=["gates", "kernels"]
+)
+
+
+def learned_by(flux, pattern, folder) -> Recipe:
+    """With an adapter of what the pattern learns, as it is before training."""
     transformer = flux.pipe.transformer
     family, places = family_of(transformer), {module: name for name, module in transformer.named_modules()}
     sizes = family.heads(transformer)
@@ -171,9 +177,30 @@ def test_fused_projections_are_refused(flux, tmp_path, pattern):
         places[module]: pattern.learned(layer_sizes(family, module, *sizes))
         for module in family.found_layers(transformer).values()
     }
-    adapter.write_weights(tmp_path / "gates", {}, learned=learned)
+    adapter.write_weights(folder, {}, learned=learned)
+    return Recipe(pattern, adapter=folder)
+
+
+@READING
+def test_a_part_of_the_input_is_refused(flux, tmp_path, monkeypatch, pattern):
+    """As processes that share a call have it."""
     pipe = flux.make()
-    with accelerated(pipe, Recipe(pattern, adapter=tmp_path / "gates")):
+    expected = flux.run(pipe, steps=1)
+    with accelerated(pipe, learned_by(flux, pattern, tmp_path / "gates")):
+        with monkeypatch.context() as patched:
+            patched.setattr(TransformerCall, "shards_of", lambda call, layer: object())
+            with pytest.raises(
+                UnavailableError, match=r"have a part each; use one process, or leave `adapter`"
+            ):
+                flux.run(pipe, steps=1)
+        flux.run(pipe, steps=1)
+    assert torch.equal(flux.run(pipe, steps=1), expected)
+
+
+@READING
+def test_fused_projections_are_refused(flux, tmp_path, pattern):
+    pipe = flux.make()
+    with accelerated(pipe, learned_by(flux, pattern, tmp_path / "gates")):
         flux.run(pipe, steps=1)
         pipe.transformer.fuse_qkv_projections()
         with pytest.raises(UnavailableError, match=r"call `unfuse_qkv_projections\(\)`"):
