@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from dit_accel import distill, media
+from dit_accel.distillation.run import SAMPLES, state_beside
 from dit_accel.files import atomic
 from dit_accel.generation import load
 from dit_accel.json_files import check_same, read_json, write_json
@@ -76,6 +78,7 @@ class Bench:
         steps: of training.
         batch: samples of a step of it.
         folder: what is kept.
+        chosen: names of students; empty: all of the kind.
     """
 
     model: str
@@ -87,12 +90,18 @@ class Bench:
     steps: int
     batch: int
     folder: Path
+    chosen: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: str, options: argparse.Namespace) -> Bench:
         pipe = _pipe(model)
         size, run = tuple(options.size), {"steps": options.sampling_steps, "guidance": 3.0}
         kind = options.kind or ("video" if size[0] > 1 else "image")
+        chosen = tuple(options.students)
+        if unknown := [name for name in chosen if name not in KINDS[kind][0]]:
+            raise ValueError(
+                f"students of the kind {kind!r} are {', '.join(KINDS[kind][0])}, got {unknown[0]!r}"
+            )
         folder = options.work / (f"{model}-longer" if kind == "longer" else model)
         settings = {
             "kind": kind,
@@ -107,11 +116,12 @@ class Bench:
         scenes = held_out_scenes(options.scenes, video=size[0] > 1, world=world_of(pipe))
         if not (folder / "drawn" / "metadata.jsonl").is_file():
             write_scenes(model, folder / "drawn", options.drawn, size)
-        return cls(model, kind, pipe, run, size, scenes, options.steps, options.batch, folder)
+        return cls(model, kind, pipe, run, size, scenes, options.steps, options.batch, folder, chosen)
 
     @property
     def students(self) -> Mapping[str, Recipe]:
-        return KINDS[self.kind][0]
+        every = KINDS[self.kind][0]
+        return {name: every[name] for name in self.chosen or every}
 
     @property
     def label(self) -> str:
@@ -128,7 +138,10 @@ class Bench:
 
     def distilled(self, name: str, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
         """The recipe with its adapter, and what was said of it; trained once."""
-        out = self.folder / name
+        out, kept = self.folder / name, self.folder / "samples"
+        own = state_beside(out) / SAMPLES
+        if kept.is_dir() and not own.exists():
+            shutil.copytree(kept, own)
         said = distill(
             self.pipe,
             recipe,
@@ -143,6 +156,8 @@ class Bench:
             **TRAINED,
             **KINDS[self.kind][1],
         )
+        if not kept.exists():
+            shutil.copytree(own, kept)
         return replace(recipe, adapter=str(out)), said
 
     def losses(self, name: str) -> np.ndarray:

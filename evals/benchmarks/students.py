@@ -159,6 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="a bundled model")
     parser.add_argument("--size", type=int, nargs=3, default=(1, 256, 256), help="frames, height and width")
     parser.add_argument("--kind", choices=KINDS, help="default: image or video, as the size is")
+    parser.add_argument(
+        "--student", dest="students", action="append", default=[], help="one of them alone; repeat"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--batch", type=int, default=4, help="samples of a step")
     parser.add_argument("--drawn", type=int, default=512, help="scenes to train on")

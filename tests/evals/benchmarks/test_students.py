@@ -80,3 +80,13 @@ def test_the_copy_is_another_model(table):
     folder = work / "tiny-flux" / "pictures"
     own, copy = (np.load(folder / f"near{name} 1x48x64.npy") for name in ("", " recoloured"))
     assert (own[:1] != copy).any()
+
+
+def test_some_of_the_students(table):
+    run, work, _ = table
+    folder = str(work / "other")
+    with pytest.raises(ValueError, match="students of the kind 'image' are near, agents, got 'far'"):
+        students.main([*run, "--work", folder, "--student", "far"])
+    assert not (work / "other").exists()
+    bench = student_runs.Bench("tiny-flux", "image", None, {}, (1, 8, 8), [], 2, 2, work, ("agents",))
+    assert list(bench.students) == ["agents"]
