@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[dict[str, Recipe], dict[str, Any]]] = {  # with options o
     ),
     "video": (
         {
-            "sparse-linear": Recipe(SparseLinear(top_k=0.1, block_size=(16, 16))),
+            "sparse-linear": Recipe(SparseLinear(top_k=0.2, block_size=(16, 16))),
             "VSA": Recipe(VideoSparse(top_k=0.1, cube=(2, 4, 4))),
             "agents": Recipe(Agent((2, 4, 4))),
             "InLine": Recipe(InLine()),
