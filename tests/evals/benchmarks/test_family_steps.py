@@ -43,7 +43,8 @@ def test_a_case_is_the_published_model_with_one_block_of_each_kind(case):
     assert all("layers" in name or "blocks" in name for name in layers)
     grid = model.grid(cut, case.size)
     assert 0.1 < model.flops(cut, grid).attention / model.flops(cut, grid).total < 0.9
-    assert 5_000 < model.layout(grid).seq_len < 30_000
+    least = 1_000 if case.family == "anyflow-far" else 5_000  # its own attention keeps all scores
+    assert least < model.layout(grid).seq_len < 30_000
     recipe = sparse_everywhere(case.recipe)
     assert recipe.family == case.family
     assert not recipe.dense_layers
