@@ -45,7 +45,7 @@ class Perturbed(AroundAnother):
         perturbation, heads = self.perturbation, self.heads
         if perturbation.kind == "uniform":
             return head_replacements.uniform(call.v[:, heads], call.hidden_keys())
-        if perturbation.kind == "temperature":
+        if perturbation.temperature is not None:
             scale = perturbation.temperature * call.factor
             return inner.of_heads(replace(call, scale=scale), heads)
         if perturbation.kind == "seg":
