@@ -73,7 +73,8 @@ QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P 
 
 
 # (chip, bytes per element, largest padded head_dim): query rows and keys per step, warps, stages, of the
-# backward pass: of dQ, which holds query rows, then of dK and dV, which hold keys
+# backward pass: of dQ, which holds query rows, then of dK and dV, which hold keys. Keys are 32 at
+# least, the bits of a word of partial tiles
 BACKWARD_CONFIGS = {
     ("sm_80", 2, 64): ((128, 64, 8, 3), (64, 64, 4, 3)),
     ("sm_80", 2, 128): ((64, 64, 4, 2), (64, 64, 8, 2)),
@@ -90,16 +91,16 @@ BACKWARD_CONFIGS = {
     ("gfx942", 2, 64): ((64, 64, 4, 1), (64, 64, 4, 1)),
     ("gfx942", 2, 128): ((64, 64, 4, 1), (64, 64, 4, 1)),
     ("gfx942", 2, 256): ((64, 32, 4, 1), (32, 32, 4, 1)),
-    ("any", 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2)),
-    ("any", 4, 128): ((32, 32, 8, 1), (32, 32, 8, 1)),
-    ("any", 4, 256): ((32, 32, 8, 1), (32, 32, 8, 1)),
+    ("any", 4, 64): ((16, 32, 8, 1), (16, 32, 8, 1)),
+    ("any", 4, 128): ((16, 32, 8, 1), (16, 32, 8, 1)),
+    ("any", 4, 256): ((16, 32, 8, 1), (16, 32, 8, 1)),  # all the shared memory of sm_120
 }
 
 # (chip, largest padded head_dim), of the backward pass whose tiles the copy engine fetches
 TMA_BACKWARD_CONFIGS = {
     ("sm_90", 64): ((128, 64, 8, 2), (64, 64, 4, 2)),
     ("sm_90", 128): ((128, 64, 8, 2), (32, 64, 4, 3)),  # 64 queries spill under Triton 3.6
-    ("sm_90", 256): ((64, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", 256): ((64, 32, 8, 2), (32, 64, 8, 2)),
     ("sm_100", 64): ((128, 64, 8, 2), (64, 64, 4, 2)),
     ("sm_100", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
     ("sm_100", 256): ((64, 32, 8, 2), (64, 64, 8, 1)),
