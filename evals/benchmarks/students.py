@@ -46,6 +46,7 @@ HEADINGS = ("student", "block density", "step / dense", "with gradients / dense"
 Quantiles = tuple[float, float, float]
 SMOOTH = 20  # steps that a point of a curve is the mean of
 SHOWN = 6  # pictures in a row of the sheet
+SIDE = 128  # pixels of one, or a little more
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,15 @@ def sheet(bench: Bench) -> np.ndarray:
     names = ["teacher", *itertools.chain(*((f"{name} before", name) for name in bench.students))]
     middle = bench.size[0] // 2
     rows = [np.concatenate(bench.drawn(name, None)[:SHOWN, middle], axis=1) for name in names]
-    return np.concatenate(rows)
+    every = np.concatenate(rows)
+    side = max(1, bench.size[1] // SIDE)
+    height, width = (n // side for n in every.shape[:2])
+    return (
+        every[: side * height, : side * width]
+        .reshape(height, side, width, side, 3)
+        .mean((1, 3))
+        .astype(np.uint8)
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
