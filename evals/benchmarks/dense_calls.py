@@ -6,7 +6,8 @@ step to step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,10 @@ from dit_accel.patterns import Pattern
 from dit_accel.pipelines.tiny.evaluate import generate
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
+
+from .attention import interleaved
+
+Quantiles = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,31 @@ def called(transformer: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor
     """A prediction."""
     with torch.no_grad():
         return transformer(**inputs)[0]
+
+
+def beside_dense(
+    transformer: torch.nn.Module,
+    twin: torch.nn.Module,
+    inputs: dict[str, Any],
+    repeats: int,
+    call: Callable[[torch.nn.Module, dict[str, Any]], Any] = called,
+) -> Quantiles:
+    """Time of a call under a recipe as a share of a dense one's, of steps that follow each other.
+
+    Args:
+        transformer: it is enabled.
+        twin: the same, which stays dense.
+        repeats: timed calls of each, in turn.
+        call: what is timed.
+    """
+    later = itertools.count()
+
+    def next_step() -> None:
+        call(transformer, {**inputs, "timestep": inputs["timestep"] - next(later)})
+
+    dense, times = interleaved(lambda: call(twin, inputs), next_step, repeats)
+    low, middle, high = (time / dense[1] for time in times)
+    return low, middle, high
 
 
 def record(pipe: Any, at: Sequence[int], run: dict[str, Any]) -> tuple[list[Recorded], np.ndarray]:

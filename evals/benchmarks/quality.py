@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,12 +34,10 @@ from dit_accel.recipe.recipe import Recipe, presets
 from dit_accel.runtime.switching import accelerated
 
 from ..metrics.fidelity import psnr, ssim
-from .attention import interleaved
-from .dense_calls import Recorded, attention_error, call_errors, called, record
+from .dense_calls import Quantiles, Recorded, attention_error, beside_dense, call_errors, record
 from .methods import fitted, of_kind
 from .table import RESULTS, append, machine, markdown, row
 
-Quantiles = tuple[float, float, float]
 THRESHOLDS = (-10, -6, -3)
 DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.4)
 
@@ -189,16 +186,9 @@ def measured(subject: Subject, method: str, recipe: Recipe, repeats: int) -> Row
 
 def step_time(subject: Subject, recipe: Recipe, repeats: int) -> Quantiles:
     """Of a call under a recipe, as a share of a dense one's; of steps that follow each other."""
-    inputs = subject.calls[0].inputs
-    later = itertools.count()
-
-    def sparse() -> None:
-        called(subject.pipe.transformer, {**inputs, "timestep": inputs["timestep"] - next(later)})
-
-    with accelerated(subject.pipe.transformer, recipe):
-        dense, times = interleaved(lambda: called(subject.twin, inputs), sparse, repeats)
-    low, middle, high = (time / dense[1] for time in times)
-    return low, middle, high
+    transformer = subject.pipe.transformer
+    with accelerated(transformer, recipe):
+        return beside_dense(transformer, subject.twin, subject.calls[0].inputs, repeats)
 
 
 def measure(

@@ -19,7 +19,7 @@ import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,13 @@ from dit_accel.plots import check_plot
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated
 
-from .attention import interleaved
-from .dense_calls import call_errors, called, record
+from .dense_calls import Quantiles, beside_dense, call_errors, record
 from .student_runs import KINDS, Bench, Others
 from .table import RESULTS, append, machine, markdown, row
 
 HEADINGS = ("student", "block density", "step / dense", "with gradients / dense", "error before",
             "error after", "attributes before", "attributes after", "Fréchet before",
             "Fréchet after")  # fmt: skip
-Quantiles = tuple[float, float, float]
 SMOOTH = 20  # steps that a point of a curve is the mean of
 SHOWN = 6  # pictures in a row of the sheet
 SIDE = 128  # pixels of one, or a little more
@@ -83,20 +81,11 @@ def step_times(bench: Bench, recipe: Recipe, repeats: int) -> tuple[float, Quant
     frames, *size = bench.size
     run = {**bench.run, "size": tuple(size), "frames": frames, "steps": 2}
     calls, _ = record(bench.pipe, [0], {"prompts": [caption(bench.scenes[0])], "seeds": [0], **run})
-    inputs, later = calls[0].inputs, itertools.count()
-    own, twin = bench.pipe.transformer, copy.deepcopy(bench.pipe.transformer)
+    inputs, own, twin = calls[0].inputs, bench.pipe.transformer, copy.deepcopy(bench.pipe.transformer)
     density = call_errors(own, recipe, calls)[1]
-
-    def time(call: Callable[[torch.nn.Module, dict], Any]) -> Quantiles:
-        def sparse() -> None:
-            call(own, {**inputs, "timestep": inputs["timestep"] - next(later)})
-
-        dense, times = interleaved(lambda: call(twin, inputs), sparse, repeats)
-        low, middle, high = (one / dense[1] for one in times)
-        return low, middle, high
-
     with accelerated(own, recipe):
-        return density, time(called), time(with_gradients)
+        plain = beside_dense(own, twin, inputs, repeats)
+        return density, plain, beside_dense(own, twin, inputs, repeats, with_gradients)
 
 
 def with_gradients(transformer: torch.nn.Module, inputs: dict[str, Any]) -> None:
