@@ -34,6 +34,7 @@ import torch
 
 from dit_accel.kernels.block_sparse import triton_configs
 from dit_accel.kernels.block_sparse.formats import FORMATS, Format, key_group
+from dit_accel.kernels.block_sparse.launch_order import mask_arguments
 from dit_accel.kernels.block_sparse.quantized import Quantized
 from dit_accel.masks.block_mask import BlockMask
 
@@ -148,7 +149,7 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
             dim = other.held_head_dim(case.head_dim)
             codes = (_codes(q, format, case.block_size[1], dim),)
         return other._forward, *other.launch_arguments(
-            q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
+            q, q, q, q, lse, mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
             case.block_size, mask.text, config, *codes,
         )  # fmt: skip
     if case.format is None:
@@ -159,7 +160,7 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
         dim = triton_configs.padded_head_dim(case.head_dim)
         codes = _codes(q, format, case.block_size[1], dim), format.weights
     return forward._forward, *forward.launch_arguments(
-        q, q, q, q, lse, forward.mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
+        q, q, q, q, lse, mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
         case.block_size, mask.text, config, *codes,
     )  # fmt: skip
 

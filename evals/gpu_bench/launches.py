@@ -12,6 +12,7 @@ import torch
 from dit_accel.errors import UnavailableError
 from dit_accel.kernels import block_sparse_attention, can_run
 from dit_accel.kernels.block_sparse.formats import FORMATS, key_group
+from dit_accel.kernels.block_sparse.launch_order import mask_arguments
 from dit_accel.kernels.block_sparse.problem import Problem
 from dit_accel.kernels.block_sparse.triton_configs import launch_options
 from dit_accel.kernels.block_sparse.tuned import Launch
@@ -80,7 +81,7 @@ def attend(
         return _by_another(launch, q, k, v, mask, text_valid)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, arguments, options = forward.launch_arguments(
-        q, k, v, out, lse, forward.mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
+        q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, q.shape[3] ** -0.5,
         mask.block_size, mask.text, options,
     )  # fmt: skip
     forward._forward[grid](*arguments, **options, **forward.LAUNCH_OPTIONS)

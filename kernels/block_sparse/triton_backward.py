@@ -22,16 +22,15 @@ the pooled keys is added by `backward.of_tail`.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from dit_accel.masks.block_lists import BlockLists
 from dit_accel.masks.block_mask import BlockMask
 
 from .backward import of_tail
+from .launch_order import mask_arguments, transposed_arguments
 from .problem import Lengths
 from .tail import Tail
 from .triton_configs import backward_configs, gpu, padded_head_dim
@@ -40,8 +39,6 @@ from .triton_forward import (
     LAUNCH_OPTIONS,
     addressable,
     empty_like,
-    longest_first,
-    mask_arguments,
     shown,
 )
 
@@ -293,37 +290,6 @@ def _keys(
 
 
 # -- launch --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class KeyOrder:
-    """Which query blocks list a key block, and in which order programs take key blocks.
-
-    Attributes:
-        full, partial: the transposed lists, of (G, num_cols) rows.
-        rows, groups: as of `triton_forward.LaunchOrder`, of key blocks.
-    """
-
-    full: BlockLists
-    partial: BlockLists
-    rows: torch.Tensor
-    groups: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: BlockMask, batch: int, heads: int) -> "KeyOrder":
-        groups = mask.group_of_heads(batch, heads)
-        full, partial = mask.transposed()
-        return cls(full, partial, longest_first(full.count + partial.count, groups), groups)
-
-
-def transposed_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
-    """As `triton_forward.mask_arguments`, for dK and dV."""
-    order = mask.derived(KeyOrder, lambda: KeyOrder.of(mask, batch, heads), batch, heads)
-    full, partial = order.full, order.partial
-    return (
-        order.rows, order.groups, full.start, full.count, full.index,
-        partial.start, partial.count, partial.index, partial.tiles, mask.tiles.view(torch.int32),
-    )  # fmt: skip
 
 
 def gradients(

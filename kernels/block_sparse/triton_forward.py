@@ -22,7 +22,6 @@ SageAttention2 (arXiv 2411.10958).
 # (Triton's annotations leave out the remainder of an int by a `constexpr`)
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -31,6 +30,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 
 from dit_accel.masks.block_mask import BlockMask
 
+from .launch_order import mask_arguments
 from .triton_configs import config, gpu
 from .triton_configs import padded_head_dim as held_head_dim
 
@@ -249,34 +249,6 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # no longer Triton's default from 3
 # -- launch --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class LaunchOrder:
-    """In which order programs take query blocks.
-
-    Long rows (text attends everything) of all heads go first, so that none is left running alone at the end.
-    Lengths are compared by powers of two: rows of similar length keep their order and share cached keys.
-
-    Attributes:
-        rows: head * num_rows + row, in the order of programs: int32 (B, heads * num_rows), B being 1 where
-            all samples share their groups, else the batch.
-        groups: mask group of each head, int32 (B, heads).
-    """
-
-    rows: torch.Tensor
-    groups: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: BlockMask, batch: int, heads: int) -> "LaunchOrder":
-        groups = mask.group_of_heads(batch, heads)
-        return cls(longest_first(mask.full.count + mask.partial.count, groups), groups)
-
-
-def longest_first(count: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """`LaunchOrder.rows` for lists of these lengths, (G, R)."""
-    octave = (count + 1).double().log2().floor()
-    return octave[groups.long()].flatten(1).argsort(dim=1, descending=True, stable=True).int()
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -305,16 +277,6 @@ def attention(
 def with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """Queries and a scale above 0 of the same scores, as kernels take maxima before they scale."""
     return (q, scale) if scale > 0 else (q * (-1.0 if scale < 0 else 0.0), abs(scale) or 1.0)
-
-
-def mask_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
-    """The tensors by which the kernel knows a mask."""
-    order = mask.derived(LaunchOrder, lambda: LaunchOrder.of(mask, batch, heads), batch, heads)
-    full, partial = mask.full, mask.partial
-    return (
-        order.rows, order.groups, full.start, full.count, full.index,
-        partial.start, partial.count, partial.index, partial.tiles, mask.tiles.view(torch.int32),
-    )  # fmt: skip
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,9 @@ from dit_accel.errors import UnavailableError
 from dit_accel.masks.block_mask import BlockMask
 
 from .formats import FORMATS, key_group
+from .launch_order import mask_arguments
 from .triton_configs import gluon_config, gpu, padded_head_dim
-from .triton_forward import LAUNCH_OPTIONS, mask_arguments, outputs, with_positive_scale
+from .triton_forward import LAUNCH_OPTIONS, outputs, with_positive_scale
 from .triton_gluon_warps import GROUP_ROWS, GROUPS, consume, make_barriers, produce
 from .triton_quantize import quantize
 from .triton_tma import copied, describable, described, launched

@@ -10,7 +10,8 @@ from dit_accel.masks.block_mask import BlockMask
 
 from . import triton_configs
 from .formats import Format, key_group
-from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, addressable, mask_arguments, outputs
+from .launch_order import mask_arguments
+from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, addressable, outputs
 from .triton_quantize import quantize
 
 

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.masks.block_mask import BlockMask
 
+from .launch_order import mask_arguments
 from .triton_configs import gpu, tma_config
 from .triton_configs import padded_head_dim as held_head_dim
 from .triton_forward import (
@@ -32,7 +33,6 @@ from .triton_forward import (
     LAUNCH_OPTIONS,
     LN_2,
     LOWEST,
-    mask_arguments,
     outputs,
     powers,
     shown,

@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 
 from . import triton_backward
+from .launch_order import mask_arguments, transposed_arguments
 from .triton_backward import (
     LOG2_E,
     preparing,
     strides_of,
     through_keys,
     through_queries,
-    transposed_arguments,
 )
 from .triton_configs import padded_head_dim, tma_backward_configs
-from .triton_forward import INTERPRETED, mask_arguments
+from .triton_forward import INTERPRETED
 from .triton_tma import box, copied, describable, descriptor
 
 # -- kernels -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from attention_cases import Case, check_gradients
 
 from dit_accel import BlockMask
 from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse.launch_order import transposed_arguments
 
 pytest.importorskip("triton", reason="Triton is not installed")
 triton_kernels = pytest.importorskip("dit_accel.kernels.block_sparse.triton_backward")
@@ -145,8 +146,8 @@ def test_keys_that_many_attend_to_go_first():
     allowed = torch.eye(4, dtype=torch.bool).repeat_interleave(64, 0).repeat_interleave(64, 1)
     allowed[:, 128:192] = True
     mask = BlockMask.from_token_mask(torch.stack([allowed, allowed.flip(1)]), (64, 64))
-    rows, groups, _, count, *_ = triton_kernels.transposed_arguments(mask, batch=3, heads=2)
+    rows, groups, _, count, *_ = transposed_arguments(mask, batch=3, heads=2)
     assert rows.tolist()[0][:2] == [2, 5]
     assert groups.tolist() == [[0, 1]]
     assert count.tolist() == [[1, 1, 4, 1], [1, 4, 1, 1]]
-    assert triton_kernels.transposed_arguments(mask, batch=3, heads=2)[0] is rows
+    assert transposed_arguments(mask, batch=3, heads=2)[0] is rows

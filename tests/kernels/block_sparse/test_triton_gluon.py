@@ -71,7 +71,7 @@ def emulated():
 
 def by_emulation(module, case, launch, format=None):
     """Output and log-sum-exp of a launch of the kernel on a case."""
-    from dit_accel.kernels.block_sparse.triton_forward import mask_arguments
+    from dit_accel.kernels.block_sparse.launch_order import mask_arguments
     from dit_accel.kernels.block_sparse.triton_tma import copied, describable
 
     inputs, mask, scale = case.inputs(), case.mask(), case.dim**-0.5
@@ -208,7 +208,7 @@ def test_where_it_runs(change, capability, words, monkeypatch):
 def test_a_mask_without_tiles_is_given_one():
     """Of the first block of each row the kernel reads bits, whatever it is."""
     from dit_accel import BlockMask
-    from dit_accel.kernels.block_sparse.triton_forward import mask_arguments
+    from dit_accel.kernels.block_sparse.launch_order import mask_arguments
 
     q, lse = torch.zeros(1, 1, 256, 64, dtype=HALF), torch.zeros(1, 1, 256)
     options = triton_configs.gluon_config(64, (128, 64), (9, 0))
