@@ -94,6 +94,7 @@ def through_queries(
     dk, dv, k, v, q, dout, top, delta, words, visible, scale, TK: tl.constexpr, PARTIAL: tl.constexpr
 ):
     """dK and dV with what comes through some queries, to the `TK` keys that are `visible`, as of the bits."""
+    tl.static_assert(TK % 32 == 0, "a word has the bits of 32 keys")
     s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [TK, TQ]
     p = tl.exp2(tl.fma(s, scale, -top[None, :]))
     if PARTIAL:

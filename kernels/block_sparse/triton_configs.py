@@ -10,6 +10,7 @@ from .formats import Format, key_group
 Gpu = tuple[int, int] | str  # an NVIDIA GPU's compute capability, the name of an AMD GPU's architecture
 AMD = ("gfx942", "gfx110", "gfx120")  # families that the kernels were compiled for
 AMD_WITH_GRADIENTS = ("gfx942",)  # in whose registers those of the backward pass fit
+WORD = 32  # keys whose bits are a word of a mask's tile: kernels read whole words
 
 # (chip, bytes per element, largest padded head_dim): query rows and keys per step, warps, stages. Chosen by
 # the registers, spills and shared memory that `python -m dit_accel.evals.benchmarks.compile_report` prints. A
@@ -73,8 +74,7 @@ QUANTIZED_CONFIGS = {  # (chip, largest padded head_dim), of formats in which P 
 
 
 # (chip, bytes per element, largest padded head_dim): query rows and keys per step, warps, stages, of the
-# backward pass: of dQ, which holds query rows, then of dK and dV, which hold keys. Keys are 32 at
-# least, the bits of a word of partial tiles
+# backward pass: of dQ, which holds query rows, then of dK and dV, which hold keys
 BACKWARD_CONFIGS = {
     ("sm_80", 2, 64): ((128, 64, 8, 3), (64, 64, 4, 3)),
     ("sm_80", 2, 128): ((64, 64, 4, 2), (64, 64, 8, 2)),
@@ -209,9 +209,22 @@ def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[st
     """`TQ`, `TK`, `num_warps` and `num_stages` of a launch on a mask's blocks, which may be smaller.
 
     And, of the kernel in Gluon, `PING_PONG` and `PERSISTENT`.
+
+    Raises:
+        ValueError: rows or keys that do not divide the blocks, or keys that are no whole words of bits.
     """
     rows, keys, warps, stages, *_ = launch
     tq, tk = min(rows, block_size[0]), min(keys, block_size[1])
+    if tq < 16 or block_size[0] % tq:
+        raise ValueError(
+            f"`rows` of a launch must be 16 at least and divide blocks of {block_size[0]} queries, "
+            f"got {rows}; take 16, 32, 64 or 128"
+        )
+    if tk < WORD or tk % WORD or block_size[1] % tk:
+        raise ValueError(
+            f"`keys` of a launch must be whole words of {WORD} bits of a mask's tile and divide blocks of "
+            f"{block_size[1]} keys, got {keys}; take 32, 64 or 128"
+        )
     options = {"TQ": tq, "TK": tk, "num_warps": max(4, warps * tq // rows), "num_stages": stages}
     if launch.kernel == "gluon":
         options |= {"PING_PONG": launch.ping_pong, "PERSISTENT": launch.persistent}

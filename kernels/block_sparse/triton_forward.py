@@ -55,6 +55,7 @@ def _bits(first, stop):
 @triton.jit
 def shown(words, hidden_start, hidden_stop, TK: tl.constexpr):
     """Bits of some queries, from `words` [TQ] on, on `TK` keys of which a range is hidden: [TQ, TK]."""
+    tl.static_assert(TK % 32 == 0, "a word has the bits of 32 keys")
     cols = tl.arange(0, TK)
     word = (tl.load(words) & ~_bits(hidden_start, hidden_stop))[:, None]  # [TQ, 1]
     for j in tl.static_range(32, TK, 32):  # pyright: ignore[reportGeneralTypeIssues]

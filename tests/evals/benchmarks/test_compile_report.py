@@ -201,6 +201,22 @@ def test_the_backward_pass_compiles():
         assert not row.problems(), row
 
 
+@pytest.mark.parametrize("part", ["forward", "dq", "dkv"])
+def test_tiles_of_fewer_keys_than_a_word_has_bits_do_not_compile(part):
+    """Whoever launches a kernel with options of their own."""
+    import triton
+
+    case = compile_report.Case("sm_90", 64, "bf16", part=part)
+    launch = compile_report.forward_launch if part == "forward" else compile_report.gradients_launch
+    kernel, grid, args, options = launch(case, *compile_report.inputs_of(case), (9, 0))
+    with compile_report.pretend_gpu((9, 0)), pytest.raises(triton.CompilationError) as caught:
+        kernel.warmup(*args, grid=grid, **options | {"TK": 16})
+    error = caught.value
+    while error.__cause__ is not None:  # from the kernel down to what it calls
+        error = error.__cause__
+    assert "a word has the bits of 32 keys" in str(error)
+
+
 @pytest.mark.parametrize("keys", [64, 128])
 def test_keys_by_the_copy_engine(keys):
     """No spills and no fences in its loops, of which there are two; the kernel with pointers needs fences."""

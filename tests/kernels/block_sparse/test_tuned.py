@@ -76,6 +76,41 @@ def test_every_launch_of_a_table_fits_every_mask(launch):
 
 
 @pytest.mark.parametrize(
+    ("launch", "block_size", "words"),
+    [
+        ((64, 16, 8, 1), (64, 64), "`keys` of a launch must be whole words of 32 bits of a mask's tile"),
+        ((64, 8, 8, 1), (128, 128), "got 8; take 32, 64 or 128"),
+        ((64, 48, 8, 1), (128, 96), "got 48"),
+        ((64, 32, 8, 1), (64, 16), "divide blocks of 16 keys, got 32"),
+        ((64, 64, 8, 1), (64, 96), "divide blocks of 96 keys, got 64"),
+        (
+            (48, 32, 8, 1),
+            (64, 64),
+            "`rows` of a launch must be 16 at least and divide blocks of 64 queries, got 48",
+        ),
+        ((8, 32, 8, 1), (64, 64), "got 8; take 16, 32, 64 or 128"),
+    ],
+    ids=str,
+)
+def test_tiles_that_the_kernels_would_read_wrongly_are_refused(launch, block_size, words):
+    """Words of a tile have the bits of 32 keys; of fewer, a step would see those of the first."""
+    with pytest.raises(ValueError, match="of a launch must") as caught:
+        triton_configs.launch_options(tuned.Launch(*launch), block_size)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("table", ["BACKWARD_CONFIGS", "TMA_BACKWARD_CONFIGS"])
+def test_a_table_of_the_backward_pass_with_such_tiles_is_refused(table, monkeypatch):
+    monkeypatch.setattr(
+        triton_configs, table, dict.fromkeys(getattr(triton_configs, table), ((64, 64, 8, 1), (64, 16, 8, 1)))
+    )
+    of_tma = table.startswith("TMA")
+    configs = triton_configs.tma_backward_configs if of_tma else triton_configs.backward_configs
+    with pytest.raises(ValueError, match="whole words of 32 bits"):
+        configs(*(128,) if of_tma else (128, torch.bfloat16), (128, 64), (9, 0))
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"rows": 48}, "`rows` must be one of 32, 64, 128, got 48"),
