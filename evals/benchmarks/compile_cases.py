@@ -103,6 +103,7 @@ GATE = tuple(
         *(Case(chip, d, "fp32") for d in GATED_HEAD_DIMS),
         *_quantized(chip, GATED_HEAD_DIMS),
         *_backward(chip, GATED_HEAD_DIMS, "bf16", text=True),
+        *_backward(chip, GATED_HEAD_DIMS, "fp32"),
         *_others(chip, GATED_HEAD_DIMS),
     )
 )
@@ -120,7 +121,7 @@ ALL = GATE + tuple(
         *_quantized(chip, (128,), block_size=(64, 32)),
         *_backward(chip, (72, 256), "bf16"),
         *_backward(chip, (128,), "fp16"),
-        *_backward(chip, (64, 128, 256), "fp32"),
+        *_backward(chip, (256,), "fp32"),
         *(case for size in ((64, 32), (128, 128)) for case in _backward(chip, (128,), "bf16", size)),
         *_others(chip, (72, 256)),
     )
