@@ -58,6 +58,12 @@ class Case:
             return ()
         return ("s8", "e4m3") if self.format == "int8-fp8" else ("s8",)
 
+    @property
+    def all_integers(self) -> bool:
+        """Whether all that it multiplies is integers."""
+        format = FORMATS.get(self.format or "")
+        return format is not None and format.values is not None and not format.dtype.is_floating_point
+
 
 def _backward(chip: str, head_dims: tuple[int, ...], *options: Any, text: bool = False) -> Iterator[Case]:
     """A chip's cases of the backward pass."""

@@ -6,10 +6,10 @@ Every configuration that the kernel's `config()` would choose is compiled throug
 with the specialisations of a real launch, up to machine code. Registers, stack (where spilled registers go),
 shared memory, the kind of tensor-core instruction, and what became of asynchronous multiplications (see
 `machine_code`) are read back from it. Exits with 1 if a configuration breaks a limit: more shared memory than
-the chip has, tensor-core instructions older than its own or of other numbers than a format has, an operand
-overwritten while a multiplication may be reading it, multiplications that wait for each other, fences on
-sm_90 in the loops of a kernel whose copies need none, or, at head_dim 64 and 128, more stack than
-`STACK_LIMIT`.
+the chip has, tensor-core instructions older than its own (but where this Triton has no others, which the
+report then says) or of other numbers than a format has, an operand overwritten while a multiplication may be
+reading it, multiplications that wait for each other, fences on sm_90 in the loops of a kernel whose copies
+need none, or, at head_dim 64 and 128, more stack than `STACK_LIMIT`.
 
 What comes out depends on Triton's version and the ptxas that it brings. `make old-triton` makes a second
 environment with the Triton of torch 2.11; its python runs this report at the root of the checkout.
@@ -34,6 +34,7 @@ import torch
 
 from dit_accel.kernels.block_sparse import triton_configs
 from dit_accel.kernels.block_sparse.formats import FORMATS, Format, key_group
+from dit_accel.kernels.block_sparse.integer_products import older_instructions
 from dit_accel.kernels.block_sparse.launch_order import mask_arguments
 from dit_accel.kernels.block_sparse.quantized import Quantized
 from dit_accel.masks.block_mask import BlockMask
@@ -60,8 +61,9 @@ class Row:
         instructions: the kinds of tensor-core instructions.
         overwritten: operands of asynchronous multiplications that are written to too early, in words.
         waits: for asynchronous multiplications, in PTX and in machine code.
-        loops: over full and over partial blocks.
         products: of what numbers of eight bits multiplications are.
+        loops: over full and over partial blocks.
+        older: why integers are left to `mma.sync` (`integer_products.older_instructions`), or None.
     """
 
     case: Case
@@ -74,6 +76,19 @@ class Row:
     waits: tuple[int, int] = (0, 0)
     products: tuple[str, ...] = ()
     loops: tuple[Loop, ...] = ()
+    older: str | None = None
+
+    def expected(self) -> set[str]:
+        """The kinds of tensor-core instructions that it must have, and no others: the best there are."""
+        case, chip = self.case, CHIPS[self.case.chip]
+        if case.dtype == "fp32":  # computed in IEEE fp32, without tensor cores
+            return set()
+        # the newer instructions take 64 rows of the left operand
+        held = self.options["TK" if case.part == "dkv" else "TQ"]
+        best = {chip.instruction if held >= 64 else "mma.sync"}
+        if self.older is None or case.format is None:
+            return best
+        return {"mma.sync"} if case.all_integers else best | {"mma.sync"}
 
     def problems(self) -> list[str]:
         """Limits that this configuration breaks, in words."""
@@ -81,12 +96,9 @@ class Row:
         found = []
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory, {case.chip} has {chip.shared}")
-        # the newer instructions take 64 rows of the left operand
-        held = self.options["TK" if case.part == "dkv" else "TQ"]
-        instruction = chip.instruction if held >= 64 else "mma.sync"
-        # fp32 is computed in IEEE fp32, without tensor cores
-        if case.dtype != "fp32" and instruction not in self.instructions:
-            found.append(f"no {instruction} in the machine code")
+        expected, made = self.expected(), set(self.instructions)
+        found += [f"no {kind} in the machine code" for kind in sorted(expected - made)]
+        found += [f"{kind} in the machine code" for kind in sorted(made - expected)]
         found += [f"no products of {kind}" for kind in case.products if kind not in self.products]
         found += self.overwritten
         if self.waits[0] != self.waits[1]:
@@ -102,6 +114,8 @@ class Row:
 
 def compile_case(case: Case) -> Row:
     """Compile a kernel as a launch on these inputs would on this chip."""
+    import triton
+
     from dit_accel.kernels.block_sparse.triton_forward import LAUNCH_OPTIONS
 
     gpu = CHIPS[case.chip].capability
@@ -109,6 +123,7 @@ def compile_case(case: Case) -> Row:
     kernel, grid, args, options = launch(case, *inputs_of(case), gpu)
     with pretend_gpu(gpu):
         compiled = kernel.warmup(*args, grid=grid, **options, **LAUNCH_OPTIONS)
+    older = None if case.format is None else older_instructions(gpu, triton.__version__)
     usage, sass = _inspect(compiled.asm["cubin"])
     used = dict(re.findall(r"(\w+):(\d+)", usage))
     registers, stack = int(used["REG"]), int(used["STACK"])
@@ -125,6 +140,7 @@ def compile_case(case: Case) -> Row:
         (waits_asked_for(compiled.asm["ptx"]), waits(code)),
         tuple(name for name, pattern in PRODUCTS.items() if re.search(pattern, compiled.asm["ptx"])),
         tuple(loops(code)),
+        older,
     )
 
 
@@ -261,19 +277,28 @@ def line(row: Row) -> str:
     return f"{what} {launch} {row.shared:6} {row.waits[1]:5}  {in_loops}  {remarks}"
 
 
+def notes(rows: list[Row]) -> list[str]:
+    """What is asked of some rows in place of their chip's best instructions, and why."""
+    return [
+        f"On {chip} integers of 8 bits are multiplied by mma.sync, and no limit is broken by it: {why}."
+        for chip, why in dict.fromkeys((row.case.chip, row.older) for row in rows if row.older is not None)
+    ]
+
+
 def page(version: str, rows: list[Row]) -> str:
     """The report as Markdown."""
     bad = sum(bool(row.problems()) for row in rows)
     overwritten = sum(bool(row.overwritten) for row in rows)
     serialised = sum(row.waits[0] != row.waits[1] for row in rows)
     report = "\n".join([HEADER, *map(line, rows)])
+    said = "".join(note + "\n\n" for note in notes(rows))
     return (
         f"# What the Triton kernels compile to\n\nTriton {version}, compiled without a GPU by `python -m "
         f"dit_accel.evals.benchmarks.compile_report`: {len(rows)} configurations, {bad} beyond a limit; "
         f"{overwritten} with an operand overwritten too early, {serialised} serialised. Stack and shared "
         "memory in bytes. Instructions of a warp for 64 keys, barriers of the whole program and fences are "
         "those of the loops over full / partial blocks, of each group of warps where they differ. Nothing "
-        f"here was run.\n\n```\n{report}\n```\n"
+        f"here was run.\n\n{said}```\n{report}\n```\n"
     )
 
 
@@ -315,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
         if asked and not (options.plain and (case.dtype == "fp32" or case.format is not None)):
             rows.append(compile_case(case))
             print(line(rows[-1]), flush=True)
+    print(*notes(rows), sep="\n", flush=True)
     if options.json:
         results = [asdict(row) | {"problems": row.problems()} for row in rows]
         options.json.write_text(json.dumps({"triton": version, "rows": results}, indent=1) + "\n")

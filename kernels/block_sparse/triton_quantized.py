@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 
 import torch
+import triton
 
 from dit_accel.masks.block_mask import BlockMask
 
 from . import triton_configs
 from .formats import Format, key_group
+from .integer_products import warn_of_older_instructions
 from .launch_order import mask_arguments
 from .triton_forward import INTERPRETED, LAUNCH_OPTIONS, addressable, outputs
 from .triton_quantize import quantize
@@ -49,6 +51,7 @@ def quantized_attention(
 
         v = v if describable(v) else copied(v)
     gpu = (9, 0) if INTERPRETED else torch.cuda.get_device_capability(q.device)
+    warn_of_older_instructions(gpu, triton.__version__)
     if options is None and kernel == "pointer":
         options = triton_configs.quantized_config(q.shape[3], q.dtype, format, mask.block_size, gpu)
     elif options is None:

@@ -120,7 +120,7 @@ def test_every_chip_has_as_many_configurations():
 def test_limits_are_enforced():
     options = {"TQ": 128, "TK": 64, "num_warps": 8, "num_stages": 5}
 
-    def problems(case, stack=0, shared=0, instructions=("mma.sync", "wgmma", "tcgen05")):
+    def problems(case, stack=0, shared=0, instructions=("wgmma",)):
         return compile_report.Row(case, options, 255, stack, shared, instructions).problems()
 
     case = compile_report.Case("sm_90", 128, "bf16")
@@ -130,8 +130,15 @@ def test_limits_are_enforced():
     assert problems(compile_report.Case("sm_90", 128, "fp32"), stack=40, instructions=()) != []
     assert problems(compile_report.Case("sm_80", 64, "fp16"), stack=136) != []
     assert problems(compile_report.Case("sm_120", 64, "fp16"), shared=99 * 1024 + 1) != []
-    assert problems(case, instructions=("mma.sync",)) == ["no wgmma in the machine code"]
-    assert problems(compile_report.Case("sm_90", 256, "fp32"), stack=4000, instructions=()) == []
+    assert problems(case, instructions=("mma.sync",)) == [
+        "no wgmma in the machine code", "mma.sync in the machine code",
+    ]  # fmt: skip
+    assert problems(case, instructions=("mma.sync", "wgmma")) == ["mma.sync in the machine code"]
+    single = compile_report.Case("sm_90", 256, "fp32")
+    assert problems(single, stack=4000, instructions=()) == []
+    assert problems(single) == ["wgmma in the machine code"], "they would round to TF32"
+    backward = compile_report.Case("sm_90", 128, "fp32", part="dkv")
+    assert problems(backward, stack=40, instructions=()) == ["40 bytes of stack per thread, the limit is 32"]
     quantized = compile_report.Case("sm_90", 128, "bf16", format="int8-fp8")
     assert problems(quantized) == ["no products of s8", "no products of e4m3"]
     fenced = compile_report.Case("sm_90", 128, "bf16", (128, 128), kernel="tma")
@@ -144,6 +151,55 @@ def test_limits_are_enforced():
         "R1 is overwritten by MOV",
         "multiplications are serialised: 4 waits in PTX, 24 in the machine code",
     ]
+
+
+def test_what_this_triton_cannot_multiply_by_the_newest_instructions():
+    """Only then, and only integers, may be multiplied by older ones; and those have to be there."""
+    lacking, none, left = (
+        "this Triton has none",
+        ["no tcgen05 in the machine code"],
+        ["mma.sync in the machine code"],
+    )
+    for format, older, instructions, products, expected in (
+        ("int8-int8", lacking, ("mma.sync",), ("s8",), []),
+        ("int8-int8", None, ("mma.sync",), ("s8",), none + left),
+        ("int8-int8", None, ("tcgen05",), ("s8",), []),
+        ("int8-int8", lacking, ("mma.sync",), (), ["no products of s8"]),
+        ("int8-int4", lacking, (), (), ["no mma.sync in the machine code", "no products of s8"]),
+        (
+            "int8-int4",
+            lacking,
+            ("tcgen05",),
+            ("s8",),
+            ["no mma.sync in the machine code", "tcgen05 in the machine code"],
+        ),
+        ("int8", lacking, ("mma.sync", "tcgen05"), ("s8",), []),
+        ("int8", lacking, ("mma.sync",), ("s8",), none),
+        ("int8", None, ("mma.sync", "tcgen05"), ("s8",), left),
+        ("int8-fp8", lacking, ("mma.sync", "tcgen05"), ("s8", "e4m3"), []),
+        ("int8-fp8", lacking, ("mma.sync",), ("s8", "e4m3"), none),
+        (None, lacking, ("mma.sync",), (), none + left),
+    ):
+        case = compile_report.Case("sm_100", 64, "bf16", format=format)
+        row = compile_report.Row(
+            case, {"TQ": 128, "TK": 64}, 9, 0, 9, instructions, products=products, older=older
+        )
+        assert row.problems() == expected, (format, older, instructions)
+
+
+def test_the_report_says_what_this_triton_cannot():
+    case = compile_report.Case("sm_100", 64, "bf16", format="int8-int8")
+    options = {"TQ": 128, "TK": 64, "num_warps": 8, "num_stages": 2}
+    rows = [
+        compile_report.Row(case, options, 9, 0, 9, ("mma.sync",), products=("s8",), older=older)
+        for older in ("it has none", "it has none", None)
+    ]
+    said = (
+        "On sm_100 integers of 8 bits are multiplied by mma.sync, and no limit is broken by it: it has none."
+    )
+    assert compile_report.notes(rows) == [said]
+    assert f"\n\n{said}\n\n```" in compile_report.page("3.6", rows)
+    assert "3 configurations, 1 beyond a limit" in compile_report.page("3.6", rows)
 
 
 @pytest.mark.parametrize(
