@@ -185,11 +185,14 @@ def gradients_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: trito
     """The same of a kernel of the backward pass."""
     from dit_accel.kernels.block_sparse import triton_backward, triton_tma_backward
 
-    launches = triton_tma_backward.launches if case.kernel == "tma" else triton_backward.pointer_launches
-    _, dq, dkv = launches(
-        q, q, q, q, lse, q, None, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid, gpu
-    )  # fmt: skip
-    return dq if case.part == "dq" else dkv
+    module = triton_tma_backward if case.kernel == "tma" else triton_backward
+    options = triton_configs.backward_config(
+        case.part, case.kernel, case.head_dim, q.dtype, case.block_size, gpu
+    )
+    given = triton_backward.Given(q, q, q, q, lse, lse, mask, case.head_dim**-0.5, text_valid)
+    if case.part == "dq":
+        return module.dq_launch(given, q, options)
+    return module.dkv_launch(given, q, q, options)
 
 
 def _codes(x: torch.Tensor, format: Format, block_keys: int, dim: int) -> Quantized:

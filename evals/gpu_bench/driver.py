@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dit_accel.kernels.block_sparse import triton_configs, tuned
-from dit_accel.kernels.block_sparse.tuned import Launch
+from dit_accel.kernels.block_sparse.tuned import BACKWARD_PARTS, Launch
 
 from ..benchmarks.table import append
 from . import launches, profile, report, schedule, tuning
@@ -83,7 +83,8 @@ class Bench:
             self._one_by_one("rate", phases.rate, worker)
             self._one_by_one("shapes", phases.shapes, worker)
             self._one_by_one("backward", phases.backward, worker)
-            self._grid(worker)
+            for phase, parts in schedule.GRIDS.items():
+                self._grid(phase, parts, worker)
             self._one_by_one("steps", phases.steps, worker)
         self._profile()
         self._write()
@@ -109,31 +110,43 @@ class Bench:
             self._do(phase, job, worker, deadline)
         self._write()
 
-    def _grid(self, worker: Worker) -> None:
-        """The launches that are right, on each case those that are not hopeless on the one before."""
+    def _grid(self, phase: str, parts: tuple[str, ...], worker: Worker) -> None:
+        """The launches of parts that are right, on each case those not hopeless on the one before."""
         if self._machine is None:
-            self._record(Job("launch", "launches"), _left_out("what this runs on is not known"))
+            self._record(Job("launch", phase), _left_out("what this runs on is not known"))
             return
-        deadline, defaults = self.budget.deadline("grid"), self._defaults(self._machine["capability"])
+        deadline, defaults = self.budget.deadline(phase), self._defaults(self._machine["capability"])
         right = report.right_launches(self.rows)
         for head_dim, chosen in schedule.tuning_cases(self.device).items():
-            running = list(dict.fromkeys([defaults[head_dim], *right.get(head_dim, ())]))
-            for case in chosen:
-                running.sort(key=lambda launch: launch.block_keys)  # masks of one size are built once
-                for job in schedule.grid(case, running):
-                    self._do("grid", job, worker, deadline)
-                running = tuning.promising(self._launches(), case, defaults[head_dim])
+            for default in (launch for launch in defaults[head_dim] if launch.part in parts):
+                fine = (launch for launch in right.get(head_dim, ()) if launch.part == default.part)
+                running = list(dict.fromkeys([default, *fine]))
+                for case in chosen:
+                    running.sort(key=lambda launch: launch.block_keys)  # masks of one size are built once
+                    for job in schedule.grid(case, running):
+                        self._do(phase, job, worker, deadline)
+                    running = tuning.promising(self._launches(), case, default)
         self.entries = tuning.entries(self._launches(), defaults, self._machine)
         self._write()
 
     def _launches(self) -> list[Row]:
         return [row for row in self.rows if row["kind"] == "launch"]
 
-    def _defaults(self, capability: list[int]) -> dict[int, Launch]:
+    def _defaults(self, capability: list[int]) -> dict[int, tuple[Launch, ...]]:
+        """By head_dim, what the kernels with pointers launch where nothing was measured: for each part."""
+        cases, dtype = schedule.tuning_cases(self.device), dtype_on(self.device)
         if self.device == "cpu":
-            return dict.fromkeys(schedule.tuning_cases("cpu"), launches.REHEARSAL_GRID[0])
-        cases, dtype, (major, minor) = schedule.tuning_cases(self.device), dtype_on(self.device), capability
-        return {dim: triton_configs.untuned(dim, dtype, (major, minor)) for dim in cases}
+            grids = *launches.REHEARSAL_GRID, *launches.REHEARSAL_BACKWARD_GRID
+            first = {launch.part: launch for launch in reversed(grids)}
+            return dict.fromkeys(cases, tuple(first[part] for part in ("forward", *BACKWARD_PARTS)))
+        gpu = capability[0], capability[1]
+        return {
+            dim: (
+                triton_configs.untuned(dim, dtype, gpu),
+                *(triton_configs.untuned_backward(p, "pointer", dim, dtype, gpu) for p in BACKWARD_PARTS),
+            )
+            for dim in cases
+        }
 
     def _profile(self) -> None:
         deadline, most = self.budget.deadline("profile"), schedule.SECONDS[self.device]["profile"]

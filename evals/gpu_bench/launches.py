@@ -38,6 +38,19 @@ GRID = (
     Launch(128, 64, 8, 2, "tma", 128, "int8"),
     *(Launch(128, 64, 8, 3, "gluon", 64, "int8", both, both) for both in (False, True)),
 )
+BACKWARD_GRID = (
+    *(Launch(128, 64, 8, stages, part="dq") for stages in (3, 2)),
+    *(Launch(64, 64, warps, 2, part="dq") for warps in (8, 4)),
+    *(Launch(128, 64, 8, stages, "tma", part="dq") for stages in (2, 3)),
+    Launch(64, 64, 4, 2, "tma", part="dq"),
+    *(Launch(64, 64, warps, stages, part="dkv") for warps, stages in ((4, 3), (4, 2), (8, 2))),
+    *(Launch(32, 64, warps, stages, part="dkv") for warps, stages in ((4, 3), (8, 2))),
+    *(Launch(64, 64, warps, 2, "tma", part="dkv") for warps in (4, 8)),
+    Launch(32, 64, 4, 3, "tma", part="dkv"),
+)
+REHEARSAL_BACKWARD_GRID = (
+    Launch(64, 64, 4, 3, part="dq"), Launch(64, 64, 4, 2, "tma", part="dq"), Launch(64, 64, 4, 3, part="dkv"),
+)  # fmt: skip
 REHEARSAL_GRID = (Launch(64, 64, 4, 3), Launch(64, 32, 4, 2), Launch(64, 64, 4, 3, "pointer", 64, "int8"))
 
 
@@ -46,6 +59,7 @@ def describe(launch: Launch) -> str:
     what = f"{launch.rows}x{launch.keys} w{launch.warps} s{launch.stages}"
     what += "" if launch.kernel == "pointer" else f" {launch.kernel}"
     what += "" if launch.format == "none" else f" {launch.format}"
+    what += "" if launch.part == "forward" else f" {launch.part}"
     what += " ping-pong" * launch.ping_pong + " persistent" * launch.persistent
     return what + ("" if launch.block_keys == 64 else f", blocks of {launch.block_keys} keys")
 

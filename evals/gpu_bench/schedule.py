@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dit_accel.kernels.block_sparse.tuned import Launch
+from dit_accel.kernels.block_sparse.tuned import BACKWARD_PARTS, Launch
 from dit_accel.patterns import Dense
 
 from . import cases, launches, steps
@@ -13,14 +13,17 @@ from .cases import Case
 from .job import Job
 from .peers import ERRORS, OTHER_KERNELS, PROVIDERS, kernel
 
-PHASES = ("check", "rate", "shapes", "backward", "grid", "steps", "profile")
+PHASES = ("check", "rate", "shapes", "backward", "grid", "backward grid", "steps", "profile")
+GRIDS = {"grid": ("forward",), "backward grid": BACKWARD_PARTS}  # the parts of attention launched in each
 SHARES = {  # of the time left when a phase begins, against those that follow it
-    "cuda": dict(zip(PHASES, (20, 11, 24, 11, 18, 10, 6), strict=True)),
-    "cpu": dict(zip(PHASES, (48, 9, 9, 6, 9, 17, 2), strict=True)),
+    "cuda": dict(zip(PHASES, (20, 11, 22, 10, 17, 7, 8, 5), strict=True)),
+    "cpu": dict(zip(PHASES, (45, 9, 9, 6, 7, 5, 17, 2), strict=True)),
 }
 SECONDS = {  # that a job may take before its process is ended
-    "cuda": dict(zip(PHASES, (100, 60, 60, 60, 30, 90, 40), strict=True)),
-    "cpu": dict(zip(PHASES, (120, 60, 60, 60, 60, 120, 30), strict=True)),  # which may have other work to do
+    "cuda": dict(zip(PHASES, (100, 60, 60, 60, 30, 30, 90, 40), strict=True)),
+    "cpu": dict(
+        zip(PHASES, (120, 60, 60, 60, 60, 60, 120, 30), strict=True)
+    ),  # which may have other work to do
 }
 HANG = 6  # seconds for a job that is there to hang
 YARDSTICKS = {"cuda": ("sdpa-cudnn", "sdpa-flash"), "cpu": ("sdpa-flash", "sdpa-math")}
@@ -56,7 +59,8 @@ def of(device: str) -> Phases:
     """What is done on a device; on a CPU, a rehearsal with what it must survive."""
     if device == "cpu":
         checks = [*faults(), _check("fp32", [64]), _check("bf16", [16]), _check_gradients("fp32", [64])]
-        checks += [_check_launch(launch, "fp32", [64]) for launch in launches.REHEARSAL_GRID]
+        grids = *launches.REHEARSAL_GRID, *launches.REHEARSAL_BACKWARD_GRID
+        checks += [_check_launch(launch, "fp32", [64]) for launch in grids]
         rate, shapes, models = cases.REHEARSAL["rate"], cases.REHEARSAL["shapes"], steps.REHEARSAL
     else:
         checks = [_check("bf16", [64, 128, 72]), _check("fp16", [64, 128]), _check("fp32", [64, 128])]
@@ -64,7 +68,8 @@ def of(device: str) -> Phases:
         checks += [_check_gradients("bf16", [64, 128, 256]), _check_gradients("fp16", [72, 128])]
         checks += [_check_gradients("fp32", [64, 128])]
         checks += [_check_gradients("bf16", [64, 128], other) for other in OTHERS_BACKWARD[device]]
-        checks += [_check_launch(launch, "bf16", [64, 128]) for launch in launches.GRID]
+        grids = *launches.GRID, *launches.BACKWARD_GRID
+        checks += [_check_launch(launch, "bf16", [64, 128]) for launch in grids]
         rate, shapes, models = cases.RATE, cases.SHAPES, steps.STEPS
     again = _attention(rate[0], YARDSTICKS[device][0])  # throttling would show
     return Phases(
@@ -104,7 +109,8 @@ def _check_gradients(dtype: str, head_dims: list[int], backend: str | None = Non
 
 def _check_launch(launch: Launch, dtype: str, head_dims: list[int]) -> Job:
     arguments = {"launch": list(launch), "dtype": dtype, "head_dims": head_dims}
-    return Job("check launch", f"check {launches.describe(launch)}", arguments)
+    kind = "check launch" if launch.part == "forward" else "check backward launch"
+    return Job(kind, f"check {launches.describe(launch)}", arguments)
 
 
 def _timed(chosen: Iterable[Case], device: str, with_peers: int) -> list[Job]:
@@ -153,7 +159,11 @@ def grid(case: Case, chosen: Iterable[Launch]) -> list[Job]:
     """The launches on one case."""
     key = [case.name, case.preset]
     return [
-        Job("launch", f"{case.title}: {launches.describe(launch)}", {"case": key, "launch": list(launch)})
+        Job(
+            "launch" if launch.part == "forward" else "backward launch",
+            f"{case.title}: {launches.describe(launch)}",
+            {"case": key, "launch": list(launch)},
+        )
         for launch in chosen
     ]
 
@@ -178,5 +188,6 @@ def describe() -> str:
     for head_dim, chosen in cases.TUNING.items():
         names = " and ".join(case.title for case in chosen)
         lines.append(f"time {len(launches.GRID)} launches with head_dim {head_dim} on {names}")
+        lines.append(f"time {len(launches.BACKWARD_GRID)} of the backward pass on the same")
     lines += [f"left out, {reason}" for _, reason in missing("cuda")]
     return "\n".join(lines)

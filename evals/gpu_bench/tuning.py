@@ -15,7 +15,7 @@ HOPELESS = 1.3  # times slower than the best on one case
 
 
 def choose(
-    rows: Iterable[Row], default: Launch, kind: tuple[str, int, str] | None = None
+    rows: Iterable[Row], default: Launch, kind: tuple[str, int, str, str] | None = None
 ) -> tuple[Launch, float] | None:
     """The fastest launch of a kind (`Launch.kind`, the default's), if it and the default were measured.
 
@@ -43,10 +43,11 @@ def choose(
 def promising(rows: Iterable[Row], case: Case, default: Launch) -> list[Launch]:
     """The default, and the launches that are near enough to the best on a case to be tried on the next.
 
-    The best of the same kind.
+    The best of the same kind, of the kinds that compute the same part.
     """
     key = [case.name, case.preset]
     rates = {Launch(*row["launch"]): row["tflops"] for row in rows if row["case"] == key}
+    rates = {launch: rate for launch, rate in rates.items() if launch.part == default.part}
     most: dict[tuple, float] = {}
     for launch, rate in rates.items():
         most[launch.kind] = max(rate, most.get(launch.kind, rate))
@@ -54,14 +55,17 @@ def promising(rows: Iterable[Row], case: Case, default: Launch) -> list[Launch]:
     return list(dict.fromkeys([default, *sorted(near, key=rates.get, reverse=True)]))
 
 
-def entries(rows: Iterable[Row], defaults: dict[int, Launch], machine: Row) -> list[Entry]:
-    """An entry for each head_dim and kind of launch that was measured, with the machine."""
+def entries(rows: Iterable[Row], defaults: dict[int, tuple[Launch, ...]], machine: Row) -> list[Entry]:
+    """An entry for each head_dim and kind of launch that was measured, with the machine.
+
+    Against the default of the same part.
+    """
     here, rows = machine["environment"], list(rows)
     gpu = here["gpus"][0]["name"] if here["gpus"] else here["cpu"]["name"]
     found = []
-    for head_dim, default in defaults.items():
+    for head_dim, default in ((dim, launch) for dim, own in defaults.items() for launch in own):
         measured = [row for row in rows if row["head_dim"] == head_dim]
-        for kind in product(KERNELS, RANGES["block_keys"], RANGES["format"]):
+        for kind in product(KERNELS, RANGES["block_keys"], RANGES["format"], (default.part,)):
             if (chosen := choose(measured, default, kind)) is None:
                 continue
             launch, gain = chosen

@@ -21,7 +21,7 @@ import torch
 
 from dit_accel.environment import environment
 
-from . import attention, backward, checks, launches, steps
+from . import attention, backward, backward_launches, checks, launches, steps
 from .job import Job, Row
 
 READY, DONE = "ready", "done"  # what a worker says beside its rows
@@ -51,10 +51,12 @@ KINDS: dict[str, Callable[..., Iterator[Row]]] = {
     "check": checks.run,
     "check launch": checks.run_launch,
     "check gradients": checks.run_gradients,
+    "check backward launch": backward_launches.run_check,
     "matmul": attention.run_matmul,
     "attention": attention.run,
     "backward": backward.run,
     "launch": launches.run,
+    "backward launch": backward_launches.run,
     "step": steps.run,
 }
 

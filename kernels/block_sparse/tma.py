@@ -31,9 +31,9 @@ def attend(
 
 def gradients(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `native.gradients`, by the kernels of `triton_tma_backward`."""
-    from . import triton_tma_backward
+    from . import triton_gradients
 
-    return triton_tma_backward.gradients(*given, **options)
+    return triton_gradients.gradients(*given, kernel="tma", **options)
 
 
 def condition(problem: Problem) -> str | None:

@@ -13,15 +13,15 @@ another writes, so that results repeat to the bit. Scores of the third are held 
 the left operands of its products, which tensor cores read from registers. All sums are fp32, and P and dS are
 rounded to the dtype of the inputs before they are multiplied.
 
-With a tail, out and lse are those over all keys, so that blocks follow the same formulas; what goes through
-the pooled keys is added by `backward.of_tail`.
+`triton_gradients` launches them, or those of `triton_tma_backward` in their place.
 """
 
 # pyright: reportOperatorIssue=false
 # (Triton's annotations leave out the remainder of an int by a `constexpr`)
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,18 +29,10 @@ import triton.language as tl
 
 from dit_accel.masks.block_mask import BlockMask
 
-from .backward import of_tail
 from .launch_order import mask_arguments, transposed_arguments
 from .problem import Lengths
-from .tail import Tail
-from .triton_configs import backward_configs, gpu, padded_head_dim
-from .triton_forward import (
-    INTERPRETED,
-    LAUNCH_OPTIONS,
-    addressable,
-    empty_like,
-    shown,
-)
+from .triton_configs import padded_head_dim
+from .triton_forward import shown
 
 PREPARED_ROWS = 32  # of a program of `_prepare`
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -293,73 +285,59 @@ def _keys(
 # -- launch --------------------------------------------------------------------------------------------------
 
 
-def gradients(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BlockMask,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    *,
-    scale: float,
-    text_valid: Lengths = None,
-    tail: str | None = None,
-    launches: Callable[..., Iterator[tuple]] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, in their dtype: as `native.gradients`, which says what is given.
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the kernels of dQ and of dK and dV read: inputs, and what `_prepare` left in `top` and `delta`."""
 
-    By the kernels of `launches`, those of this module unless given.
-    """
-    given = q.dtype
-    if INTERPRETED and given == torch.bfloat16:  # Triton's interpreter would multiply the bit patterns
-        q, k, v, out, dout = (x.float() for x in (q, k, v, out, dout))
-    dout = dout.to(q.dtype)
-    q, k, v, out, dout = map(addressable, (q, k, v, out, dout))
-    pooled = None if tail is None else Tail.of(mask)
-    computed = mask if pooled is None else pooled.whole or mask
-    exact = None if pooled is None else torch.float32  # the tail's part is added before any rounding
-    found = tuple(empty_like(x, exact) for x in (q, k, v))
-    top, delta = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    with torch.cuda.device_of(q):
-        for kernel, grid, args, options in (launches or pointer_launches)(
-            q, k, v, out, lse, dout, dlse, *found, top, delta, computed, scale, text_valid,
-            (8, 0) if INTERPRETED else gpu(q.device),
-        ):  # fmt: skip
-            kernel[grid](*args, **options, **LAUNCH_OPTIONS)
-    if pooled is not None:
-        q, k, v, dout = (x.float() for x in (q, k, v, dout))
-        more = of_tail(
-            q, k, v, mask, pooled, top * math.log(2), dout, delta, scale=scale, text_valid=text_valid
-        )
-        found = tuple(a + b for a, b in zip(found, more, strict=True))
-    dq, dk, dv = (x.to(given) for x in found)
-    return dq, dk, dv
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    top: torch.Tensor
+    delta: torch.Tensor
+    mask: BlockMask
+    scale: float
+    text_valid: Lengths
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of heads and blocks, as the kernels know them."""
+        head_dim, (bq, bk) = self.q.shape[3], self.mask.block_size
+        return {"D": head_dim, "DP": padded_head_dim(head_dim), "BQ": bq, "BK": bk}
+
+    def lists(
+        self, arguments: Callable[..., tuple[torch.Tensor, ...]]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple]:
+        """The mask's lists, by query blocks or by key blocks, and the numbers at the end of the arguments."""
+        batch, heads = self.q.shape[:2]
+        lists = arguments(self.mask, batch, heads)
+        return lists, (heads, heads if len(lists[1]) > 1 else 0, *self.mask.text)
 
 
-def pointer_launches(
-    q, k, v, out, lse, dout, dlse, dq, dk, dv, top, delta, mask, scale, text_valid, device
-):  # fmt: skip
-    """Each kernel with its grid, positional and keyword arguments, in the order in which they have to run."""
-    (batch, heads, seq_len, head_dim), (bq, bk) = q.shape, mask.block_size
-    of_queries, of_keys = backward_configs(head_dim, q.dtype, mask.block_size, device)
-    rows = mask_arguments(mask, batch, heads)
-    columns = transposed_arguments(mask, batch, heads)
-    sizes = {"D": head_dim, "DP": padded_head_dim(head_dim)}
-    yield preparing(out, dout, lse, dlse, top, delta)
-
-    sizes |= {"BQ": bq, "BK": bk}
-    numbers = heads, heads if len(rows[1]) > 1 else 0, *mask.text
+def dq_launch(given: Given, dq: torch.Tensor, options: dict[str, int]) -> tuple:
+    """The kernel of dQ with its grid, positional and keyword arguments."""
+    q, k, v, dout, mask = given.q, given.k, given.v, given.dout, given.mask
+    lists, numbers = given.lists(mask_arguments)
     strides, align = strides_of(q, k, v, dout, dq)
-    grid = (rows[0].shape[1] * (bq // of_queries["TQ"]), batch)
-    args = (q, k, v, dout, dq, top, delta, *rows, text_valid, *strides, scale, seq_len, mask.kv_len)
-    yield _queries, grid, (*args, mask.num_rows, *numbers), of_queries | sizes | {"ALIGN": align}
+    grid = (lists[0].shape[1] * (mask.block_size[0] // options["TQ"]), q.shape[0])
+    args = (
+        q, k, v, dout, dq, given.top, given.delta, *lists, given.text_valid, *strides, given.scale,
+        q.shape[2], mask.kv_len, mask.num_rows, *numbers,
+    )  # fmt: skip
+    return _queries, grid, args, options | given.sizes | {"ALIGN": align}
 
+
+def dkv_launch(given: Given, dk: torch.Tensor, dv: torch.Tensor, options: dict[str, int]) -> tuple:
+    """The same of the kernel of dK and dV."""
+    q, k, v, dout, mask = given.q, given.k, given.v, given.dout, given.mask
+    lists, numbers = given.lists(transposed_arguments)
     strides, align = strides_of(q, k, v, dout, dk, dv)
-    grid = (columns[0].shape[1] * (bk // of_keys["TK"]), batch)
-    args = (q, k, v, dout, dk, dv, top, delta, *columns, text_valid, *strides, scale, seq_len, mask.kv_len)
-    yield _keys, grid, (*args, mask.num_cols, *numbers), of_keys | sizes | {"ALIGN": align}
+    grid = (lists[0].shape[1] * (mask.block_size[1] // options["TK"]), q.shape[0])
+    args = (
+        q, k, v, dout, dk, dv, given.top, given.delta, *lists, given.text_valid, *strides, given.scale,
+        q.shape[2], mask.kv_len, mask.num_cols, *numbers,
+    )  # fmt: skip
+    return _keys, grid, args, options | given.sizes | {"ALIGN": align}
 
 
 def preparing(out, dout, lse, dlse, top, delta) -> tuple:

@@ -162,13 +162,18 @@ def _measured(
 
 
 def fastest_kernel(
-    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu, format: str | None = None
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    gpu: Gpu,
+    format: str | None = None,
+    part: str = "forward",
 ) -> str:
-    """Which kernel of the forward pass was measured to be the fastest on a GPU (`tuned.KERNELS`)."""
+    """Which kernel of a part of attention was measured to be the fastest on a GPU (`tuned.KERNELS`)."""
     if isinstance(gpu, str):
         return "pointer"
     largest = max(padded_head_dim(head_dim), 64)
-    name = tuned.fastest_kernel(gpu, dtype.itemsize, largest, block_size[1], format or "none")
+    name = tuned.fastest_kernel(gpu, dtype.itemsize, largest, block_size[1], format or "none", part)
     return "tma" if name == "gluon" and block_size != GLUON_BLOCKS else name
 
 
@@ -231,26 +236,24 @@ def launch_options(launch: tuned.Launch, block_size: tuple[int, int]) -> dict[st
     return options
 
 
-def backward_configs(
-    head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The same of the kernel of dQ, and of that of dK and dV, on a mask's blocks."""
-    of_queries, of_keys = _row(BACKWARD_CONFIGS, head_dim, dtype, gpu)
-    return (
-        launch_options(_launch(of_queries, gpu), block_size),
-        launch_options(_launch(of_keys, gpu), block_size),
-    )
+def backward_config(
+    part: str, kernel: str, head_dim: int, dtype: torch.dtype, block_size: tuple[int, int], gpu: Gpu
+) -> dict[str, int]:
+    """The same of a part of the backward pass, `"dq"` or `"dkv"`, by a kernel, `"pointer"` or `"tma"`."""
+    launch = None
+    if not isinstance(gpu, str):
+        largest = max(padded_head_dim(head_dim), 64)
+        launch = tuned.find(gpu, dtype.itemsize, largest, kernel, block_size[1], part=part)
+    return launch_options(launch or untuned_backward(part, kernel, head_dim, dtype, gpu), block_size)
 
 
-def tma_backward_configs(
-    head_dim: int, block_size: tuple[int, int], gpu: Gpu
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The same of the kernels whose tiles the copy engine fetches, in 16 bits."""
-    of_queries, of_keys = TMA_BACKWARD_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)]
-    return (
-        launch_options(tuned.Launch(*of_queries), block_size),
-        launch_options(tuned.Launch(*of_keys), block_size),
-    )
+def untuned_backward(part: str, kernel: str, head_dim: int, dtype: torch.dtype, gpu: Gpu) -> tuned.Launch:
+    """The launch that the tables here have for a part of the backward pass."""
+    if kernel == "tma":
+        both = TMA_BACKWARD_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)]
+    else:
+        both = _row(BACKWARD_CONFIGS, head_dim, dtype, gpu)
+    return _launch(both[tuned.BACKWARD_PARTS.index(part)], gpu)._replace(kernel=kernel, part=part)
 
 
 def padded_head_dim(head_dim: int) -> int:

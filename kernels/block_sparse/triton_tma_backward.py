@@ -9,23 +9,12 @@ As `triton_backward`, whose formulas, lists and orders it shares, and what it do
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from . import triton_backward
 from .launch_order import mask_arguments, transposed_arguments
-from .triton_backward import (
-    LOG2_E,
-    preparing,
-    strides_of,
-    through_keys,
-    through_queries,
-)
-from .triton_configs import padded_head_dim, tma_backward_configs
-from .triton_forward import INTERPRETED
+from .triton_backward import LOG2_E, Given, strides_of, through_keys, through_queries
 from .triton_tma import box, copied, describable, descriptor
 
 # -- kernels -------------------------------------------------------------------------------------------------
@@ -174,49 +163,34 @@ def _keys(
 # -- launch --------------------------------------------------------------------------------------------------
 
 
-def gradients(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`triton_backward.gradients` by the kernels of this module; copies what cannot be described."""
-    return triton_backward.gradients(*given, **options, launches=launches)
-
-
-def launches(
-    q, k, v, out, lse, dout, dlse, dq, dk, dv, top, delta, mask, scale, text_valid, device
-):  # fmt: skip
-    """As `triton_backward.pointer_launches`."""
-    (batch, heads, seq_len, head_dim), (bq, bk) = q.shape, mask.block_size
-    gpu = (9, 0) if INTERPRETED else device
-    of_queries, of_keys = tma_backward_configs(head_dim, mask.block_size, gpu)
-    dim = padded_head_dim(head_dim)
-    sizes = {"D": head_dim, "DP": dim, "BQ": bq, "BK": bk}
-    yield preparing(out, dout, lse, dlse, top, delta)
-
-    q, k, v, dout = (x if describable(x) else copied(x) for x in (q, k, v, dout))
-
-    def descriptors(tile: dict[str, int]) -> tuple:
-        rows, keys = tile["TQ"], tile["TK"]
-        return tuple(descriptor(x, n, dim) for x, n in ((q, rows), (k, keys), (v, keys), (dout, rows)))
-
-    lists = mask_arguments(mask, batch, heads)
-    numbers = heads, heads if len(lists[1]) > 1 else 0, *mask.text
-    strides, align = strides_of(dq)
-    grid = (lists[0].shape[1] * (bq // of_queries["TQ"]), batch)
-    args = (*descriptors(of_queries), dq, top, delta, *lists, text_valid, *strides, scale, seq_len)
-    yield _queries, grid, (*args, mask.num_rows, *numbers), of_queries | sizes | {"ALIGN": align}
-
-    lists = transposed_arguments(mask, batch, heads)
-    strides, align = strides_of(dk, dv)
-    grid = (lists[0].shape[1] * (bk // of_keys["TK"]), batch)
+def dq_launch(given: Given, dq: torch.Tensor, options: dict[str, int]) -> tuple:
+    """As `triton_backward.dq_launch`; copies what cannot be described."""
+    mask, (lists, numbers), (strides, align) = given.mask, given.lists(mask_arguments), strides_of(dq)
+    grid = (lists[0].shape[1] * (mask.block_size[0] // options["TQ"]), given.q.shape[0])
     args = (
-        *descriptors(of_keys),
-        dk,
-        dv,
-        top,
-        delta,
-        *lists,
-        text_valid,
-        *strides,
-        scale,
-        seq_len,
-        mask.kv_len,
+        *_descriptors(given, options), dq, given.top, given.delta, *lists, given.text_valid, *strides,
+        given.scale, given.q.shape[2], mask.num_rows, *numbers,
+    )  # fmt: skip
+    return _queries, grid, args, options | given.sizes | {"ALIGN": align}
+
+
+def dkv_launch(given: Given, dk: torch.Tensor, dv: torch.Tensor, options: dict[str, int]) -> tuple:
+    """As `triton_backward.dkv_launch`; copies what cannot be described."""
+    mask, (lists, numbers), (strides, align) = (
+        given.mask,
+        given.lists(transposed_arguments),
+        strides_of(dk, dv),
     )
-    yield _keys, grid, (*args, mask.num_cols, *numbers), of_keys | sizes | {"ALIGN": align}
+    grid = (lists[0].shape[1] * (mask.block_size[1] // options["TK"]), given.q.shape[0])
+    args = (
+        *_descriptors(given, options), dk, dv, given.top, given.delta, *lists, given.text_valid, *strides,
+        given.scale, given.q.shape[2], mask.kv_len, mask.num_cols, *numbers,
+    )  # fmt: skip
+    return _keys, grid, args, options | given.sizes | {"ALIGN": align}
+
+
+def _descriptors(given: Given, options: dict[str, int]) -> tuple:
+    """Of q, k, v and dout, in boxes of a tile."""
+    rows, keys, dim = options["TQ"], options["TK"], given.sizes["DP"]
+    boxes = ((given.q, rows), (given.k, keys), (given.v, keys), (given.dout, rows))
+    return tuple(descriptor(x if describable(x) else copied(x), n, dim) for x, n in boxes)

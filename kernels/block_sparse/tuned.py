@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 PATH = Path(__file__).with_name("tuned.json")
 KERNELS = ("pointer", "tma", "gluon")  # of the forward pass: `triton_forward`, `triton_tma`, `triton_gluon`
+BACKWARD_KERNELS = ("pointer", "tma")  # `triton_backward`, `triton_tma_backward`
+BACKWARD_PARTS = ("dq", "dkv")  # of which each has its own
 RANGES = {  # what an entry may say; rows and keys divide every block of a mask, or are cut to it
     "kernel": KERNELS,
     "block_keys": (64, 128),
@@ -29,6 +31,7 @@ RANGES = {  # what an entry may say; rows and keys divide every block of a mask,
     "format": ("none", "int8"),  # "none": the numbers' own
     "ping_pong": (False, True),
     "persistent": (False, True),
+    "part": ("forward", *BACKWARD_PARTS),
 }
 REMEDY = "delete it, or measure again with `python -m dit_accel.evals.gpu_bench`"
 
@@ -38,7 +41,8 @@ class Launch(NamedTuple):
 
     Of which kernel, on masks whose blocks have how many keys, 64 or 128, and in which numeric format. What
     the kernel in Gluon may do besides: `ping_pong`, its two groups of warps take turns at the tensor cores;
-    `persistent`, a program for each multiprocessor takes tile after tile.
+    `persistent`, a program for each multiprocessor takes tile after tile. `part` is what the kernel computes:
+    the forward pass, dQ, or dK and dV.
     """
 
     rows: int
@@ -50,11 +54,12 @@ class Launch(NamedTuple):
     format: str = "none"
     ping_pong: bool = False
     persistent: bool = False
+    part: str = "forward"
 
     @property
-    def kind(self) -> tuple[str, int, str]:
-        """What it is the launch of: kernel, keys of a block, format. The fastest of each is kept."""
-        return self.kernel, self.block_keys, self.format
+    def kind(self) -> tuple[str, int, str, str]:
+        """What it is the launch of: kernel, keys of a block, format, part. The fastest of each is kept."""
+        return self.kernel, self.block_keys, self.format, self.part
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Entry:
     Attributes:
         capability: as in `"9.0"`.
         kernel: one of `KERNELS`.
-        block_keys: of the masks that it was measured on; 64 stands for fewer as well.
+        block_keys: of the masks that it was measured on; 64 stands for fewer as well, and of the backward
+            pass, whose tiles are the same on wider blocks, for all.
         element_bytes: of the inputs, whatever the format.
         format: of `quantization`, or `"none"`.
-        ping_pong, persistent: as of `Launch`.
-        gain: times as many pairs of a query and a key per second as the kernel with pointers under its own
-            table on blocks of 64 keys and without a format, the geometric mean over some shapes.
+        ping_pong, persistent, part: as of `Launch`.
+        gain: times as many pairs of a query and a key per second as the kernel with pointers for the same
+            part under its own table on blocks of 64 keys and without a format, the geometric mean over some
+            shapes.
         gpu, torch, triton, cuda, commit: what it was measured with.
     """
 
@@ -91,6 +98,7 @@ class Entry:
     format: str = "none"
     ping_pong: bool = False
     persistent: bool = False
+    part: str = "forward"
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
@@ -99,6 +107,13 @@ class Entry:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, got {value!r}")
         if self.kernel != "gluon" and (self.ping_pong or self.persistent):
             raise ValueError(f"`ping_pong` and `persistent` are of the kernel 'gluon', got {self.kernel!r}")
+        backward = self.kernel in BACKWARD_KERNELS and self.block_keys == 64 and self.format == "none"
+        if self.part in BACKWARD_PARTS and not backward:
+            known = " and ".join(map(repr, BACKWARD_KERNELS))
+            raise ValueError(
+                f"`part` {self.part!r} is of the kernels {known} with `block_keys` 64 and `format` 'none', "
+                f"got {self.kernel!r}, {self.block_keys} and {self.format!r}"
+            )
         numbers = str(self.capability).split(".")
         if not isinstance(self.capability, str) or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
             raise ValueError(f"`capability` must be like '9.0', got {self.capability!r}")
@@ -109,7 +124,7 @@ class Entry:
                 raise ValueError(f"`{name}` must be text, got {getattr(self, name)!r}")
 
     @property
-    def key(self) -> tuple[tuple[int, ...], int, int, str, int, str]:
+    def key(self) -> tuple[tuple[int, ...], int, int, str, int, str, str]:
         numbers = tuple(map(int, self.capability.split(".")))
         return numbers, self.element_bytes, self.head_dim, *self.launch.kind
 
@@ -173,6 +188,7 @@ def find(
     kernel: str = "pointer",
     block_keys: int = 64,
     format: str = "none",
+    part: str = "forward",
 ) -> Launch | None:
     """The launch of a kernel measured for exactly this compute capability and padded head_dim, or None.
 
@@ -182,8 +198,8 @@ def find(
         ValueError: `tuned.json` is damaged.
     """
     key = (tuple(capability), element_bytes, head_dim, kernel)
-    wide = _read().get((*key, 128, format)) if block_keys == 128 else None
-    entry = wide or _read().get((*key, 64, format))
+    wide = _read().get((*key, 128, format, part)) if block_keys == 128 else None
+    entry = wide or _read().get((*key, 64, format, part))
     return None if entry is None else entry.launch
 
 
@@ -193,15 +209,16 @@ def fastest_kernel(
     head_dim: int,
     block_keys: int = 64,
     format: str = "none",
+    part: str = "forward",
 ) -> str:
     """The kernel measured to be the fastest for these: the one with pointers where none was.
 
     Raises:
         ValueError: `tuned.json` is damaged.
     """
-    keys = 128 if block_keys == 128 else 64
+    keys = 128 if block_keys == 128 and part == "forward" else 64
     here = tuple(capability), element_bytes, head_dim
-    found = [_read().get((*here, name, keys, format)) for name in KERNELS]
+    found = [_read().get((*here, name, keys, format, part)) for name in KERNELS]
     known = [entry for entry in found if entry is not None]
     return max(known, key=lambda entry: entry.gain).kernel if known else "pointer"
 
@@ -219,7 +236,7 @@ def time_on_wide_blocks(capability: tuple[int, int]) -> float | None:
             (
                 entry.gain
                 for (seen, size, dim, _, *of_masks), entry in _read().items()
-                if (seen, size, dim, *of_masks) == (tuple(capability), 2, 128, keys, "none")
+                if (seen, size, dim, *of_masks) == (tuple(capability), 2, 128, keys, "none", "forward")
             ),
             default=None,
         )

@@ -11,6 +11,7 @@ import torch
 
 from dit_accel.evals.gpu_bench import checks
 from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels.block_sparse.tuned import Launch
 
 ROOT = Path(__file__).parents[3]
 RIGHT = partial(block_sparse_attention, backend="gather", return_lse=True)
@@ -98,18 +99,10 @@ def test_gradients_that_are_right_pass_and_others_do_not():
         assert row["repeats"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launch", [(64, 32, 4, 2), (128, 64, 8, 3)], ids=str)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_launch_of_the_kernel_itself(launch, dtype):
-    """As on a GPU, by Triton's interpreter."""
+def interpreted(code):
+    """Runs code as on a GPU, by Triton's interpreter."""
     pytest.importorskip("triton")
-    code = (
-        "from dit_accel.evals.gpu_bench import checks, peers\n"
-        "assert peers.kernel('cpu') == 'triton'\n"
-        f"(row,) = checks.run_launch('cpu', {list(launch)}, {dtype!r}, [64])\n"
-        "assert row['right'], row\n"
-    )
+    code = "from dit_accel.evals.gpu_bench import peers\nassert peers.kernel('cpu') == 'triton'\n" + code
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -117,3 +110,32 @@ def test_a_launch_of_the_kernel_itself(launch, dtype):
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("the interpreter of this Triton needs numpy < 2.4")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [(64, 32, 4, 2), (128, 64, 8, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_launch_of_the_kernel_itself(launch, dtype):
+    interpreted(
+        "from dit_accel.evals.gpu_bench import checks\n"
+        f"(row,) = checks.run_launch('cpu', {list(launch)}, {dtype!r}, [64])\n"
+        "assert row['right'], row\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["dq", "dkv"])
+@pytest.mark.parametrize("kernel", ["pointer", "tma"])
+def test_a_launch_of_the_backward_pass_itself(kernel, part):
+    """Checked in 16 bits; timed, its kernel alone, as a rehearsal of the real thing."""
+    launch = [*Launch(64, 32, 4, 2, kernel, part=part)]
+    interpreted(
+        "import torch\n"
+        "from dit_accel.evals.gpu_bench import attention, backward_launches, cases\n"
+        f"(row,) = backward_launches.run_check('cpu', {launch}, 'fp16', [64])\n"
+        "assert row['right'] and row['repeats'], row\n"
+        "attention.dtype_on = lambda device: torch.float16\n"
+        "case = cases.REHEARSAL['tuning'][64][0]\n"
+        f"(row,) = backward_launches.run('cpu', [case.name, case.preset], {launch})\n"
+        f"assert row['launch'] == {launch} and row['tflops'] > 0, row\n"
+    )

@@ -109,8 +109,8 @@ def test_every_phase_did_its_work(rows):
     measured = {(tuple(row["case"]), tuple(row["launch"])) for row in rows if row["kind"] == "launch"}
     first = schedule.tuning_cases("cpu")[64][0]
     assert {launch for case, launch in measured if case == (first.name, first.preset)} == {
-        tuple(launch) for launch in launches.REHEARSAL_GRID
-    }
+        *launches.REHEARSAL_GRID, *launches.REHEARSAL_BACKWARD_GRID
+    }  # fmt: skip
 
 
 def test_every_job_left_a_row(rows):
@@ -142,10 +142,14 @@ def test_what_is_not_installed_is_named(rows):
 
 def test_the_table_of_launches_is_written_and_read_back(rehearsal, monkeypatch):
     found = tuned.load(rehearsal[0] / "tuned.json")
-    keys = {format: ((0, 0), 4, 64, "pointer", 64, format) for format in ("none", "int8")}
-    assert found.keys() == set(keys.values())
+    keys = {format: ((0, 0), 4, 64, "pointer", 64, format, "forward") for format in ("none", "int8")}
+    backward = {launch: ((0, 0), 4, 64, *launch.kind) for launch in launches.REHEARSAL_BACKWARD_GRID}
+    assert found.keys() == {*keys.values(), *backward.values()}
+    assert {launch: found[key].launch for launch, key in backward.items()} == {
+        launch: launch for launch in backward
+    }
     for entry in found.values():
-        assert entry.launch in launches.REHEARSAL_GRID
+        assert entry.launch in (*launches.REHEARSAL_GRID, *launches.REHEARSAL_BACKWARD_GRID)
         assert entry.torch == torch.__version__
         assert entry.commit == "abc123"
     assert found[keys["none"]].gain >= 1  # of another format less is kept too: it is the fastest of its kind

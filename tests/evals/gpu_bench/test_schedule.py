@@ -76,16 +76,16 @@ def test_backward_passes_are_checked_and_timed_beside_flex():
 
 
 def test_every_launch_is_checked_and_one_that_a_table_may_name():
-    checked = [
-        tuple(job.arguments["launch"]) for job in schedule.of("cuda").checks if "launch" in job.arguments
-    ]
-    assert checked == list(launches.GRID)
-    assert len({launches.describe(launch) for launch in launches.GRID}) == len(launches.GRID) == 54
-    for launch in launches.GRID:
+    jobs = [job for job in schedule.of("cuda").checks if "launch" in job.arguments]
+    grids = [*launches.GRID, *launches.BACKWARD_GRID]
+    assert [tuple(job.arguments["launch"]) for job in jobs] == grids
+    assert [job.kind for job in jobs] == ["check launch"] * 54 + ["check backward launch"] * 15
+    assert len({launches.describe(launch) for launch in grids}) == len(grids)
+    for launch in grids:
         assert all(value in tuned.RANGES[name] for name, value in launch._asdict().items())
     kinds = Counter(launch.kind for launch in launches.GRID)
     assert set(kinds) == {
-        (kernel, keys, format)
+        (kernel, keys, format, "forward")
         for kernel in tuned.KERNELS
         for keys in (64, 128)
         for format in tuned.RANGES["format"]
@@ -93,12 +93,23 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
     }
     ways = {(launch.ping_pong, launch.persistent) for launch in launches.GRID if launch.kernel == "gluon"}
     assert len(ways) == 4
+    assert {(launch.part, launch.kernel) for launch in launches.BACKWARD_GRID} == {
+        (part, kernel) for part in tuned.BACKWARD_PARTS for kernel in tuned.BACKWARD_KERNELS
+    }
+    for part in tuned.BACKWARD_PARTS:
+        (job,) = schedule.grid(cases.SHAPES[0], [launches.BACKWARD_GRID[0]._replace(part=part)])
+        assert job.kind == "backward launch"
+        assert part in job.name
 
 
 def test_the_kernels_own_launches_are_among_those_tried():
     for head_dim in cases.TUNING:
         for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
             assert triton_configs.untuned(head_dim, torch.bfloat16, capability) in launches.GRID
+            for part in tuned.BACKWARD_PARTS:
+                for kernel in ("pointer", "tma") if 9 <= capability[0] <= 10 else ("pointer",):
+                    asked = part, kernel, head_dim, torch.bfloat16, capability
+                    assert triton_configs.untuned_backward(*asked) in launches.BACKWARD_GRID
     assert all(case.head_dim == head_dim for head_dim, chosen in cases.TUNING.items() for case in chosen)
 
 
@@ -107,6 +118,7 @@ def test_the_schedule_in_words_names_all_of_it():
     for name in (*(case.name for case in cases.SHAPES), *(step.name for step in steps.STEPS), "sdpa-cudnn"):
         assert name in text
     assert "54 launches with head_dim 128" in text
+    assert "15 of the backward pass on the same" in text
 
 
 @pytest.mark.parametrize("step", steps.STEPS, ids=lambda step: step.name)

@@ -49,8 +49,8 @@ def test_nothing_without_the_default():
 
 def test_entries_say_what_they_were_measured_on():
     rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 1.0), row(LARGE, "c", 1.0, head_dim=64)]
-    (entry,) = tuning.entries(rows, {128: DEFAULT, 64: DEFAULT}, HERE)
-    key = (9, 0), 2, 128, "pointer", 64, "none"
+    (entry,) = tuning.entries(rows, {128: (DEFAULT,), 64: (DEFAULT,)}, HERE)
+    key = (9, 0), 2, 128, "pointer", 64, "none", "forward"
     assert (entry.key, entry.launch, entry.gain) == (key, SMALL, 2.0)
     assert (entry.gpu, entry.torch, entry.triton) == ("a GPU", "2.11.0", "3.6.0")
     assert (entry.cuda, entry.commit) == ("12.8", "abc")
@@ -58,7 +58,7 @@ def test_entries_say_what_they_were_measured_on():
 
 def test_each_kernel_and_size_of_blocks_has_an_entry_of_its_own():
     rows = [row(DEFAULT, "a", 2.0), row(SMALL, "a", 3.0), row(TMA, "a", 1.6), row(WIDE, "a", 1.0)]
-    first, second, third = tuning.entries(rows, {128: DEFAULT}, HERE)
+    first, second, third = tuning.entries(rows, {128: (DEFAULT,)}, HERE)
     assert [entry.launch for entry in (first, second, third)] == [DEFAULT, TMA, WIDE]
     assert [entry.gain for entry in (first, second, third)] == [1.0, 1.25, 2.0]
 
@@ -68,10 +68,32 @@ def test_numeric_formats_have_entries_of_their_own():
     plain = Launch(128, 64, 8, 3, "gluon", 64, "int8")
     both = plain._replace(ping_pong=True, persistent=True)
     rows = [row(DEFAULT, "a", 2.0), row(plain, "a", 1.6), row(both, "a", 1.0)]
-    first, second = tuning.entries(rows, {128: DEFAULT}, HERE)
+    first, second = tuning.entries(rows, {128: (DEFAULT,)}, HERE)
     assert (first.launch, first.gain) == (DEFAULT, 1.0)
     assert (second.launch, second.gain, second.format, second.ping_pong) == (both, 2.0, "int8", True)
-    assert second.key == ((9, 0), 2, 128, "gluon", 64, "int8")
+    assert second.key == ((9, 0), 2, 128, "gluon", 64, "int8", "forward")
+
+
+def test_parts_of_the_backward_pass_have_entries_of_their_own():
+    """Each against the kernel with pointers for the same part, whatever others take."""
+    dq, dkv = (DEFAULT._replace(part=part) for part in ("dq", "dkv"))
+    by_tma = TMA._replace(part="dkv")
+    times = (
+        (DEFAULT, 2.0),
+        (TMA, 1.0),
+        (dq, 8.0),
+        (SMALL._replace(part="dq"), 4.0),
+        (dkv, 9.0),
+        (by_tma, 3.0),
+    )
+    found = tuning.entries([row(launch, "a", ms) for launch, ms in times], {128: (DEFAULT, dq, dkv)}, HERE)
+    assert [(entry.part, entry.kernel, entry.gain) for entry in found] == [
+        ("forward", "pointer", 1.0), ("forward", "tma", 2.0),
+        ("dq", "pointer", 2.0), ("dkv", "pointer", 1.0), ("dkv", "tma", 3.0),
+    ]  # fmt: skip
+    assert found[2].launch == SMALL._replace(part="dq")
+    assert len({entry.key for entry in found}) == len(found)
+    assert tuning.entries([row(by_tma, "a", 1.0)], {128: (DEFAULT, dq, dkv)}, HERE) == [], "against nothing"
 
 
 def test_hopeless_launches_are_not_tried_again():
@@ -84,3 +106,7 @@ def test_hopeless_launches_are_not_tried_again():
     ]  # fmt: skip
     assert tuning.promising(rows, case, DEFAULT) == [DEFAULT, WIDE, SMALL, LARGE, TMA]
     assert tuning.promising([], case, DEFAULT) == [DEFAULT]
+    dq = DEFAULT._replace(part="dq")
+    rows += [row(dq, case.name, 90.0) | {"case": [case.name, case.preset]}]
+    assert tuning.promising(rows, case, DEFAULT) == [DEFAULT, WIDE, SMALL, LARGE, TMA], "of the same part"
+    assert tuning.promising(rows, case, dq) == [dq]

@@ -45,7 +45,11 @@ def check(name, tail=None, device="cpu", backend="triton"):
 
 def check_as_the_kernels_with_pointers():
     """In fp32, where both interpret the same products: the same numbers, for any sign of the scale."""
-    from dit_accel.kernels.block_sparse import triton_backward, triton_forward, triton_tma_backward
+    from dit_accel.kernels.block_sparse import triton_forward
+    from dit_accel.kernels.block_sparse.triton_gradients import gradients
+    from dit_accel.kernels.block_sparse.tuned import Launch
+
+    mixed = {"launch": Launch(64, 32, 4, 2, "tma", part="dkv")}  # the other part by the kernel with pointers
 
     for size, scale in (((64, 32), 0.3), ((128, 128), -0.3)):
         case = Case(140, batch=2, heads=1, dim=24, text=40, text_valid=(7, 40), block_size=size)
@@ -53,11 +57,10 @@ def check_as_the_kernels_with_pointers():
         options = {"scale": scale, "text_valid": case.valid().int()}
         out, lse = triton_forward.attention(q, k, v, mask, **options)
         given = q, k, v, mask, out, lse, torch.randn_like(out), torch.randn_like(lse)
-        found, expected = (
-            module.gradients(*given, **options) for module in (triton_tma_backward, triton_backward)
-        )
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=f"{size}, {scale}")
+        expected = gradients(*given, **options)
+        for way in ({"kernel": "tma"}, mixed):
+            for one, other in zip(gradients(*given, **options, **way), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-5, msg=f"{size}, {scale}, {way}")
 
 
 def check_text_first():

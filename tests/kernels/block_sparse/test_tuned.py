@@ -33,7 +33,7 @@ def write(path, **change):
 def test_written_and_read_back(table):
     other = dataclasses.replace(ENTRY, head_dim=64, stages=5)
     tuned.save(table, [ENTRY, other])
-    narrow = ("pointer", 64, "none")
+    narrow = ("pointer", 64, "none", "forward")
     assert tuned.load(table) == {((9, 0), 2, 128, *narrow): ENTRY, ((9, 0), 2, 64, *narrow): other}
     newer = dataclasses.replace(ENTRY, warps=8)
     tuned.save(table, [newer])
@@ -99,15 +99,16 @@ def test_tiles_that_the_kernels_would_read_wrongly_are_refused(launch, block_siz
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("table", ["BACKWARD_CONFIGS", "TMA_BACKWARD_CONFIGS"])
-def test_a_table_of_the_backward_pass_with_such_tiles_is_refused(table, monkeypatch):
-    monkeypatch.setattr(
-        triton_configs, table, dict.fromkeys(getattr(triton_configs, table), ((64, 64, 8, 1), (64, 16, 8, 1)))
-    )
-    of_tma = table.startswith("TMA")
-    configs = triton_configs.tma_backward_configs if of_tma else triton_configs.backward_configs
+@pytest.mark.parametrize(
+    ("kernel", "table"), [("pointer", "BACKWARD_CONFIGS"), ("tma", "TMA_BACKWARD_CONFIGS")]
+)
+def test_a_table_of_the_backward_pass_with_such_tiles_is_refused(kernel, table, monkeypatch):
+    bad = dict.fromkeys(getattr(triton_configs, table), ((64, 64, 8, 1), (64, 16, 8, 1)))
+    monkeypatch.setattr(triton_configs, table, bad)
+    asked = kernel, 128, torch.bfloat16, (128, 64), (9, 0)
+    assert triton_configs.backward_config("dq", *asked)["TK"] == 64
     with pytest.raises(ValueError, match="whole words of 32 bits"):
-        configs(*(128,) if of_tma else (128, torch.bfloat16), (128, 64), (9, 0))
+        triton_configs.backward_config("dkv", *asked)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,13 @@ def test_a_table_of_the_backward_pass_with_such_tiles_is_refused(table, monkeypa
         ({"block_keys": 32}, "`block_keys` must be one of 64, 128, got 32"),
         ({"format": "int8-fp8"}, "`format` must be one of none, int8, got 'int8-fp8'"),
         ({"ping_pong": 1}, "`ping_pong` must be one of False, True, got 1"),
+        ({"part": "dk"}, "`part` must be one of forward, dq, dkv, got 'dk'"),
+        (
+            {"part": "dq", "kernel": "gluon"},
+            "`part` 'dq' is of the kernels 'pointer' and 'tma' with `block_keys` 64",
+        ),
+        ({"part": "dkv", "block_keys": 128}, "got 'pointer', 128 and 'none'"),
+        ({"part": "dkv", "format": "int8"}, "got 'pointer', 64 and 'int8'"),
         ({"persistent": True}, "`ping_pong` and `persistent` are of the kernel 'gluon', got 'pointer'"),
         ({"gain": -1}, "`gain` must be a positive number, got -1"),
         ({"gpu": None}, "`gpu` must be text, got None"),
@@ -198,6 +206,63 @@ def test_the_fastest_kernel_is_the_one_with_pointers_until_another_was_measured(
     }
     tuned.save(table, [WIDE])
     assert fastest(128) == "tma"
+
+
+def test_parts_of_the_backward_pass_launch_as_they_were_measured(table):
+    def config(part, kernel, keys=64, dtype=torch.bfloat16, gpu=(9, 0)):
+        return triton_configs.backward_config(part, kernel, 128, dtype, (128, keys), gpu)
+
+    def fastest(part, keys=64, dtype=torch.bfloat16, gpu=(9, 0)):
+        return triton_configs.fastest_kernel(128, dtype, (128, keys), gpu, part=part)
+
+    plain = {(part, kernel): config(part, kernel) for part in ("dq", "dkv") for kernel in ("pointer", "tma")}
+    assert {fastest("dq"), fastest("dkv")} == {"pointer"}
+    slow = dataclasses.replace(ENTRY, rows=32, keys=64, gain=1.1, part="dq")
+    fast = dataclasses.replace(ENTRY, rows=32, warps=8, kernel="tma", gain=1.3, part="dkv")
+    tuned.save(table, [ENTRY, WIDE, slow, dataclasses.replace(slow, kernel="tma", gain=0.9), fast])
+    tuned._read.cache_clear()
+    assert (fastest("dq"), fastest("dkv"), fastest("forward")) == ("pointer", "tma", "pointer")
+    assert fastest("dkv", 128) == "tma", "tiles are the same on wider blocks"
+    assert {
+        fastest("dkv", dtype=torch.float32),
+        fastest("dkv", gpu=(10, 0)),
+        fastest("dkv", gpu="gfx942"),
+    } == {"pointer"}
+    assert (
+        config("dq", "pointer")
+        == {"TQ": 32, "TK": 64, "num_warps": 4, "num_stages": 3}
+        != plain["dq", "pointer"]
+    )
+    measured = {"TQ": 32, "TK": 32, "num_warps": 8, "num_stages": 3}
+    assert config("dkv", "tma") == config("dkv", "tma", 128) == measured != plain["dkv", "tma"]
+    assert config("dkv", "pointer") == plain["dkv", "pointer"], "which was not measured"
+    assert triton_configs.tma_config(128, (128, 64), (9, 0))["TQ"] == 128, "the forward pass has its own"
+    assert triton.block_sizes(torch.device("cpu")) == {(128, 64): 1.0}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_gradients_take_the_fastest_kernel_of_each_part_where_it_can(table):
+    gradients = pytest.importorskip("dit_accel.kernels.block_sparse.triton_gradients")
+    mask = BlockMask.from_token_mask(torch.ones(70, 70, dtype=torch.bool), (128, 64))
+    lse = torch.zeros(1, 1, 70)
+
+    def ways(x, dout=None, kernel=None, launch=None):
+        dout = x if dout is None else dout
+        given = gradients.Given(x, x, x, dout, lse, lse, mask, 1.0, None)
+        return [gradients.way(part, given, kernel, launch)[0] for part in ("dq", "dkv")]
+
+    half = torch.zeros(1, 1, 70, 128, dtype=torch.float16)
+    assert ways(half) == ["pointer", "pointer"]
+    tuned.save(table, [dataclasses.replace(ENTRY, part=part) for part in ("dq", "dkv")])
+    tuned.save(table, [dataclasses.replace(TMA, part="dkv")])
+    tuned._read.cache_clear()
+    assert ways(half) == ["pointer", "tma"]
+    assert ways(half.float()) == ["pointer", "pointer"], "it was measured in 16 bits"
+    odd = torch.zeros(1, 1, 70, 132, dtype=torch.float16)[..., 4:]
+    assert ways(odd) == ways(half, odd) == ["pointer", "pointer"], "it would be copied"
+    assert ways(odd, kernel="tma") == ["tma", "tma"], "asked for"
+    assert ways(half, launch=tuned.Launch(64, 64, 4, 2, "tma", part="dq")) == ["tma", "tma"]
+    assert ways(half, launch=tuned.Launch(64, 64, 4, 2, part="dkv")) == ["pointer", "pointer"]
 
 
 def test_int8_launches_as_it_was_measured(table):
