@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.arguments import integer
 from dit_accel.errors import NonFiniteError, UnavailableError
-from dit_accel.json_files import check_same, read_json, write_json
+from dit_accel.json_files import check_same, plain, read_json, write_json
 from dit_accel.optional import required
 from dit_accel.pipelines.families import family_of
 from dit_accel.recipe import adapter
@@ -60,7 +60,8 @@ def distill(
     attention is dense in training too, as the adapter acts there as well.
 
     Stopped at any time, it goes on with the same arguments, from the latest checkpoint, and ends with the
-    same weights: all draws are those of their step. Samples are kept, and serve other runs in `folder`.
+    same weights: all draws are those of their step. With more `steps` it goes on from there, its rate that of
+    a run of as many. Samples are kept, and serve other runs in `folder`.
     Under `accelerate launch` each process takes its share of every batch; what comes out is the same up to
     rounding.
 
@@ -85,7 +86,7 @@ def distill(
 
     Raises:
         ValueError, TypeError: values outside these forms, a recipe that changes nothing or for another
-            family, or a folder begun with other settings or weights.
+            family, or a folder begun with other settings, more steps or other weights.
         UnavailableError: a recipe without gradients here, packages that are missing, a pipeline with two
             transformers or of no flow.
         NonFiniteError: training that has diverged.
@@ -239,16 +240,21 @@ class Distillation:
         )
 
     def _begin(self, samples: int) -> int:
-        """Writes what the run is, or compares it with what was begun; returns how many are held out."""
+        """Writes what the run is, or compares it with what was begun; returns how many are held out.
+
+        More steps than it was begun with are allowed.
+        """
         held_out = self.settings.held_out_of(samples)
         recipe = replace(self.recipe, adapter=None).tag
         self.about = {"recipe": recipe, "family": self.family.name, **self.settings.about()}
         self.about |= {"samples": samples, "held_out": held_out, "weights": self.weights}
         path = self.folder / RUN
-        if path.is_file():
-            made = f"the distillation in {self.folder} was begun"
-            check_same(read_json(path, _SETTINGS), self.about, made, "give another folder")
-        elif self.state.is_main_process:
+        begun = read_json(path, _SETTINGS) if path.is_file() else None
+        if begun is not None:
+            longer = isinstance(begun.get("steps"), int) and begun["steps"] < self.settings.steps
+            same = {name: value for name, value in self.about.items() if name != "steps" or not longer}
+            check_same(begun, same, f"the distillation in {self.folder} was begun", "give another folder")
+        if self.state.is_main_process and begun != plain(self.about):
             write_json(path, self.about)
         self.state.wait_for_everyone()
         return held_out

@@ -14,6 +14,7 @@ from dit_accel.distillation import progress, run
 from dit_accel.errors import NonFiniteError
 from dit_accel.json_files import read_json
 from dit_accel.patterns import ByNoise, Clear, Dense, InLine, Neighborhood, SparseLinear, VideoSparse
+from dit_accel.recipe.adapter import WEIGHTS
 from dit_accel.recipe.adapter_parts import Whole
 
 
@@ -140,6 +141,20 @@ def test_it_stops_where_it_is_told_and_settings_stay(flux, tmp_path):
     once = files_of(tmp_path / "out")
     distilled(flux.pipe, "flux", tmp_path)  # again: what is there is written again
     assert files_of(tmp_path / "out") == once
+
+
+def test_it_goes_on_for_more_steps_and_not_for_fewer(flux, tmp_path):
+    """It ends neither with what it had nor as a run of as many steps does, whose rate fell later."""
+    distilled(flux.pipe, "flux", tmp_path, steps=2)
+    short = files_of(tmp_path / "out")
+    assert distilled(flux.pipe, "flux", tmp_path, steps=4)["steps"] == 4
+    longer = files_of(tmp_path / "out")
+    distilled(flux.pipe, "flux", tmp_path / "other", steps=4)
+    assert len({files[WEIGHTS] for files in (short, longer, files_of(tmp_path / "other" / "out"))}) == 3
+    with pytest.raises(ValueError, match="begun with another `steps`, 4, not 3"):
+        distilled(flux.pipe, "flux", tmp_path, steps=3)
+    with pytest.raises(ValueError, match="begun with another `rank`, 2, not 3"):
+        distilled(flux.pipe, "flux", tmp_path, steps=5, rank=3)
 
 
 def test_it_goes_on_with_the_weights_it_was_begun_with(families, tmp_path):
