@@ -66,7 +66,7 @@ def run(device: str, case: list[str], provider: str) -> Iterator[Row]:
     chosen, what = BY_NAME[tuple(case)], PROVIDERS[provider]
     if (reason := what.missing()) is not None:
         raise UnavailableError(reason)
-    q, k, v, mask = inputs(chosen, device, what.block_size)
+    q, k, v, mask = inputs(chosen, device, what.block_size())
     call = what.prepare(q, k, v, mask)
     out = call()
     error = 0.0

@@ -1,4 +1,7 @@
-"""Times one provider's backward pass on one case, if its gradients are right: against float64 autograd."""
+"""Times one provider's backward pass on one case, if its gradients are right: against float64 autograd.
+
+With a tail, against what plain PyTorch differentiates of it in float64.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from ..benchmarks.attention import rows_of
 from .attention import CHECKED_HEADS, inputs, tflops
 from .cases import BY_NAME
 from .job import Row
-from .peers import PROVIDERS, Prepare
+from .peers import PROVIDERS, Prepare, tailed
 from .timing import measure
 
 CHECKED_ROWS = 128  # queries whose output has a gradient while gradients are checked
 FLOPS = 2.5  # of the forward pass, as usually counted: five products of matrices, not two
 
-Gradients = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+Tensors = tuple[torch.Tensor, ...]
+Gradients = Callable[[torch.Tensor], Tensors]
 
 
 @torch.enable_grad()
@@ -50,15 +54,32 @@ def wrong(q, k, v, mask: BlockMask, gradients: Gradients) -> float:
     found = dq[:, :, rows], dk, dv
 
     @torch.enable_grad()
-    def by_autograd(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def by_autograd(dtype: torch.dtype) -> Tensors:
         few = (q[:, heads][:, :, rows], k[:, heads], v[:, heads])
         leaves = [x.detach().to(dtype).requires_grad_() for x in few]
         scores = (leaves[0] @ leaves[1].mT * q.shape[3] ** -0.5).masked_fill(~allowed, -math.inf)
         out = scores.softmax(-1) @ leaves[2]
         return torch.autograd.grad(out, leaves, dout[:, heads][:, :, rows].to(dtype))
 
-    worst, eps = 0.0, torch.finfo(q.dtype).eps
-    exact, plain = by_autograd(torch.float64), by_autograd(q.dtype)
+    return _excess(found, by_autograd(q.dtype), by_autograd(torch.float64))
+
+
+def wrong_with_tail(q, k, v, mask: BlockMask, gradients: Gradients, tail: str) -> float:
+    """The same with a tail: every query's output has a gradient, and plain PyTorch takes autograd's place."""
+    heads = slice(-CHECKED_HEADS, None)
+    dout = torch.randn_like(q)
+    found = tuple(x[:, heads] for x in gradients(dout))
+
+    def by_gather(dtype: torch.dtype) -> Tensors:
+        few = (x[:, heads].to(dtype) for x in (q, k, v))
+        return differentiated(tailed("gather", tail).prepare, *few, mask)(dout[:, heads].to(dtype))
+
+    return _excess(found, by_gather(q.dtype), by_gather(torch.float64))
+
+
+def _excess(found: Tensors, plain: Tensors, exact: Tensors) -> float:
+    """The largest error of gradients as a multiple of what is allowed, from those of q's dtype, `plain`."""
+    worst, eps = 0.0, torch.finfo(plain[0].dtype).eps
     for one, other, truth in zip(found, plain, exact, strict=True):
         allowance = 2 * (other - truth).abs().max() + eps * truth.abs().max()
         error = float((one - truth).abs().max() / allowance)
@@ -71,9 +92,14 @@ def run(device: str, case: list[str], provider: str) -> Iterator[Row]:
     chosen, what = BY_NAME[tuple(case)], PROVIDERS[provider]
     if (reason := what.missing()) is not None:
         raise UnavailableError(reason)
-    q, k, v, mask = inputs(chosen, device)
+    q, k, v, mask = inputs(chosen, device, what.block_size())
     gradients = differentiated(what.prepare, q, k, v, mask)
-    if what.sparse and not (error := wrong(q, k, v, mask, gradients)) <= 1:
+    error = 0.0
+    if what.tail is not None:
+        error = wrong_with_tail(q, k, v, mask, gradients, what.tail)
+    elif what.sparse:
+        error = wrong(q, k, v, mask, gradients)
+    if not error <= 1:
         yield {"kind": "wrong", "reason": f"gradients: error {error:.2f} times what is allowed, not timed"}
         return
     dout = torch.randn_like(q)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels.block_sparse import fa4
 from dit_accel.masks.block_mask import BlockMask
 
 Run = Callable[[], Any]
@@ -33,7 +34,7 @@ class Provider:
         tail: what it adds to the mask, as of `block_sparse_attention`.
         ours: a kernel of this project, whose results must be equal to the bit each time.
         package: what must be installed for it.
-        block_size: of the masks that it computes.
+        block_size: gives that of the masks that it computes, on the GPU in use.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Provider:
     tail: str | None = None
     ours: bool = False
     package: str = "torch"
-    block_size: tuple[int, int] = (128, 64)
+    block_size: Callable[[], tuple[int, int]] = lambda: (128, 64)
 
     def missing(self) -> str | None:
         """Why it cannot be tried here, or None."""
@@ -87,13 +88,13 @@ def quantized(backend: str, format: str, error: float, *, package: str = "torch"
     return Provider(name, prepare, sparse=True, exact=False, error=error, ours=True, package=package)
 
 
-def tailed(backend: str, *, package: str = "torch") -> Provider:
+def tailed(backend: str, tail: str = "pooled", *, package: str = "torch") -> Provider:
     """A backend of `block_sparse_attention` with the compensated tail, which it merges or computes itself."""
 
     def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
-        return partial(block_sparse_attention, q, k, v, mask, backend=backend, tail="pooled")
+        return partial(block_sparse_attention, q, k, v, mask, backend=backend, tail=tail)
 
-    name, what = f"{backend}-tail", {"sparse": True, "exact": False, "error": 0.01, "tail": "pooled"}
+    name, what = f"{backend}-tail", {"sparse": True, "exact": False, "error": 0.01, "tail": tail}
     return Provider(name, prepare, **what, ours=True, package=package)
 
 
@@ -130,6 +131,12 @@ def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> 
     return partial(block_sparse_attention, q, k, v, mask, backend="fa4")
 
 
+def _fa4_blocks() -> tuple[int, int]:
+    """What it takes on the GPU in use; where it takes none, any, and it then says so."""
+    major, _ = torch.cuda.get_device_capability()
+    return fa4.BLOCK_SIZES.get(major, (128, 128))
+
+
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask) -> Run:
     from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
@@ -153,7 +160,7 @@ PROVIDERS = {
         sdpa("sdpa-math", SDPBackend.MATH),
         Provider("flash-attn", _flash, package="flash_attn"),
         Provider("flash-attn-4", _flash4, package="flash_attn.cute"),
-        Provider("fa4", _fa4, sparse=True, package="flash_attn.cute", block_size=(128, 128)),
+        Provider("fa4", _fa4, sparse=True, package="flash_attn.cute", block_size=_fa4_blocks),
         Provider("xformers", _xformers, package="xformers"),
         Provider("sageattention", _sage, exact=False, package="sageattention"),
         Provider("flex", _flex, sparse=True),

@@ -121,18 +121,25 @@ def _timed(chosen: Iterable[Case], device: str, with_peers: int) -> list[Job]:
         _attention(case, name)
         for number, case in enumerate(chosen)
         for name in (*YARDSTICKS[device], kernel(device), *(peers if number < with_peers else ()))
-        if PROVIDERS[name].tail is None or not isinstance(case.pattern, Dense)  # which leaves nothing out
+        if _of_use(name, case)
     ]
 
 
+def _of_use(name: str, case: Case) -> bool:
+    """Whether a provider is timed on a case: one with a tail not where nothing is left out."""
+    return PROVIDERS[name].tail is None or not isinstance(case.pattern, Dense)
+
+
 def _backward(chosen: Iterable[Case], device: str) -> list[Job]:
-    """On each case the backward passes of the yardsticks, of ours, and of peers that compute a mask."""
+    """On each case the backward passes of the yardsticks, of ours (a tail too), and of peers with masks."""
+    ours = (kernel(device), *OTHERS_BACKWARD[device], f"{kernel(device)}-tail")
     return [
         Job(
             "backward", f"{case.title}: {name} backward", {"case": [case.name, case.preset], "provider": name}
         )
         for case in chosen
-        for name in (*YARDSTICKS[device], kernel(device), *OTHERS_BACKWARD[device], *BACKWARD_PEERS[device])
+        for name in (*YARDSTICKS[device], *ours, *BACKWARD_PEERS[device])
+        if _of_use(name, case)
     ]
 
 

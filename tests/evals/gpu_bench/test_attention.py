@@ -128,6 +128,31 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
     assert "gradients: error" in row["reason"]
 
 
+def test_gradients_with_a_tail_are_held_against_plain_pytorch(monkeypatch):
+    provider = PROVIDERS["gather-tail"]
+    (row,) = backward_rows(provider, monkeypatch)
+    assert (row["kind"], row["provider"]) == ("backward", "gather-tail")
+    for change in (lambda out: out * 1.01, lambda out: out * torch.nan):
+        (row,) = backward_rows(wrapped(provider, change), monkeypatch)
+        assert row["kind"] == "wrong"
+    (row,) = backward_rows(dataclasses.replace(PROVIDERS["gather"], tail="pooled"), monkeypatch)
+    assert row["kind"] == "wrong", "a tail that is left out is missed"
+
+
+@pytest.mark.parametrize(("capability", "size"), [((9, 0), (128, 128)), ((10, 0), (256, 128))])
+def test_flash_attention_4_gets_masks_in_blocks_of_its_gpu(monkeypatch, capability, size):
+    provider = PROVIDERS["fa4"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    seen = []
+
+    def prepare(q, k, v, mask):
+        seen.append(mask.block_size)
+        return PROVIDERS["gather"].prepare(q, k, v, mask)
+
+    (row,) = rows(dataclasses.replace(provider, prepare=prepare, package="torch"), monkeypatch)
+    assert (row["kind"], seen) == ("time", [size])
+
+
 @pytest.mark.parametrize("format", quantizations())
 def test_a_format_has_an_error_of_its_own(monkeypatch, format):
     provider = PROVIDERS[f"gather-{format}"]

@@ -72,6 +72,7 @@ def test_backward_passes_are_checked_and_timed_beside_flex():
     names = [job.arguments["provider"] for job in phases.backward]
     assert names[:5] == ["sdpa-cudnn", "sdpa-flash", "triton", "triton-tma", "flex"]
     assert names.count("triton") == len(cases.RATE) + schedule.SHAPES_WITH_PEERS
+    assert names.count("triton-tail") == schedule.SHAPES_WITH_PEERS, "with full blocks there is no tail"
     assert {each["backend"] for each in checked} == {None, "triton-tma"}
 
 
