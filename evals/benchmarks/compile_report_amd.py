@@ -3,7 +3,7 @@
     python -m dit_accel.evals.benchmarks.compile_report_amd
 
 As `compile_report` does it for NVIDIA's; what was spilled is what the assembler says of each kernel. Nothing
-was run on such a GPU.
+was run on such a GPU. At head_dim 64 and 128 no configuration may spill.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .table import markdown
 
 WAVE = {"gfx942": 64, "gfx1100": 32, "gfx1201": 32}  # threads that run in step
 SHARED = 64 * 1024  # bytes of local memory that a program may use
-SPILL_LIMIT = 8  # registers of a thread, at the head_dims that models have, in 16 bits
 FIELDS = {
     "registers": "vgpr_count",
     "spilled": "vgpr_spill_count",
@@ -37,7 +36,7 @@ def _cases(chip: str) -> list[Case]:
     return [
         *(Case(chip, head_dim, "bf16", text=True, part=part) for part in parts for head_dim in (64, 128)),
         Case(chip, 256, "bf16"),
-        Case(chip, 128, "fp32"),
+        *(Case(chip, head_dim, "fp32") for head_dim in GATED_HEAD_DIMS),
     ]
 
 
@@ -70,8 +69,8 @@ class Row:
             found.append(f"{self.shared} bytes of local memory, {case.chip} has {SHARED}")
         if case.dtype != "fp32" and not self.instructions:
             found.append("no products of matrices in the machine code")
-        if case.dtype != "fp32" and case.head_dim in GATED_HEAD_DIMS and self.spilled > SPILL_LIMIT:
-            found.append(f"{self.spilled} registers spilled, the limit is {SPILL_LIMIT}")
+        if case.head_dim in GATED_HEAD_DIMS and self.spilled:
+            found.append(f"{self.spilled} registers spilled, none may be at this head_dim")
         return found
 
 

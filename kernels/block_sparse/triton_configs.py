@@ -33,11 +33,15 @@ CONFIGS = {
     ("gfx942", 2, 128): (128, 64, 8, 1),
     ("gfx942", 2, 256): (64, 32, 4, 1),
     ("gfx110", 2, 64): (64, 64, 4, 1),
-    ("gfx110", 2, 128): (32, 32, 8, 1),
+    ("gfx110", 2, 128): (64, 32, 16, 1),
     ("gfx110", 2, 256): (32, 32, 8, 1),
     ("gfx120", 2, 64): (64, 64, 4, 1),
     ("gfx120", 2, 128): (64, 64, 4, 1),
     ("gfx120", 2, 256): (32, 32, 8, 1),
+    ("gfx110", 4, 64): (16, 32, 16, 1),
+    ("gfx110", 4, 128): (16, 32, 16, 1),
+    ("gfx120", 4, 64): (16, 32, 16, 1),
+    ("gfx120", 4, 128): (16, 32, 16, 1),
     ("any", 4, 64): (64, 32, 8, 2),
     ("any", 4, 128): (32, 32, 8, 1),
     ("any", 4, 256): (32, 32, 8, 1),
@@ -200,8 +204,8 @@ def untuned(head_dim: int, dtype: torch.dtype, gpu: Gpu) -> tuned.Launch:
 
 
 def _row(table: dict[tuple, tuple], head_dim: int, dtype: torch.dtype, gpu: Gpu) -> tuple:
-    row = "any" if dtype.itemsize == 4 else chip(gpu)
-    return table[row, dtype.itemsize, max(padded_head_dim(head_dim), 64)]
+    rest = dtype.itemsize, max(padded_head_dim(head_dim), 64)
+    return table.get((chip(gpu), *rest)) or table[("any", *rest)]
 
 
 def _launch(options: tuple[int, int, int, int], gpu: Gpu) -> tuned.Launch:
