@@ -88,7 +88,8 @@ def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
                 if kernel != "gluon" or head_dim <= 128:
                     yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
                 if keys == 64 and head_dim in GATED_HEAD_DIMS:
-                    yield Case(chip, head_dim, "bf16", format="int8", kernel=kernel)
+                    formats = FORMATS if kernel == "tma" else ("int8",)
+                    yield from (Case(chip, head_dim, "bf16", format=f, kernel=kernel) for f in formats)
                 if kernel == "tma" and keys == 64:
                     options = (128, keys), True, None
                     yield from (Case(chip, head_dim, "bf16", *options, part, kernel) for part in PARTS[1:])

@@ -164,6 +164,7 @@ def forward_launch(case: Case, q, lse, mask: BlockMask, text_valid, gpu: triton_
         if format is not None:
             dim = other.held_head_dim(case.head_dim)
             codes = (_codes(q, format, case.block_size[1], dim),)
+            codes += (format.weights,) if case.kernel == "tma" else ()
         return other._forward, *other.launch_arguments(
             q, q, q, q, lse, mask_arguments(mask, 2, 3), text_valid, case.head_dim**-0.5,
             case.block_size, mask.text, config, *codes,

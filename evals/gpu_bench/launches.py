@@ -37,6 +37,8 @@ GRID = (
     *(Launch(128, 64, 8, stages, "tma", 64, "int8") for stages in (2, 3)),
     Launch(128, 64, 8, 2, "tma", 128, "int8"),
     *(Launch(128, 64, 8, 3, "gluon", 64, "int8", both, both) for both in (False, True)),
+    Launch(128, 64, 8, 5, "pointer", 64, "int8-fp8"),
+    *(Launch(128, 64, 8, stages, "tma", 64, "int8-fp8") for stages in (2, 3)),
 )
 BACKWARD_GRID = (
     *(Launch(128, 64, 8, stages, part="dq") for stages in (3, 2)),

@@ -169,6 +169,7 @@ PROVIDERS = {
         block_sparse("gather", "gather"),
         *(quantized("triton", format, error, package="triton") for format, error in ERRORS.items()),
         *(quantized(name, "int8", ERRORS["int8"], package="triton") for name in OTHER_KERNELS),
+        quantized("triton-tma", "int8-fp8", ERRORS["int8-fp8"], package="triton"),
         *(tailed(name, package="triton") for name in ("triton", *OTHER_KERNELS)),
         tailed("gather"),
         *(quantized("gather", format, error) for format, error in ERRORS.items()),

@@ -33,7 +33,7 @@ PEERS = {  # on a CPU FlexAttention would compile for half a minute
 }
 OTHERS = {  # kernels of ours, where there are peers
     "cuda": (
-        *OTHER_KERNELS, *(f"{name}-int8" for name in OTHER_KERNELS),
+        *OTHER_KERNELS, *(f"{name}-int8" for name in OTHER_KERNELS), "triton-tma-int8-fp8",
         *(f"{name}-tail" for name in ("triton", *OTHER_KERNELS)),
     ),
     "cpu": ("gather-tail",),

@@ -55,7 +55,7 @@ BACKEND = Backend(
     attend,
     dtypes=(torch.float16, torch.bfloat16),
     condition=condition,
-    formats=tma.BACKEND.formats,
+    formats=tuple(name for name, format in FORMATS.items() if format.weights is None),
     backward=True,
     gradients=tma.gradients,
 )

@@ -62,7 +62,7 @@ BACKEND = Backend(
     attend,
     dtypes=(torch.float16, torch.bfloat16),
     condition=condition,
-    formats=tuple(name for name, format in FORMATS.items() if format.weights is None),
+    formats=tuple(FORMATS),
     backward=True,
     gradients=gradients,
 )

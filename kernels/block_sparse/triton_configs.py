@@ -143,8 +143,9 @@ def tma_config(
     """The same of the kernel whose keys the copy engine fetches, in 16 bits or a format: a group a step."""
     launch = _measured(head_dim, block_size, gpu, "tma", format)
     launch = launch or tuned.Launch(*TMA_CONFIGS[chip(gpu), max(padded_head_dim(head_dim), 64)])
-    keys = block_size[1] if format is None else key_group(block_size[1])
-    return launch_options(launch, (block_size[0], keys))
+    if format is None:
+        return launch_options(launch, block_size)
+    return launch_options(launch, block_size) | {"TK": key_group(block_size[1])}
 
 
 def gluon_config(
@@ -193,7 +194,9 @@ def quantized_config(
         measured = dtype.itemsize == 2 and _measured(head_dim, block_size, capability, "pointer", format)
         launch = measured or untuned(head_dim, dtype, capability)
         return launch_options(launch, (block_size[0], key_group(block_size[1])))
-    launch = tuned.Launch(*QUANTIZED_CONFIGS[chip(capability), max(padded_head_dim(head_dim), 64)])
+    measured = dtype.itemsize == 2 and _measured(head_dim, block_size, capability, "pointer", format)
+    own = QUANTIZED_CONFIGS[chip(capability), max(padded_head_dim(head_dim), 64)]
+    launch = measured or tuned.Launch(*own)
     options = launch_options(launch, block_size)
     return options | {"TK": key_group(block_size[1])}
 

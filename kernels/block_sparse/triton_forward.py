@@ -75,6 +75,24 @@ def powers(s, factor, top, SCALED: tl.constexpr):
 
 
 @triton.jit
+def rounded(s, factor, top, m, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr):
+    """Weights of a group of keys as codes, of which `WEIGHTS` is the largest.
+
+    `top` is the largest score of each row in the group, `m` so far. Returns codes of `DTYPE`, the same as
+    fp32, and the share that a code of 1 has.
+    """
+    top = tl.maximum(top, LOWEST)
+    p = powers(s, factor, top, SCALED) * WEIGHTS  # [TQ, TK]
+    if tl.int8 == DTYPE:
+        p = p + ROUNDED - ROUNDED
+        codes = p.to(tl.int8)
+    else:
+        codes = p.to(DTYPE)
+        p = codes.to(tl.float32)
+    return codes, p, tl.exp2(top - m) / WEIGHTS
+
+
+@triton.jit
 def _stream(
     acc, m, total, q, k_ptr, v_ptr, k_s, v_s, first, last, idx_ptr, tile_ptr, words_ptr,
     scale, pv_threshold, k_scale_ptr, kv_len, hidden_start, hidden_stop,
@@ -126,15 +144,7 @@ def _stream(
         if pv_threshold is not None:
             counts = tl.max(top - m_new + pv_threshold, 0) > 0
         if WEIGHTS:
-            top = tl.maximum(top, LOWEST)
-            p = powers(s, factor, top, PARTIAL) * WEIGHTS  # [TQ, TK]
-            if v_ptr.dtype.element_ty == tl.int8:
-                p = p + ROUNDED - ROUNDED
-                codes = p.to(tl.int8)
-            else:
-                codes = p.to(v_ptr.dtype.element_ty)
-                p = codes.to(tl.float32)
-            share = tl.exp2(top - m_new) / WEIGHTS
+            codes, p, share = rounded(s, factor, top, m_new, WEIGHTS, v_ptr.dtype.element_ty, PARTIAL)
             total = total * alpha + tl.sum(p, 1) * share
             acc = acc * alpha[:, None]
             if pv_threshold is None:

@@ -32,7 +32,7 @@ def quantized_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` in a numeric format, by one of the kernels that `tuned` names; `options` are a launch's.
 
-    Others than `"pointer"` know no threshold, and only formats whose values stay in 16 bits.
+    Others than `"pointer"` know no threshold, `"gluon"` only formats whose values stay in 16 bits.
 
     Raises:
         UnavailableError: the kernel in Gluon does not compile with this Triton; the message says why.
@@ -46,7 +46,7 @@ def quantized_attention(
     if kernel == "gluon":
         module.check_that_it_compiles(q, format.name)
     q, k, v = addressable(q), addressable(k), addressable(v)
-    if kernel != "pointer":
+    if kernel != "pointer" and format.weights is None:
         from .triton_tma import copied, describable
 
         v = v if describable(v) else copied(v)
@@ -62,7 +62,7 @@ def quantized_attention(
         scale=scale, text=mask.text, text_valid=text_valid,
     )  # fmt: skip
     out, lse = outputs(q)
-    of_values = (format.weights, pv_threshold) if kernel == "pointer" else ()
+    of_values = {"pointer": (format.weights, pv_threshold), "tma": (format.weights,), "gluon": ()}[kernel]
     grid, args, chosen = module.launch_arguments(
         q, k, v, out, lse, mask_arguments(mask, *q.shape[:2]), text_valid, 1.0, mask.block_size, mask.text,
         options, given, *of_values,

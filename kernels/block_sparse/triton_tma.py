@@ -5,8 +5,7 @@ tensor cores. A descriptor of the whole tensor lets the copy engine of Hopper an
 rows at any row of the block list: no address is computed by the threads, what lies past the last key or
 past head_dim arrives as zeros, and no fence is needed between the copy and the multiplication.
 
-It computes 16-bit attention, and with Q and K in int8; other formats and thresholds are for the kernel with
-pointers.
+It computes 16-bit attention, and every numeric format; thresholds are for the kernel with pointers.
 """
 
 # pyright: reportOperatorIssue=false
@@ -35,6 +34,7 @@ from .triton_forward import (
     LOWEST,
     outputs,
     powers,
+    rounded,
     shown,
     with_positive_scale,
 )
@@ -56,15 +56,18 @@ def _stream(
     acc, m, total, q, k_desc, v_desc, b, h, first, last, idx_ptr, tile_ptr, words_ptr,
     scale, k_scale_ptr, hidden_start, hidden_stop,
     DP: tl.constexpr, TK: tl.constexpr, SPLIT: tl.constexpr, TILE_WORDS: tl.constexpr,
-    GROUP: tl.constexpr, PARTIAL: tl.constexpr,
+    GROUP: tl.constexpr, WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Attend the key blocks `idx_ptr[first:last]`, each in `SPLIT` steps of `TK` keys.
 
     `scale` is one number; with a `GROUP` of keys that share one of `k_scale_ptr`, one of each query.
+    With `WEIGHTS`, the largest of a group's, V is transposed.
     """
     for i in range(first * SPLIT, last * SPLIT):
         start = (tl.load(idx_ptr + i // SPLIT) * SPLIT + i % SPLIT) * TK
         k = box(k_desc, b, h, start, TK, DP)
+        if WEIGHTS:  # so early, it takes fewer instructions
+            v = v_desc.load([b, h, 0, start]).reshape([DP, TK])
         s = tl.dot(q, tl.trans(k))  # [TQ, TK]
         factor = scale
         if GROUP:
@@ -77,12 +80,19 @@ def _stream(
             tile = tl.load(tile_ptr + i // SPLIT).to(tl.int64)
             words = words_ptr + tile * TILE_WORDS + i % SPLIT * (TK // 32)
             s = tl.where(shown(words, hidden_start - start, hidden_stop - start, TK), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * factor)  # [TQ]
-        p = powers(s, factor, m_new, GROUP and PARTIAL)
+        top = tl.max(s, 1) * factor  # [TQ]
+        m_new = tl.maximum(m, top)
         alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, 1)
-        v = box(v_desc, b, h, start, TK, DP)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])  # [TQ, DP]
+        if WEIGHTS:
+            codes, p, share = rounded(s, factor, top, m_new, WEIGHTS, v_desc.dtype, PARTIAL)
+            total = total * alpha + tl.sum(p, 1) * share
+            acc *= alpha[:, None]
+            acc += tl.dot(codes, tl.trans(v)).to(tl.float32) * share[:, None]  # [TQ, DP]
+        else:
+            p = powers(s, factor, m_new, GROUP and PARTIAL)
+            total = total * alpha + tl.sum(p, 1)
+            v = box(v_desc, b, h, start, TK, DP)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])  # [TQ, DP]
         m = m_new
     return acc, m, total
 
@@ -92,10 +102,11 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, launch_ptr, groups_ptr,
     full_start_ptr, full_count_ptr, full_idx_ptr,
     part_start_ptr, part_count_ptr, part_idx_ptr, part_tile_ptr, words_ptr, text_valid_ptr,
-    q_scale_ptr, k_scale_ptr, shift_ptr,
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, shift_ptr,
     out_b, out_h, out_s, scale, seq_len, num_rows, heads, groups_b, text_start, text_stop,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    ALIGN: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid and arguments as in `triton_forward`, with descriptors of q, k and v, [1, 1, rows, DP] a box."""
     b = tl.program_id(1)
@@ -125,18 +136,21 @@ def _forward(
     acc, m, total = _stream(
         acc, m, total, q, k_desc, v_desc, b, h, first_full, last_full, full_idx_ptr, part_tile_ptr,
         words_ptr, scale, k_scale_ptr, hidden_start, text_stop,
-        DP, TK, BK // TK, BQ * (BK // 32), GROUP, False,
+        DP, TK, BK // TK, BQ * (BK // 32), GROUP, WEIGHTS, False,
     )  # fmt: skip
     acc, m, total = _stream(
         acc, m, total, q, k_desc, v_desc, b, h, first_part, last_part, part_idx_ptr, part_tile_ptr,
         words_ptr, scale, k_scale_ptr, hidden_start, text_stop,
-        DP, TK, BK // TK, BQ * (BK // 32), GROUP, True,
+        DP, TK, BK // TK, BQ * (BK // 32), GROUP, WEIGHTS, True,
     )  # fmt: skip
 
     nothing = total == 0.0  # attended, and acc may be 0 * NaN
     out = acc / tl.where(nothing, 1.0, total)[:, None]
-    out = tl.where(nothing[:, None], 0.0, out)
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    if WEIGHTS:
+        channel = (b64 * heads + h64) * DP + d
+        out = out * tl.load(v_scale_ptr + channel)[None, :] + tl.load(v_mean_ptr + channel)[None, :]
+    out = tl.where(nothing[:, None], 0.0, out)
     tile = rows.to(tl.int64)[:, None] * (out_s * ALIGN) + d[None, :]
     inside = (rows < seq_len)[:, None] & (d < D)[None, :]
     out_tile = out_ptr + (b64 * out_b + h64 * out_h) * ALIGN + tile
@@ -236,18 +250,21 @@ def descriptor(x: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
     return TensorDescriptor(*described(x, rows, dim))
 
 
-def launch_arguments(q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None):
-    """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`; v stays in 16 bits."""
+def launch_arguments(
+    q, k, v, out, lse, mask, text_valid, scale, block_size, text, options, quantized=None, weights=None
+):  # fmt: skip
+    """Grid, positional and keyword arguments of `_forward`, as in `triton_forward`."""
     order, groups = mask[:2]
     (batch, heads, seq_len, head_dim), bq, dim = q.shape, block_size[0], held_head_dim(q.shape[3])
     align = 8 if all(stride % 8 == 0 for stride in out.stride()[:3]) else 1
-    extra, sizes = [None] * 3, {"GROUP": None, "QUERIES": None, "KEYS": None}
+    extra, sizes = [None] * 5, {"GROUP": None, "WEIGHTS": None, "QUERIES": None, "KEYS": None}
     if quantized is not None:
         q, k, v = quantized.q, quantized.k, quantized.v
-        extra = [quantized.q_scale, quantized.k_scale, quantized.shift]
-        sizes = {"GROUP": quantized.group, "QUERIES": q.shape[2], "KEYS": k.shape[2]}
+        extra = [getattr(quantized, name) for name in ("q_scale", "k_scale", "v_scale", "v_mean", "shift")]
+        sizes = {"GROUP": quantized.group, "WEIGHTS": weights, "QUERIES": q.shape[2], "KEYS": k.shape[2]}
+    boxes = (options["TK"], dim) if weights is None else (dim, options["TK"])  # codes of values: transposed
     args = (
-        descriptor(q, options["TQ"], dim), *(descriptor(x, options["TK"], dim) for x in (k, v)),
+        descriptor(q, options["TQ"], dim), descriptor(k, options["TK"], dim), descriptor(v, *boxes),
         out, lse, *mask, text_valid, *extra, *(stride // align for stride in out.stride()[:3]),
         scale * math.log2(math.e), seq_len, -(-seq_len // bq), heads, heads if len(groups) > 1 else 0, *text,
     )  # fmt: skip

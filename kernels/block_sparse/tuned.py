@@ -28,7 +28,7 @@ RANGES = {  # what an entry may say; rows and keys divide every block of a mask,
     "keys": (32, 64, 128),
     "warps": (4, 8),
     "stages": (1, 2, 3, 4, 5, 6, 7, 8),
-    "format": ("none", "int8"),  # "none": the numbers' own
+    "format": ("none", "int8", "int8-fp8"),  # "none": the numbers' own
     "ping_pong": (False, True),
     "persistent": (False, True),
     "part": ("forward", *BACKWARD_PARTS),

@@ -101,7 +101,7 @@ def test_the_stand_in_is_for_a_rehearsal_alone():
     ]  # fmt: skip
     assert {name for name, provider in ours.items() if not provider.exact} == {
         f"{name}-{format}" for name in ("triton", "gather") for format in quantizations()
-    } | {"triton-tma-int8", "triton-gluon-int8"} | {
+    } | {"triton-tma-int8", "triton-gluon-int8", "triton-tma-int8-fp8"} | {
         f"{name}-tail" for name in ("triton", "triton-tma", "triton-gluon", "gather")
     }
 

@@ -58,7 +58,7 @@ def test_dense_yardsticks_come_before_ours_on_every_case():
     assert names.count("triton") == len(cases.SHAPES)
     assert names.count("flex") == schedule.SHAPES_WITH_PEERS
     rate = [job.arguments.get("provider") for job in schedule.of("cuda").rate]
-    for other in ("triton-tma", "triton-gluon", "triton-tma-int8", "triton-gluon-int8", "triton-tail"):
+    for other in ("triton-tma", "triton-gluon", "triton-tma-int8", "triton-tma-int8-fp8", "triton-tail"):
         assert names.count(other) == schedule.SHAPES_WITH_PEERS
         assert rate.count(other) == (0 if other.endswith("tail") else rate.count("triton"))
 
@@ -80,7 +80,7 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
     jobs = [job for job in schedule.of("cuda").checks if "launch" in job.arguments]
     grids = [*launches.GRID, *launches.BACKWARD_GRID]
     assert [tuple(job.arguments["launch"]) for job in jobs] == grids
-    assert [job.kind for job in jobs] == ["check launch"] * 54 + ["check backward launch"] * 15
+    assert [job.kind for job in jobs] == ["check launch"] * 57 + ["check backward launch"] * 15
     assert len({launches.describe(launch) for launch in grids}) == len(grids)
     for launch in grids:
         assert all(value in tuned.RANGES[name] for name, value in launch._asdict().items())
@@ -91,7 +91,8 @@ def test_every_launch_is_checked_and_one_that_a_table_may_name():
         for keys in (64, 128)
         for format in tuned.RANGES["format"]
         if (kernel, keys) != ("gluon", 128) and (kernel, keys, format) != ("pointer", 128, "int8")
-    }
+        and (format != "int8-fp8" or (kernel != "gluon" and keys == 64))
+    }  # fmt: skip
     ways = {(launch.ping_pong, launch.persistent) for launch in launches.GRID if launch.kernel == "gluon"}
     assert len(ways) == 4
     assert {(launch.part, launch.kernel) for launch in launches.BACKWARD_GRID} == {
@@ -118,7 +119,7 @@ def test_the_schedule_in_words_names_all_of_it():
     text = schedule.describe()
     for name in (*(case.name for case in cases.SHAPES), *(step.name for step in steps.STEPS), "sdpa-cudnn"):
         assert name in text
-    assert "54 launches with head_dim 128" in text
+    assert "57 launches with head_dim 128" in text
     assert "15 of the backward pass on the same" in text
 
 

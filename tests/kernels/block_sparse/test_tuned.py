@@ -127,7 +127,7 @@ def test_a_table_of_the_backward_pass_with_such_tiles_is_refused(kernel, table, 
         ({"kernel": "fast"}, "`kernel` must be one of pointer, tma, gluon, got 'fast'"),
         ({"kernel": 1}, "`kernel` must be one of pointer, tma, gluon, got 1"),
         ({"block_keys": 32}, "`block_keys` must be one of 64, 128, got 32"),
-        ({"format": "int8-fp8"}, "`format` must be one of none, int8, got 'int8-fp8'"),
+        ({"format": "int8-int8"}, "`format` must be one of none, int8, int8-fp8, got 'int8-int8'"),
         ({"ping_pong": 1}, "`ping_pong` must be one of False, True, got 1"),
         ({"part": "dk"}, "`part` must be one of forward, dq, dkv, got 'dk'"),
         (
