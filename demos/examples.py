@@ -64,7 +64,7 @@ def prompts(model: str) -> list[str]:
     if model not in tiny.NAMES:
         return ["A lighthouse on a cliff at dusk, waves below", "A fox walking through fresh snow"]
     info = tiny.INFO[model]
-    return [tiny.caption(scene) for scene in held_out_scenes(EXAMPLES, video=info.video, world=info.world)]
+    return [tiny.caption(scene) for scene in held_out_scenes(EXAMPLES, video=info.video)]
 
 
 def recipes(model: str, family: str | None) -> dict[str, Recipe]:

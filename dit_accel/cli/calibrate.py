@@ -147,7 +147,7 @@ def _prompts(given: list[str], file: Path | None, model: str, seed: int) -> list
     from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 
     info = tiny.INFO[model]
-    return [tiny.caption(scene) for scene in held_out_scenes(2, seed, info.video, info.world)]
+    return [tiny.caption(scene) for scene in held_out_scenes(2, seed, info.video)]
 
 
 def register(app: typer.Typer) -> None:

@@ -197,7 +197,7 @@ def _pairs(
         from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 
         info = tiny.INFO[model]
-        texts = [tiny.caption(scene) for scene in held_out_scenes(count, seed, info.video, info.world)]
+        texts = [tiny.caption(scene) for scene in held_out_scenes(count, seed, info.video)]
     return [(texts[i % len(texts)], seed + i) for i in range(count)]
 
 

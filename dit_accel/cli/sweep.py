@@ -191,7 +191,7 @@ def _prompts(model: str, file: Path | None, samples: int | None, seed: int) -> l
     if model not in tiny.NAMES:
         raise typer.BadParameter("give `--prompts`: captions are known for bundled models only")
     info = tiny.INFO[model]
-    scenes = held_out_scenes(samples or SAMPLES, seed, info.video, info.world)
+    scenes = held_out_scenes(samples or SAMPLES, seed, info.video)
     return [tiny.caption(scene) for scene in scenes]
 
 

@@ -72,12 +72,11 @@ def attributes(images: np.ndarray, prompts: list[str]) -> list[float]:
     Raises:
         ValueError: a prompt that is not a caption of a bundled scene, see `read_caption`.
     """
-    from dit_accel.pipelines.tiny import world_of_caption
+    from dit_accel.pipelines.tiny import check, read_caption
 
     scores = []
     for image, prompt in zip(images, prompts, strict=True):
-        world = world_of_caption(prompt)
-        seen, asked = world.check(image), world.read_caption(prompt)
+        seen, asked = check(image), read_caption(prompt)
         scores.append(fmean(seen.get(name) == value for name, value in asked.items()))
     return scores
 

@@ -31,7 +31,7 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.orders import AXIS_ORDERS, axes
 from dit_accel.patterns import Calibrated, Pattern
 from dit_accel.pipelines import family_of
-from dit_accel.pipelines.tiny import caption, world_of
+from dit_accel.pipelines.tiny import caption, check
 from dit_accel.pipelines.tiny.checker import score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.recipe.recipe import Recipe
@@ -76,7 +76,7 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         run = {"size": tuple(options.size), "frames": options.frames, "steps": options.steps, "guidance": 3.0}
         count = options.scenes + options.calibrated_on
-        scenes = held_out_scenes(count, video=True, world=world_of(pipe))
+        scenes = held_out_scenes(count, video=True)
         folder = options.work / model
         settings = {**run, "scenes": options.scenes, "calibrated_on": options.calibrated_on}
         if (folder / "settings.json").is_file():
@@ -117,7 +117,7 @@ class Subject:
             with accelerated(self.pipe, recipe) as handle:
                 output = self.output(number)
                 density = handle.stats()["block_density"]
-        seen = world_of(self.pipe).check(output / np.float32(255))
+        seen = check(output / np.float32(255))
         near = {"psnr": min(MOST_PSNR, psnr(output, dense)), "ssim": ssim(output, dense)}
         write_json(path, {**near, "density": density, "seen": seen})
         return read_json(path)

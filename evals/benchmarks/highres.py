@@ -25,10 +25,9 @@ from dit_accel import highres
 from dit_accel.environment import environment
 from dit_accel.generation import Request, is_video, load
 from dit_accel.media import to_uint8
-from dit_accel.pipelines.tiny import INFO, caption, world_of
+from dit_accel.pipelines.tiny import INFO, caption, check
 from dit_accel.pipelines.tiny.checker import count_objects, score
 from dit_accel.pipelines.tiny.evaluate import held_out_scenes
-from dit_accel.pipelines.tiny.worlds import EMOJI
 
 from .table import RESULTS, append, machine, markdown, row
 
@@ -60,18 +59,8 @@ class Outcome:
 
 
 def scenes_of_one_object(pipe: Any, count: int) -> list[Any]:
-    """Held-out scenes with one object.
-
-    Raises:
-        ValueError: a model of another world, whose checker does not count objects.
-    """
-    world = world_of(pipe)
-    if world is not EMOJI:
-        raise ValueError(
-            f"objects are counted in scenes of emoji, and this model draws {world.name}; train it anew "
-            "(`python -m dit_accel.pipelines.tiny train`)"
-        )
-    drawn = held_out_scenes(4 * count, video=is_video(pipe), world=world)
+    """Held-out scenes with one object."""
+    drawn = held_out_scenes(4 * count, video=is_video(pipe))
     return [scene for scene in drawn if len(scene.objects) == 1][:count]
 
 
@@ -96,9 +85,8 @@ def measured(
             result = highres.generate(pipe, **arguments, method=method, keep=base)
         seconds += time.perf_counter() - started
         pictures.append(np.asarray(result.frames if video else result.images)[0])
-    world = world_of(pipe)
     counts = [count_objects(picture) for picture in pictures]
-    right = score([world.check(picture) for picture in pictures], [scene.attributes for scene in scenes])
+    right = score([check(picture) for picture in pictures], [scene.attributes for scene in scenes])
     shown = [to_uint8(x if x.ndim == 3 else x[len(x) // 2]) for x in pictures[:_SHOWN]]
     return Outcome(
         method,

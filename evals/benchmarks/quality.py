@@ -26,7 +26,7 @@ from dit_accel.generation import load
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern, Rectified, Skipping
 from dit_accel.pipelines import family_of
-from dit_accel.pipelines.tiny import caption, world_of
+from dit_accel.pipelines.tiny import caption, check
 from dit_accel.pipelines.tiny.checker import score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.planning.model_config import of_model
@@ -109,7 +109,7 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         run: dict[str, Any] = {"size": tuple(size or usual[1:]), "steps": steps, "guidance": 3.0}
         run |= {"frames": frames or usual[0]} if usual[0] > 1 else {}
-        drawn = held_out_scenes(max(1, scenes), video=usual[0] > 1, world=world_of(pipe))
+        drawn = held_out_scenes(max(1, scenes), video=usual[0] > 1)
         calls, _ = record(pipe, at, {"prompts": [caption(drawn[0])], "seeds": [0], **run})
         return cls(pipe, run, drawn[:scenes], calls, copy.deepcopy(pipe.transformer))
 
@@ -129,7 +129,7 @@ class Subject:
     def compared(self, outputs: list[np.ndarray]) -> Runs:
         """Outputs against the dense ones and the captions."""
         self.dense = self.dense or outputs
-        check, video = world_of(self.pipe).check, "frames" in self.run
+        video = "frames" in self.run
         seen = [check((one if video else one[0]) / np.float32(255)) for one in outputs]
         pairs = list(zip(outputs, self.dense, strict=True))
         return Runs(

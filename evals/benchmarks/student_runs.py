@@ -20,7 +20,7 @@ from dit_accel.files import atomic
 from dit_accel.generation import load
 from dit_accel.json_files import check_same, read_json, write_json
 from dit_accel.patterns import Agent, Clear, InLine, Radial, SparseLinear, VideoSparse
-from dit_accel.pipelines.tiny import caption, world_of
+from dit_accel.pipelines.tiny import caption, check, render
 from dit_accel.pipelines.tiny.checker import score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.pipelines.tiny.scene_folder import write_scenes
@@ -114,7 +114,7 @@ class Bench:
         if (folder / "settings.json").is_file():
             check_same(read_json(folder / "settings.json"), settings, f"{folder} was begun", "another --work")
         write_json(folder / "settings.json", settings)
-        scenes = held_out_scenes(options.scenes, video=size[0] > 1, world=world_of(pipe))
+        scenes = held_out_scenes(options.scenes, video=size[0] > 1)
         if not (folder / "drawn" / "metadata.jsonl").is_file():
             write_scenes(model, folder / "drawn", options.drawn, size)
         return cls(model, kind, pipe, run, size, scenes, options.steps, options.batch, folder, chosen)
@@ -209,16 +209,14 @@ class Bench:
 
     def attributes(self, pictures: np.ndarray) -> float:
         """The share of the captions' attributes that are in them."""
-        world = world_of(self.pipe)
-        seen = [world.check((one if len(one) > 1 else one[0]) / np.float32(255)) for one in pictures]
+        seen = [check((one if len(one) > 1 else one[0]) / np.float32(255)) for one in pictures]
         return score(seen, [scene.attributes for scene in self.scenes[: len(pictures)]])["mean"]
 
     def distance(self, pictures: np.ndarray) -> float:
         """The Fréchet distance of their middle frames to the scenes of the captions."""
         frames, height, width = pictures.shape[1:4]
-        world = world_of(self.pipe)
         true = [
-            media.to_uint8(world.render(scene, height, width, frames)).reshape(frames, height, width, 3)
+            media.to_uint8(render(scene, height, width, frames)).reshape(frames, height, width, 3)
             for scene in self.scenes[: len(pictures)]
         ]
         extractor = _extractor()

@@ -184,7 +184,7 @@ def held_out_pairs(n: int, seed: int, used: Sequence[Sequence[Any]], model: str)
     from dit_accel.pipelines.tiny import INFO, caption
     from dit_accel.pipelines.tiny.evaluate import held_out_scenes
 
-    scenes = held_out_scenes(n, seed, INFO[model].video, INFO[model].world)
+    scenes = held_out_scenes(n, seed, INFO[model].video)
     pairs = [Pair(caption(scene), 1000 * seed + i) for i, scene in enumerate(scenes)]
     shared = {tuple(pair) for pair in used} & set(pairs)
     if shared:
@@ -204,12 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
     from dit_accel.environment import environment
     from dit_accel.guidance.head_pictures import MAP, SHEET
     from dit_accel.pipelines import load, tiny
-    from dit_accel.pipelines.tiny.worlds import EMOJI
 
     parser = argparse.ArgumentParser(
         prog="python -m dit_accel.evals.reports.hunt_compare", description=__doc__.split("\n")[0]
     )
-    known = [name for name, info in tiny.INFO.items() if info.world is EMOJI and not info.video]
+    known = [name for name, info in tiny.INFO.items() if not info.video]
     parser.add_argument("model", choices=known, help="whose pictures the bundled encoder knows")
     parser.add_argument("hunt", type=Path, help=f"folder of a search, with {LOG} and {FOUND}")
     parser.add_argument("--strength", type=float, help="of the found heads, in place of the search's")

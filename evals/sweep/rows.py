@@ -168,10 +168,9 @@ def _speed(runs: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> d
 
 def _attributes(sweep: Sweep, outputs: Folder) -> dict[str, float | int]:
     """Share of right attributes over the prompts."""
-    from dit_accel.pipelines.tiny import score, world_of_caption
+    from dit_accel.pipelines.tiny import check, score
 
-    checks = [world_of_caption(prompt).check for prompt in sweep.prompts]
-    seen = [check(media.load(path)) for check, path in zip(checks, outputs.files, strict=True)]
+    seen = [check(media.load(path)) for path in outputs.files]
     return score(seen, asked(sweep.prompts))
 
 

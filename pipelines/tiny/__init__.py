@@ -4,11 +4,12 @@
 settings the model works best.
 """
 
-from .checker import score
+from .captions import caption, read_caption
+from .checker import check, score
 from .evaluate import attribute_accuracy
 from .models import SPECS as INFO
 from .models import Spec, weights_dir
-from .worlds import caption, read_caption, render, world_of, world_of_caption
+from .scenes import render
 
 NAMES = tuple(INFO)
 
@@ -18,10 +19,9 @@ __all__ = [
     "Spec",
     "attribute_accuracy",
     "caption",
+    "check",
     "read_caption",
     "render",
     "score",
     "weights_dir",
-    "world_of",
-    "world_of_caption",
 ]

@@ -11,17 +11,18 @@ from dit_accel.media import beside
 from dit_accel.seeds import generator
 from dit_accel.training_loop import Draw
 
-from .checker import score
+from .captions import caption
+from .checker import check, score
 from .models import TEXT_LENGTH
-from .worlds import EMOJI, AnyScene, World, caption, world_of
+from .scenes import Scene, sample
 
 NEGATIVE_PROMPT = ""
 
 
-def held_out_scenes(n: int, seed: int = 0, video: bool = False, world: World = EMOJI) -> list[AnyScene]:
+def held_out_scenes(n: int, seed: int = 0, video: bool = False) -> list[Scene]:
     """``n`` scenes that training never saw, the same for every model of a kind."""
     rng = Draw("held out", seed, video).rng
-    return [world.sample(rng, "held_out", video) for _ in range(n)]
+    return [sample(rng, "held_out", video) for _ in range(n)]
 
 
 def is_video(pipe: Any) -> bool:
@@ -97,8 +98,7 @@ def attribute_accuracy(
 
     video = is_video(pipe)
     frames = (frames or 17) if video else None
-    world = world_of(pipe)
-    scenes = held_out_scenes(n, seed, video, world)
+    scenes = held_out_scenes(n, seed, video)
     # The pipeline's own bar, one per batch, would tear this one.
     shown = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -116,7 +116,7 @@ def attribute_accuracy(
                 steps=steps,
                 guidance=guidance,
             )
-            predictions += [world.check(output) for output in outputs]
+            predictions += [check(output) for output in outputs]
             if seen is not None:
                 seen(outputs)
     finally:
@@ -142,7 +142,7 @@ def sheet(
     **options: Any,
 ) -> np.ndarray:
     """Held-out scenes in rows, each as ``beside`` arranges it: uint8 (H, W, 3)."""
-    scenes = held_out_scenes(rows * columns, seed, is_video(pipe), world_of(pipe))
+    scenes = held_out_scenes(rows * columns, seed, is_video(pipe))
     tiles = []
     for row in range(rows):
         chosen = scenes[row * columns : (row + 1) * columns]

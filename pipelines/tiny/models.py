@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import hunyuan
+from .captions import vocabulary
 from .starting import keep_signals
 from .text_encoders import TEXT_DIM, TEXT_LENGTH, clip, t5
 from .word_tokenizers import tokenizer
-from .worlds import EMOJI, SHAPES, World
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,7 +27,7 @@ Size = tuple[int, int, int]  # frames, height, width in pixels
 class Spec:
     """A bundled model: ``native`` is the size it trained on most, ``demo`` one of thousands of tokens.
 
-    ``assemble`` makes its pipeline, untrained, for a vocabulary; ``world`` is what its weights can draw.
+    ``assemble`` makes its pipeline, untrained, for a vocabulary.
     """
 
     name: str
@@ -38,16 +38,15 @@ class Spec:
     steps: int
     guidance: float
     assemble: Callable[[Sequence[str]], DiffusionPipeline]
-    world: World = SHAPES
     max_sequence_length: int = TEXT_LENGTH
 
     @property
     def video(self) -> bool:
         return self.native[0] > 1
 
-    def build(self, world: World | None = None) -> DiffusionPipeline:
-        """The pipeline with untrained weights and the words of ``world`` (default: the model's own)."""
-        return self.assemble((world or self.world).vocabulary())
+    def build(self) -> DiffusionPipeline:
+        """The pipeline with untrained weights, which knows the words of captions."""
+        return self.assemble(vocabulary())
 
 
 def _image_autoencoder():
@@ -214,7 +213,6 @@ SPECS: dict[str, Spec] = {
             steps=20,
             guidance=4.0,
             assemble=build_flux,
-            world=EMOJI,
         ),
         Spec(
             name="tiny-sd3",
@@ -225,7 +223,6 @@ SPECS: dict[str, Spec] = {
             steps=20,
             guidance=5.0,
             assemble=build_sd3,
-            world=EMOJI,
         ),
         Spec(
             name="tiny-wan",
@@ -236,12 +233,11 @@ SPECS: dict[str, Spec] = {
             steps=12,
             guidance=3.0,
             assemble=build_wan,
-            world=EMOJI,
         ),
         Spec(
             name="tiny-hunyuan-video",
             family="hunyuan-video",
-            description="HunyuanVideo in 2.9 M parameters: a coloured shape that moves over grey",
+            description="HunyuanVideo in 2.9 M parameters: an emoji that moves over a patterned background",
             native=(17, 64, 64),
             demo=(65, 176, 176),
             steps=16,

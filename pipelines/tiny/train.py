@@ -22,7 +22,6 @@ from .adapters import Adapter, adapter
 from .flow import Flow, PositionProbe, TrainingSize, set_statistics
 from .models import spec, weights_dir
 from .text_encoders import start_from
-from .worlds import EMOJI
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -211,7 +210,7 @@ class Training:
             pipe = DiffusionPipeline.from_pretrained(self.start)
             pipe.vae.requires_grad_(False)
             return pipe
-        pipe = self.spec.build(EMOJI)
+        pipe = self.spec.build()
         if isinstance(self.curriculum.autoencoder, str):
             kept = self.run_folder / "vae"  # that of the bundled model may change before this run resumes
             if not kept.exists():

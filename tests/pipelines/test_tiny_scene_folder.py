@@ -6,8 +6,8 @@ import pytest
 from dit_accel import media
 from dit_accel.distillation.folders import read_folder
 from dit_accel.pipelines.tiny.__main__ import main
+from dit_accel.pipelines.tiny.captions import read_caption
 from dit_accel.pipelines.tiny.scene_folder import write_scenes
-from dit_accel.pipelines.tiny.worlds import read_caption
 
 
 @pytest.mark.parametrize(("name", "size"), [("tiny-flux", (1, 64, 96)), ("tiny-wan", (5, 64, 64))])

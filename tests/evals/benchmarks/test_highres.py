@@ -12,14 +12,13 @@ from dit_accel.pipelines import load
 from dit_accel.pipelines.tiny import INFO
 from dit_accel.pipelines.tiny.checker import count_objects
 from dit_accel.pipelines.tiny.scenes import render
-from dit_accel.pipelines.tiny.worlds import EMOJI
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """tiny-flux of the emoji world without trained weights."""
     torch.manual_seed(0)
-    pipe = INFO["tiny-flux"].build(world=EMOJI)
+    pipe = INFO["tiny-flux"].build()
     pipe.register_to_config(_name_or_path=load("tiny-flux").config._name_or_path)
     monkeypatch.setattr(highres, "load", lambda *_: pipe)
     return pipe
@@ -59,18 +58,8 @@ def test_scenes(untrained):
 
 
 def test_objects_are_counted():
-    scenes = highres.held_out_scenes(12, world=EMOJI)
+    scenes = highres.held_out_scenes(12)
     for scene in scenes:
         assert count_objects(render(scene, 128, 128)[0]) == len(scene.objects)
     twice = np.concatenate([render(highres.held_out_scenes(1, video=True)[0], 128, 128, 1)[0]] * 2, axis=1)
     assert count_objects(twice) >= 1
-
-
-def test_other_worlds_are_refused():
-    class Tokenizer:
-        def get_vocab(self):
-            return {"circle": 0}
-
-    pipe = type("Pipe", (), {"tokenizer": Tokenizer()})()
-    with pytest.raises(ValueError, match="this model draws shapes; train it anew"):
-        highres.scenes_of_one_object(pipe, 1)

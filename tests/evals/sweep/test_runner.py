@@ -40,7 +40,7 @@ def pipe():
 
 def sweep_in(folder, **changes):
     """Two held-out captions at 64x64 pixels in one step."""
-    captions = [tiny.caption(scene) for scene in held_out_scenes(2, world=tiny.INFO["tiny-flux"].world)]
+    captions = [tiny.caption(scene) for scene in held_out_scenes(2)]
     requests = [Request(text, 64, 64, None, 1, 4.0, seed, 24) for seed, text in enumerate(captions)]
     return replace(Sweep(folder, METHODS, requests, 1, ".png", {"model": "tiny-flux"}), **changes)
 
