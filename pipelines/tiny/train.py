@@ -73,6 +73,15 @@ VIDEOS = (  # objects are learned from pictures first
     TrainingSize((65, 176, 176), 2, 128, ((0.45, 0.37),), tokens=1200),
     TrainingSize((65, 176, 176), 1, 128, ((0.985, 0.12),)),
 )
+NEW_WORDS = (  # the same for text encoders that start from nothing, which take more pictures
+    TrainingSize((1, 64, 64), 32, 4096, ((0.0, 1.0), (0.3, 0.3), (0.5, 0.12))),
+    TrainingSize((17, 64, 64), 6, 1024, ((0.3, 0.55), (0.5, 0.3))),
+    TrainingSize((61, 64, 64), 3, 96, ((0.5, 0.03),), tokens=600),
+    TrainingSize((17, 128, 128), 4, 192, ((0.3, 0.15), (0.5, 0.1)), tokens=700),
+    TrainingSize((29, 128, 128), 3, 96, ((0.5, 0.05),), tokens=900),
+    TrainingSize((65, 176, 176), 2, 96, ((0.5, 0.4),), tokens=1200),
+    TrainingSize((65, 176, 176), 1, 96, ((0.985, 0.12),)),
+)
 CURRICULA: dict[str, Curriculum] = {
     "tiny-flux": Curriculum(
         autoencoder=Stage("vae", steps=1200, rate=2e-3, decay=0.5, averaging=0.99),
@@ -97,11 +106,11 @@ CURRICULA: dict[str, Curriculum] = {
         starts={"text_encoder": ("tiny-flux", "text_encoder_2")},
     ),
     "tiny-hunyuan-video": Curriculum(
-        autoencoder=Stage("vae", steps=4000, rate=1e-3, decay=0.5, averaging=0.99),
+        autoencoder=Stage("vae", steps=3000, rate=2e-3, decay=0.8, averaging=0.99),
         crops=4,
-        flow=Stage("flow", steps=6000, rate=1e-3, decay=0.75, averaging=0.995, muon=True),
-        sizes=VIDEOS,
-        decoder=Stage("decoder", steps=800, rate=1e-3, decay=0.6, averaging=0.99),
+        flow=Stage("flow", steps=5000, rate=1e-3, decay=0.7, averaging=0.995, muon=True),
+        sizes=NEW_WORDS,
+        decoder=Stage("decoder", steps=500, rate=1e-3, decay=0.7, averaging=0.99),
         clips={17: 2, 29: 1, 61: 1},
     ),
 }
