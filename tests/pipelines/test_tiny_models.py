@@ -14,7 +14,7 @@ from dit_accel.pipelines.tiny.train import export
 from dit_accel.pipelines.tiny.word_tokenizers import chat_tokenizer
 from dit_accel.training_loop import Draw
 
-PROMPT = "a red circle at the top left on a plain background"
+PROMPT = "a fox at the top left on a blue plain background"
 
 
 def build(name: str):
@@ -133,22 +133,22 @@ def hunyuan_video():
 
 def test_prompts_survive_the_template_of_hunyuan_video(hunyuan_video):
     """The pipeline crops the first 95 tokens: what is left is the prompt's words and the end mark."""
-    prompts = ["red circle", "blue circle", "red square", ""]
+    prompts = ["blue fox", "green fox", "blue owl", ""]
     embeddings, _, mask = hunyuan_video.encode_prompt(prompts, max_sequence_length=24)
     assert embeddings.shape[:2] == mask.shape == (4, 24)
     assert mask.sum(1).tolist() == [3, 3, 3, 1]
-    red, blue, square, empty = embeddings.unbind()
-    assert not torch.equal(red[0], blue[0])  # the first token left is the first word
-    torch.testing.assert_close(red[0], square[0])  # causal: the same words before it, none after
-    assert not torch.allclose(red[1], square[1])
-    assert not torch.allclose(red[0], empty[0])
+    blue, green, owl, empty = embeddings.unbind()
+    assert not torch.equal(blue[0], green[0])  # the first token left is the first word
+    torch.testing.assert_close(blue[0], owl[0])  # causal: the same words before it, none after
+    assert not torch.allclose(blue[1], owl[1])
+    assert not torch.allclose(blue[0], empty[0])
 
     words = hunyuan_video.tokenizer
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
-    ids = words(DEFAULT_PROMPT_TEMPLATE["template"].format("A red circle!")).input_ids
-    assert words.convert_ids_to_tokens(ids[95:]) == ["a", "red", "circle", "<|eot_id|>"]
-    _, _, mask = hunyuan_video.encode_prompt(["red " * 40], max_sequence_length=24)
+    ids = words(DEFAULT_PROMPT_TEMPLATE["template"].format("A blue fox!")).input_ids
+    assert words.convert_ids_to_tokens(ids[95:]) == ["a", "blue", "fox", "<|eot_id|>"]
+    _, _, mask = hunyuan_video.encode_prompt(["blue " * 40], max_sequence_length=24)
     assert mask.sum() == 24  # longer prompts are cut at their end
 
 
