@@ -88,7 +88,7 @@ def _others(chip: str, head_dims: tuple[int, ...]) -> Iterator[Case]:
                 if kernel != "gluon" or head_dim <= 128:
                     yield Case(chip, head_dim, "bf16", (128, keys), text=True, kernel=kernel)
                 if keys == 64 and head_dim in GATED_HEAD_DIMS:
-                    formats = FORMATS if kernel == "tma" else ("int8",)
+                    formats = ("int8", "int8-fp8") if kernel == "tma" else ("int8",)
                     yield from (Case(chip, head_dim, "bf16", format=f, kernel=kernel) for f in formats)
                 if kernel == "tma" and keys == 64:
                     options = (128, keys), True, None

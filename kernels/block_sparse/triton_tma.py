@@ -5,7 +5,8 @@ tensor cores. A descriptor of the whole tensor lets the copy engine of Hopper an
 rows at any row of the block list: no address is computed by the threads, what lies past the last key or
 past head_dim arrives as zeros, and no fence is needed between the copy and the multiplication.
 
-It computes 16-bit attention, and every numeric format; thresholds are for the kernel with pointers.
+It computes 16-bit attention, and the formats that `tma` names; others and thresholds are for the kernel with
+pointers.
 """
 
 # pyright: reportOperatorIssue=false
