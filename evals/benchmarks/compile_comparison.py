@@ -23,6 +23,7 @@ HEADINGS = ("chip", "pass", "head_dim", "kernel", "blocks", "rows x keys", "warp
             "stack", "shared bytes", "instructions for 64 keys", "CTA-wide barriers", "fences",
             "waits")  # fmt: skip
 NAMES = {"pointer": "pointers", "tma": "TMA", "gluon": "Gluon"}
+FORMATS = (None, "int8", "int8-fp8")  # the others are computed by the kernel with pointers alone
 PASSES = {"forward": "forward", "dq": "dQ", "dkv": "dK, dV"}
 
 
@@ -38,10 +39,10 @@ def compared(rows: list[dict[str, Any]]) -> list[tuple[Case, dict[str, Any]]]:
         for case, row in cases
         if case in GATE
         and case.dtype == "bf16"
-        and case.format in (None, "int8")
+        and case.format in FORMATS
         and (case.text or case.format is not None)
     ]
-    orders = (list(CHIPS), list(PARTS), [None, "int8"], list(KERNELS))
+    orders = (list(CHIPS), list(PARTS), FORMATS, list(KERNELS))
 
     def place(found: tuple[Case, dict[str, Any]]) -> tuple:
         case, _ = found
