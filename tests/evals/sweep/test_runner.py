@@ -200,14 +200,14 @@ def test_quality_is_that_of_the_other_commands(pipe, done):
 
 
 def test_what_does_not_apply_has_a_reason():
-    caption, other = (Request(text, 8, 64) for text in ("a red circle at the top on a plain background", "x"))
+    caption, other = (Request(text, 8, 64) for text in ("a fox at the top on a blue plain background", "x"))
     assert not unfit(["psnr", "attributes", "frechet-scenes"], [caption, caption], bundled=True)
     assert "2 prompts" in unfit(["kid-scenes"], [caption], bundled=True)["kid-scenes"]
     assert "got 'x'" in unfit(["attributes"], [caption, other], bundled=True)["attributes"]
     assert "only what bundled models" in unfit(["attributes"], [caption], bundled=False)["attributes"]
     assert "11 pixels a side, and pictures have 8" in unfit(["ssim"], [caption], bundled=True)["ssim"]
     assert not unfit(["ssim", "lpips"], [Request("x")], bundled=False), "the pipeline's own size is not known"
-    moving = replace(caption, prompt="a red circle moving up at the top on a plain background")
+    moving = replace(caption, prompt="a fox moving up at the top on a blue plain background")
     assert "others of videos" in unfit(["attributes"], [caption, moving], bundled=True)["attributes"]
 
 
