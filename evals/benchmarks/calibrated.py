@@ -31,8 +31,7 @@ from dit_accel.masks.layout import TokenLayout
 from dit_accel.masks.orders import AXIS_ORDERS, axes
 from dit_accel.patterns import Calibrated, Pattern
 from dit_accel.pipelines import family_of
-from dit_accel.pipelines.tiny import caption, check
-from dit_accel.pipelines.tiny.checker import score
+from dit_accel.pipelines.tiny import caption, check, score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.recipe.recipe import Recipe
 from dit_accel.runtime.switching import accelerated

@@ -26,8 +26,7 @@ from dit_accel.generation import load
 from dit_accel.masks.layout import TokenLayout
 from dit_accel.patterns import Pattern, Rectified, Skipping
 from dit_accel.pipelines import family_of
-from dit_accel.pipelines.tiny import caption, check
-from dit_accel.pipelines.tiny.checker import score
+from dit_accel.pipelines.tiny import caption, check, score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.planning.model_config import of_model
 from dit_accel.recipe.recipe import Recipe, presets

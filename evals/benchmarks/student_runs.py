@@ -20,8 +20,7 @@ from dit_accel.files import atomic
 from dit_accel.generation import load
 from dit_accel.json_files import check_same, read_json, write_json
 from dit_accel.patterns import Agent, Clear, InLine, Radial, SparseLinear, VideoSparse
-from dit_accel.pipelines.tiny import caption, check, render
-from dit_accel.pipelines.tiny.checker import score
+from dit_accel.pipelines.tiny import caption, check, render, score
 from dit_accel.pipelines.tiny.evaluate import generate, held_out_scenes
 from dit_accel.pipelines.tiny.scene_folder import write_scenes
 from dit_accel.recipe.recipe import Recipe

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 
-from dit_accel.errors import UnavailableError
-from dit_accel.kernels import block_sparse_attention, can_run
+from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.block_sparse.problem import Problem
 from dit_accel.kernels.block_sparse.tuned import Launch
 from dit_accel.masks.block_mask import BlockMask
 
-from .attention import dtype_on, inputs, tflops
+from .attention import inputs
 from .backward import differentiated, wrong
 from .cases import BY_NAME
 from .checks import DTYPES, GEOMETRIES, REHEARSAL, check_gradients
 from .job import Row
-from .launches import block_size
+from .launches import block_size, check_available, timed_row
 from .peers import kernel
-from .timing import measure
 
 PRODUCTS = {"dq": 3, "dkv": 4}  # of matrices in a part; the forward pass has two
 
@@ -61,9 +59,7 @@ def attend(
             q, k, v, mask, text_valid=text_valid, return_lse=True, backend="gather"
         )
         return out, lse
-    name = "triton" if launch.kernel == "pointer" else f"triton-{launch.kernel}"
-    if (reason := can_run(name, **vars(Problem.of(q, k, v, mask)))) is not None:
-        raise UnavailableError(reason)
+    check_available(launch, Problem.of(q, k, v, mask))
     text_valid = None if text_valid is None else text_valid.int().contiguous()
     return _Attention.apply(launch, mask, text_valid, q, k, v)
 
@@ -94,12 +90,7 @@ def run(device: str, case: list[str], launch: list[Any]) -> Iterator[Row]:
     if kernel(device) == "triton":
         call = _alone(which, q, k, v, mask, dout)
         call()
-    timed = measure(call, device)
-    rate = PRODUCTS[which.part] / 2 * tflops(chosen, mask.block_density, timed.ms)
-    yield {
-        "kind": "launch", "case": case, "launch": list(launch), "head_dim": chosen.head_dim,
-        "element_bytes": dtype_on(device).itemsize, "tflops": rate, **timed.as_row(),
-    }  # fmt: skip
+    yield timed_row(device, case, launch, mask, call, PRODUCTS[which.part] / 2)
 
 
 def _alone(launch: Launch, q, k, v, mask: BlockMask, dout: torch.Tensor) -> Callable[[], None]:

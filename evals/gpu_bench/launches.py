@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -106,10 +107,7 @@ def attend(
 
 def _by_another(launch: Launch, q, k, v, mask: BlockMask, text_valid):
     """By another kernel than that with pointers, or in a numeric format."""
-    name = "triton" if launch.kernel == "pointer" else f"triton-{launch.kernel}"
-    problem = Problem.of(q, k, v, mask, quantization=format_of(launch))
-    if (reason := can_run(name, **vars(problem))) is not None:
-        raise UnavailableError(reason)
+    check_available(launch, Problem.of(q, k, v, mask, quantization=format_of(launch)))
     given = {"scale": q.shape[3] ** -0.5, "text_valid": text_valid}
     if launch.format != "none":
         from dit_accel.kernels.block_sparse.triton_quantized import quantized_attention
@@ -120,6 +118,17 @@ def _by_another(launch: Launch, q, k, v, mask: BlockMask, text_valid):
     given["options"] = launch_options(launch, mask.block_size)
     module = importlib.import_module(f"dit_accel.kernels.block_sparse.triton_{launch.kernel}")
     return module.attention(q, k, v, mask, **given)
+
+
+def check_available(launch: Launch, problem: Problem) -> None:
+    """Whether a launch's kernel can compute a problem here.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    name = "triton" if launch.kernel == "pointer" else f"triton-{launch.kernel}"
+    if (reason := can_run(name, **vars(problem))) is not None:
+        raise UnavailableError(reason)
 
 
 def format_of(launch: Launch) -> str | None:
@@ -141,9 +150,16 @@ def run(device: str, case: list[str], launch: list[int]) -> Iterator[Row]:
     if not (error := wrong(q, k, v, mask, out, allowed(which))) <= 1:
         yield {"kind": "wrong", "reason": f"error {error:.2f} times what is allowed, not timed"}
         return
-    timed = measure(call, device)
-    yield {
+    yield timed_row(device, case, launch, mask, call)
+
+
+def timed_row(
+    device: str, case: list[str], launch: list[Any], mask: BlockMask, call: Callable[[], Any], work: float = 1
+) -> Row:
+    """The row of a launch, whose call is timed and does so many times the work of a forward pass."""
+    chosen, timed = BY_NAME[tuple(case)], measure(call, device)
+    return {
         "kind": "launch", "case": case, "launch": list(launch), "head_dim": chosen.head_dim,
-        "element_bytes": dtype_on(device).itemsize, "tflops": tflops(chosen, mask.block_density, timed.ms),
-        **timed.as_row(),
+        "element_bytes": dtype_on(device).itemsize,
+        "tflops": work * tflops(chosen, mask.block_density, timed.ms), **timed.as_row(),
     }  # fmt: skip

@@ -21,9 +21,8 @@ SHARES = {  # of the time left when a phase begins, against those that follow it
 }
 SECONDS = {  # that a job may take before its process is ended
     "cuda": dict(zip(PHASES, (100, 60, 60, 60, 30, 30, 90, 40), strict=True)),
-    "cpu": dict(
-        zip(PHASES, (120, 60, 60, 60, 60, 60, 120, 30), strict=True)
-    ),  # which may have other work to do
+    # a CPU may have other work to do
+    "cpu": dict(zip(PHASES, (120, 60, 60, 60, 60, 60, 120, 30), strict=True)),
 }
 HANG = 6  # seconds for a job that is there to hang
 YARDSTICKS = {"cuda": ("sdpa-cudnn", "sdpa-flash"), "cpu": ("sdpa-flash", "sdpa-math")}

@@ -41,11 +41,7 @@ def longest_first(count: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 def mask_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
     """The tensors by which the kernels know a mask, in the order of their arguments."""
     order = mask.derived(LaunchOrder, lambda: LaunchOrder.of(mask, batch, heads), batch, heads)
-    full, partial = mask.full, mask.partial
-    return (
-        order.rows, order.groups, full.start, full.count, full.index,
-        partial.start, partial.count, partial.index, partial.tiles, mask.tiles.view(torch.int32),
-    )  # fmt: skip
+    return _arguments(order, mask.full, mask.partial, mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +68,12 @@ class KeyOrder:
 def transposed_arguments(mask: BlockMask, batch: int, heads: int) -> tuple[torch.Tensor, ...]:
     """As `mask_arguments`, for dK and dV."""
     order = mask.derived(KeyOrder, lambda: KeyOrder.of(mask, batch, heads), batch, heads)
-    full, partial = order.full, order.partial
+    return _arguments(order, order.full, order.partial, mask)
+
+
+def _arguments(
+    order: LaunchOrder | KeyOrder, full: BlockLists, partial: BlockLists, mask: BlockMask
+) -> tuple[torch.Tensor, ...]:
     return (
         order.rows, order.groups, full.start, full.count, full.index,
         partial.start, partial.count, partial.index, partial.tiles, mask.tiles.view(torch.int32),

@@ -176,11 +176,8 @@ def dq_launch(given: Given, dq: torch.Tensor, options: dict[str, int]) -> tuple:
 
 def dkv_launch(given: Given, dk: torch.Tensor, dv: torch.Tensor, options: dict[str, int]) -> tuple:
     """As `triton_backward.dkv_launch`; copies what cannot be described."""
-    mask, (lists, numbers), (strides, align) = (
-        given.mask,
-        given.lists(transposed_arguments),
-        strides_of(dk, dv),
-    )
+    mask, (strides, align) = given.mask, strides_of(dk, dv)
+    lists, numbers = given.lists(transposed_arguments)
     grid = (lists[0].shape[1] * (mask.block_size[1] // options["TK"]), given.q.shape[0])
     args = (
         *_descriptors(given, options), dk, dv, given.top, given.delta, *lists, given.text_valid, *strides,
